@@ -1,0 +1,1 @@
+"""The lab: throw-away Debian guests with a real systemd, for tests, demos and benchmarks."""

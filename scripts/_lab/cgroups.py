@@ -1,0 +1,67 @@
+"""A cgroup of its own for each guest.
+
+systemd-nspawn with --keep-unit makes its "payload" cgroup below the cgroup it is started in; two
+guests started in the same one would share it, and each would see (and stop) the other's units.
+Both hierarchies that systemd uses count: cgroup2, and on hosts with cgroup v1 also name=systemd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import time
+
+Seat = tuple[pathlib.Path, pathlib.Path]  # (the cgroup we came from, the guest's own below it)
+
+
+def seats(name: str) -> list[Seat]:
+    """Where the calling process's cgroups are, and where the guest's would be."""
+    found = []
+    for hierarchy, mount_point in _mounted().items():
+        for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if hierarchy == ("cgroup2" if number == "0" else controllers):
+                base = mount_point / path.lstrip("/")
+                found.append((base, base / name))
+    return found
+
+
+def _mounted() -> dict[str, pathlib.Path]:
+    """The first mount point of cgroup2 and of the v1 hierarchy name=systemd."""
+    found: dict[str, pathlib.Path] = {}
+    for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        mount_point = pathlib.Path(before.split(" ")[4])
+        if kind == "cgroup2":
+            found.setdefault("cgroup2", mount_point)
+        elif kind == "cgroup" and "name=systemd" in options.split(","):
+            found.setdefault("name=systemd", mount_point)
+    return found
+
+
+def enter(taken: list[Seat]) -> None:
+    for _, own in taken:
+        own.mkdir(exist_ok=True)
+        (own / "cgroup.procs").write_text("0")
+
+
+def leave(taken: list[Seat]) -> None:
+    for base, own in taken:
+        with contextlib.suppress(OSError):
+            (base / "cgroup.procs").write_text("0")
+        remove_tree(own)
+
+
+def remove_tree(top: pathlib.Path) -> None:
+    """Remove an empty cgroup with all below it; a just-killed process may keep it busy a moment."""
+    deadline = time.monotonic() + 2
+    while top.is_dir():
+        for directory, _, _ in os.walk(top, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+        if time.monotonic() > deadline:
+            return
+        if top.is_dir():
+            time.sleep(0.01)

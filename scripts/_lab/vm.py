@@ -1,0 +1,128 @@
+"""How a guest is started and entered as a whole virtual machine: qemu with ssh inside.
+
+Software emulation by default works everywhere; /dev/kvm is used where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+from . import host, image
+
+# TCG on two shared cores: about 20 s to multi-user when idle, several times that when others work.
+BOOT_TIMEOUT = 240.0
+
+
+def boot_argv(
+    name: str,
+    built: image.MachineImage,
+    port: int,
+    shares: Sequence[tuple[str, bool]],
+    *,
+    memory_mib: int,
+    cpus: int,
+) -> list[str]:
+    """`shares` are host directories with "read-only?", visible as 9p tags share0, share1, …"""
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        speed = ["-accel", "kvm", "-cpu", "host"]
+    else:
+        # "-cpu max" and "-cpu Nehalem" panic under TCG (qemu 7.2); pku is what TCG lacks.
+        speed = ["-accel", "tcg,thread=multi", "-cpu", "Skylake-Client-v1,pku=off"]
+    argv = [
+        "qemu-system-x86_64",
+        *("-name", name, "-M", "q35", *speed),
+        *("-smp", str(cpus), "-m", str(memory_mib)),
+        *("-nographic", "-nodefaults", "-serial", "stdio", "-monitor", "none"),
+        *("-kernel", str(built.kernel), "-initrd", str(built.initrd)),
+        *("-append", f"root=/dev/vda rw console=ttyS0 panic=-1 systemd.hostname={name}"),
+        # -snapshot: writes go to an unlinked file, so nothing is left whatever is killed; a reboot
+        # inside the machine keeps them.
+        *("-drive", f"file={built.disk},format=raw,if=virtio,cache=unsafe", "-snapshot"),
+        # restrict: the machine reaches nothing; only our ssh reaches it.
+        *("-netdev", f"user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
+        *("-device", "virtio-net-pci,netdev=net0"),
+        *("-device", "virtio-rng-pci"),
+    ]
+    for index, (source, read_only) in enumerate(shares):
+        access = ",readonly=on" if read_only else ""
+        argv += [
+            "-virtfs",
+            f"local,path={source},mount_tag=share{index},security_model=passthrough{access}",
+        ]
+    return argv
+
+
+def free_port() -> int:
+    """A port that was free a moment ago; the start fails clearly should another take it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def ssh_argv(directory: pathlib.Path, key: pathlib.Path, port: int, *, tty: bool) -> list[str]:
+    return [
+        "ssh",
+        *("-F", "none", "-i", str(key), "-p", str(port), "-l", "root"),
+        *("-o", "BatchMode=yes", "-o", "LogLevel=ERROR"),
+        # The machine is ours, on the loopback, and its host key dies with it.
+        *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"),
+        # One connection for all commands: a key exchange costs a second under emulation.
+        *("-o", f"ControlPath={directory}/ssh"),
+        "-t" if tty else "-T",
+        "127.0.0.1",
+    ]
+
+
+def remote_command(argv: Sequence[str]) -> list[str]:
+    """ssh hands one string to the guest's shell: quote it so that the words stay what they are."""
+    return [shlex.join(argv)]
+
+
+def wait_for_ssh(argv: Sequence[str], port: int, still_running: subprocess.Popen[bytes]) -> bool:
+    """Until the machine has booted to the end; False when qemu ended or time is up."""
+    deadline = time.monotonic() + BOOT_TIMEOUT
+    while time.monotonic() < deadline and still_running.poll() is None:
+        if _banner(port):
+            # The shared connection. Its process would keep a captured stderr open: give it none.
+            _quiet([argv[0], "-M", "-N", "-f", *argv[1:]], deadline)
+            # --wait: until the boot has finished, degraded or not.
+            state = _quiet([*argv, "systemctl is-system-running --wait"], deadline)
+            if state in {b"running", b"degraded"}:
+                return True
+        time.sleep(0.3)
+    return False
+
+
+def _quiet(argv: Sequence[str], deadline: float) -> bytes:
+    try:
+        answer = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if argv[-1] != "127.0.0.1" else subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=max(1.0, deadline - time.monotonic()),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return b""
+    return (answer.stdout or b"").strip()
+
+
+def _banner(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
+def need() -> None:
+    host.need_root("start a virtual machine")
+    host.need_tools(host.VM_TOOLS)
