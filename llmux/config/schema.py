@@ -1,0 +1,140 @@
+"""The configuration as frozen values. Every default appears once, here.
+
+Durations are seconds as float (keys end in ``_secs`` or ``_ms``), sizes are bytes. Key names follow
+the user's guide of the earlier system wherever it had one, so that its files load unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+DEFAULT_GPU_MEMORY = 0.9  # vLLM's own default for --gpu-memory-utilization
+GPU_RESIDUE = 0.03  # CUDA context and graphs that sleep leaves behind: "~97 % freed" (guide)
+
+
+class Weights(StrEnum):
+    """What vLLM does with the weights before the process axis acts."""
+
+    RETAIN = "retain"
+    OFFLOAD = "offload"  # sleep level 1
+    DISCARD = "discard"  # sleep level 2
+
+
+class Process(StrEnum):
+    """What happens to the engine's processes."""
+
+    KEEP_RUNNING = "keep_running"
+    FREEZE = "freeze"
+    CUDA_SUSPEND = "cuda_suspend"
+    CHECKPOINT = "checkpoint"
+    STOP = "stop"
+
+
+class PolicyType(StrEnum):
+    FIFO = "fifo"
+    COST_AWARE = "cost_aware"
+    TIME_SLICE = "time_slice"
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """The two axes of parking; written ``weights+process`` on the command line and in logs."""
+
+    weights: Weights = Weights.RETAIN
+    process: Process = Process.STOP
+
+    def __str__(self) -> str:
+        return f"{self.weights}+{self.process}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model. ``name`` is what clients put into ``model``."""
+
+    name: str
+    model_path: str
+    port: int | None = None  # TCP on 127.0.0.1; None = a unix socket of ours
+    eviction: Eviction = Eviction()
+    extra_args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    checkpoint_path: str | None = None
+    gpus: tuple[int, ...] | int = (0,)  # indices, or a count to be placed
+    gpu_memory: float = DEFAULT_GPU_MEMORY  # share of each GPU, (0, 1]
+    gpu_memory_parked: float | None = None  # share still held while parked; None = by eviction
+    vllm_command: tuple[str, ...] | None = None  # None = the top-level one
+    startup_timeout_secs: float | None = None  # None = the top-level one
+    sleep_timeout_secs: float = 120.0
+    wake_timeout_secs: float = 300.0  # one bound for wake_up and reload_weights: slow disks count
+    stop_grace_secs: float = 10.0  # SIGTERM to cgroup kill
+    stall_timeout_secs: float = (
+        120.0  # no byte from a busy engine for so long: probe, then kill; 0 = off
+    )
+    canary: bool = True
+    allow_tensor_parallel_parking: bool = False  # cuda_suspend and checkpoint across several GPUs
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    policy_type: PolicyType = PolicyType.FIFO
+    request_timeout_secs: float = 300.0
+    drain_before_switch: bool = True
+    drain_timeout_secs: float = 120.0
+    min_active_secs: float = 5.0
+    coalesce_window_ms: float = 2000.0
+    amortization_factor: float = 0.5
+    max_wait_secs: float = 15.0
+    tick_interval_ms: float = 500.0
+    min_quantum_ms: float = 2000.0
+    backoff_secs: float = 2.0  # first wait after a failed start; doubles
+    backoff_max_secs: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    criu_path: str = "criu"
+    cuda_plugin_dir: str | None = None  # None = CUDA out of band, CRIU with an empty plugin dir
+    images_dir: str = "/var/lib/llmux/checkpoints"
+    cuda_checkpoint_path: str | None = None  # None = the driver API
+    keep_images: bool = True
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    listen: tuple[
+        str, ...
+    ] = ()  # "host:port" or "unix:/path"; empty = 127.0.0.1 on the top-level port
+    workers: int = 1
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_waiting: int = 1024  # requests that may wait for one model in one worker
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration; ``sources`` are the files it came from, in order."""
+
+    models: Mapping[str, ModelConfig] = field(default_factory=lambda: MappingProxyType({}))
+    policy: PolicyConfig = PolicyConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    port: int = 3000
+    metrics_port: int = 9090  # 0 = off
+    vllm_command: tuple[str, ...] = ("vllm",)
+    engine_user: str = "llmux-engine"
+    gpu_count: int | None = None  # None = ask the GPU observer, else 1
+    warmup: bool = False
+    startup_timeout_secs: float = 1800.0
+    sources: tuple[str, ...] = ()
+
+    def listen_addresses(self) -> tuple[str, ...]:
+        """Where the gateway listens; without a choice only the loopback, on ``port``."""
+        return self.gateway.listen or (f"127.0.0.1:{self.port}",)
+
+    def startup_timeout(self, model: ModelConfig) -> float:
+        own = model.startup_timeout_secs
+        return self.startup_timeout_secs if own is None else own

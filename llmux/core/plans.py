@@ -1,0 +1,160 @@
+"""Plans are data: what an operation does step by step, with a deadline for each step.
+
+``park_plan`` and ``wake_plan`` mirror each other; the wake plan follows from how the engine *was*
+parked, never from today's configuration. A step that fails or overruns ends the plan and its
+``fallback`` runs: the ladder whose last rung is the kill of the whole cgroup.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from llmux.config.schema import Eviction, ModelConfig, Process, Weights
+
+
+class StepKind(StrEnum):
+    """What a step does; the value is the phase name in metrics and in the journal."""
+
+    SPAWN = "spawn"
+    WAIT_HEALTHY = "wait_healthy"
+    DESCRIBE = "describe"
+    CANARY_RECORD = "canary_record"
+    CANARY_CHECK = "canary_check"
+    SLEEP = "sleep"
+    WAKE_UP = "wake_up"
+    RELOAD_WEIGHTS = "reload_weights"
+    RESET_PREFIX_CACHE = "reset_prefix_cache"
+    FREEZE = "freeze"
+    THAW = "thaw"
+    CUDA_SUSPEND = "cuda_suspend"
+    CUDA_RESUME = "cuda_resume"
+    DUMP = "dump"
+    RESTORE = "restore"
+    TERMINATE = "terminate"
+    KILL = "kill"
+    VERIFY_RELEASE = "verify_release"
+
+
+class Outcome(StrEnum):
+    """How an operation ended, as observed."""
+
+    UP = "up"  # healthy, verified, may serve
+    PARKED = "parked"  # as the plan's eviction says
+    DOWN = "down"  # no process left, GPU released
+    STUCK = "stuck"  # not even the kill was seen to work: the claim is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``deadline`` in seconds. An optional step's failure is reported and passed over."""
+
+    kind: StepKind
+    deadline: float
+    level: int = 0
+    tags: tuple[str, ...] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``success``: the outcome when all steps worked. The fallback ends in DOWN or STUCK."""
+
+    name: str  # start, park, wake, stop
+    steps: tuple[Step, ...]
+    success: Outcome
+    eviction: Eviction | None = None
+    fallback: tuple[Step, ...] = ()
+
+    @property
+    def deadline(self) -> float:
+        """The longest this plan can take, in seconds, its fallback included."""
+        return sum(step.deadline for step in (*self.steps, *self.fallback))
+
+
+FREEZE_SECS = 10.0  # measured 1-20 ms for a vLLM tree; a task in uninterruptible sleep delays it
+KILL_SECS = 15.0  # cgroup.kill is immediate but for tasks inside the driver or on a slow disk
+RELEASE_SECS = 10.0  # the driver frees a killed process's memory within a second or two
+CANARY_SECS = 60.0  # eight tokens; the first request after a start may compile kernels
+PROBE_SECS = 30.0
+DESCRIBE_SECS = 5.0
+SPAWN_SECS = 30.0  # measured 5-40 ms; D-Bus and a busy machine are the rest
+
+
+def _down(model: ModelConfig, *, grace: bool) -> tuple[Step, ...]:
+    """End the engine for certain: SIGTERM (where it pays), cgroup kill, see the memory gone."""
+    terminate = (Step(StepKind.TERMINATE, model.stop_grace_secs, optional=True),) if grace else ()
+    return (
+        *terminate,
+        Step(StepKind.KILL, KILL_SECS),
+        Step(StepKind.VERIFY_RELEASE, RELEASE_SECS),
+    )
+
+
+def start_plan(model: ModelConfig, startup_secs: float) -> Plan:
+    """Cold start in a unit of its own."""
+    return Plan(
+        name="start",
+        steps=(
+            Step(StepKind.SPAWN, SPAWN_SECS),
+            Step(StepKind.WAIT_HEALTHY, startup_secs),
+            Step(StepKind.DESCRIBE, DESCRIBE_SECS, optional=True),
+            *((Step(StepKind.CANARY_RECORD, CANARY_SECS),) if model.canary else ()),
+        ),
+        success=Outcome.UP,
+        fallback=_down(model, grace=False),
+    )
+
+
+def resume_start_plan(model: ModelConfig, startup_secs: float) -> Plan:
+    """The rest of a start that a former supervisor began: the unit is there already."""
+    plan = start_plan(model, startup_secs)
+    return Plan(plan.name, plan.steps[1:], plan.success, None, plan.fallback)
+
+
+def stop_plan(model: ModelConfig, *, grace: bool = True) -> Plan:
+    """No process left. Without ``grace`` for an engine that died or hangs: it ignores SIGTERM."""
+    return Plan("stop", _down(model, grace=grace), Outcome.DOWN)
+
+
+def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
+    """Weights axis first (vLLM itself), then the process axis on what is left."""
+    if eviction.process is Process.STOP:
+        return Plan("park", _down(model, grace=True), Outcome.DOWN, eviction)
+    steps: list[Step] = []
+    if eviction.weights is not Weights.RETAIN:
+        level = 1 if eviction.weights is Weights.OFFLOAD else 2
+        steps.append(Step(StepKind.SLEEP, model.sleep_timeout_secs, level=level))
+    if eviction.process is Process.FREEZE:
+        steps.append(Step(StepKind.FREEZE, FREEZE_SECS))
+    if eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT):
+        raise NotImplementedError(eviction)
+    if eviction.weights is not Weights.RETAIN:
+        steps.append(Step(StepKind.VERIFY_RELEASE, RELEASE_SECS))
+    return Plan("park", tuple(steps), Outcome.PARKED, eviction, _down(model, grace=True))
+
+
+def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
+    """The way back from ``eviction``, which is how the engine was parked."""
+    steps: list[Step] = []
+    if eviction.process is Process.FREEZE:
+        steps.append(Step(StepKind.THAW, FREEZE_SECS))
+    wake = model.wake_timeout_secs
+    match eviction.weights:
+        case Weights.OFFLOAD:
+            steps.append(Step(StepKind.WAKE_UP, wake))
+        case Weights.DISCARD:
+            # weights first, then the reload, then the KV cache: the other order needs the memory of
+            # both at once, and level 2 without a reload answers garbage (vllm#29341, #16564)
+            steps += [
+                Step(StepKind.WAKE_UP, wake, tags=("weights",)),
+                Step(StepKind.RELOAD_WEIGHTS, wake),
+                Step(StepKind.WAKE_UP, wake, tags=("kv_cache",)),
+                Step(StepKind.RESET_PREFIX_CACHE, PROBE_SECS, optional=True),
+            ]
+        case Weights.RETAIN:
+            pass
+    steps.append(Step(StepKind.WAIT_HEALTHY, PROBE_SECS))
+    if model.canary:
+        steps.append(Step(StepKind.CANARY_CHECK, CANARY_SECS))
+    return Plan("wake", tuple(steps), Outcome.UP, eviction, _down(model, grace=False))

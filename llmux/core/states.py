@@ -1,0 +1,75 @@
+"""The states of a model and the legal transitions between them, as data.
+
+From ``TRANSITIONS`` come the run-time check, a test over every pair and the diagram in
+ARCHITECTURE.md. The value of a state is the word used in the API, the journal and the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+
+class ModelState(StrEnum):
+    STOPPED = "stopped"
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    PARKING = "parking"
+    PARKED = "parked"
+    WAKING = "waking"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+# Fixed numbers for metrics and stored files: never renumber, only add.
+NUMBERS: Final[Mapping[ModelState, int]] = MappingProxyType(
+    {
+        ModelState.STOPPED: 0,
+        ModelState.STARTING: 1,
+        ModelState.SERVING: 2,
+        ModelState.DRAINING: 3,
+        ModelState.PARKING: 4,
+        ModelState.PARKED: 5,
+        ModelState.WAKING: 6,
+        ModelState.STOPPING: 7,
+        ModelState.FAILED: 8,
+    }
+)
+
+_S = ModelState
+
+TRANSITIONS: Final[Mapping[ModelState, frozenset[ModelState]]] = MappingProxyType(
+    {
+        _S.STOPPED: frozenset({_S.STARTING}),
+        # a start that failed is cleaned up by its own plan: down = failed, stuck = failed and held
+        _S.STARTING: frozenset({_S.SERVING, _S.FAILED}),
+        # stopping straight from serving: the engine died or hung, and its unit is cleaned up
+        _S.SERVING: frozenset({_S.DRAINING, _S.STOPPING}),
+        # back to serving when nobody wants the room any more
+        _S.DRAINING: frozenset({_S.SERVING, _S.PARKING, _S.STOPPING}),
+        # stopped: the process axis was `stop`, or the ladder ended there
+        _S.PARKING: frozenset({_S.PARKED, _S.STOPPED, _S.FAILED}),
+        _S.PARKED: frozenset({_S.WAKING, _S.STOPPING}),
+        # starting: the wake failed, was cleaned up, and the same waiters get a cold start
+        _S.WAKING: frozenset({_S.SERVING, _S.STARTING, _S.FAILED}),
+        _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED}),
+        # stopping: a stuck engine is tried again
+        _S.FAILED: frozenset({_S.STARTING, _S.STOPPED, _S.STOPPING}),
+    }
+)
+
+# The engine's process tree exists (or must be presumed to).
+ALIVE: Final = frozenset(set(ModelState) - {_S.STOPPED, _S.FAILED})
+# Between two resting states: an operation runs, or requests are being drained.
+MOVING: Final = frozenset({_S.STARTING, _S.DRAINING, _S.PARKING, _S.WAKING, _S.STOPPING})
+
+
+def diagram() -> str:
+    """The state diagram in Mermaid's notation, for ARCHITECTURE.md."""
+    lines = ["stateDiagram-v2", "    [*] --> stopped"]
+    for state in ModelState:
+        lines += [f"    {state} --> {to}" for to in ModelState if to in TRANSITIONS[state]]
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""Every Protocol through which the supervisor touches the world, and the values they exchange.
+
+Each has a real driver and an in-memory twin (``drivers/memory.py``) that keeps the same rules. All
+methods are coroutines that may be called from one event loop only, take a deadline in seconds where
+they can wait, and return only what was *observed* after acting. Unless said otherwise they are
+idempotent, raise DriverTimeout when the deadline passes (outcome unknown) and DriverError otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from llmux.protocol import Address
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSpec:
+    """How to start an engine (or ``criu restore``) inside a new unit.
+
+    ``user``: name to drop to, None = stay who we are. ``runtime_dir`` is made first, owned by that
+    user with the set-group-id bit so that the gateway's group can reach the sockets in it.
+    """
+
+    model: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    user: str | None
+    stdout: str
+    stderr: str
+    runtime_dir: str
+    cwd: str = "/"
+    deny_io_uring: bool = True  # not when argv is criu: it restores the filter itself
+    properties: Mapping[str, Any] = field(default_factory=dict)  # unit properties, systemd's names
+
+
+@dataclass(frozen=True, slots=True)
+class UnitHandle:
+    """A unit with an engine's process tree in it.
+
+    ``pid`` is the root of the tree; ``start_ticks`` (field 22 of /proc/PID/stat) makes it unique.
+    ``cgroup`` is the unit's own directory below the cgroup2 mount, None where there are no cgroups.
+    """
+
+    model: str
+    unit: str
+    pid: int
+    start_ticks: int
+    cgroup: str | None = None
+
+
+class UnitManager(Protocol):
+    """Owns processes: every engine lives in exactly one unit and nothing outlives it."""
+
+    async def start(self, spec: LaunchSpec, deadline: float) -> UnitHandle:
+        """A new unit exists, the payload has been exec'ed inside it. Raises UnitFailed (name taken by
+        a live unit, user unknown, exec failed: the message has the cause); then nothing is left."""
+
+    async def terminate(self, handle: UnitHandle, deadline: float) -> bool:
+        """SIGTERM to the root process, thawed first; True when the whole unit was seen empty in time.
+        A child that outlives the root is left for kill()."""
+
+    async def kill(self, handle: UnitHandle, deadline: float) -> None:
+        """Kill everything in the unit (cgroup.kill where there are cgroups) and see it gone, its
+        name free again. Works on frozen trees. Already gone is fine."""
+
+    async def observe(self) -> Sequence[UnitHandle]:
+        """All of llmux's engine units that have a live process now, whoever started them."""
+
+    async def pids(self, handle: UnitHandle) -> Sequence[int]:
+        """The processes in the unit now; empty when it is gone."""
+
+    def watch(self, handle: UnitHandle, on_exit: Callable[[UnitHandle, str], None]) -> None:
+        """Call ``on_exit(handle, description)`` once in the loop when the root process has ended;
+        description is "exit status 1", "killed by SIGKILL", or "gone" when it was not our child."""
+
+    def unwatch(self, handle: UnitHandle) -> None:
+        """No call of on_exit after this returns."""
+
+    async def close(self) -> None:
+        """Give up file descriptors and threads; leaves units as they are (systemd) or kills them
+        (direct children, which must not outlive the embedded server)."""
+
+
+class Freezer(Protocol):
+    """cgroup v2 freezer on the ``engine/`` sub-cgroup of a unit."""
+
+    async def freeze(self, handle: UnitHandle, deadline: float) -> None:
+        """cgroup.events was seen to say frozen 1. On failure it is thawed again: half-frozen is worse."""
+
+    async def thaw(self, handle: UnitHandle, deadline: float) -> None:
+        """cgroup.events was seen to say frozen 0. Gone is an error."""
+
+    async def frozen(self, handle: UnitHandle) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A short greedy completion: what the engine said, and its log-probs where it gives them."""
+
+    text: str
+    logprobs: tuple[float, ...] = ()
+
+
+class Engine(Protocol):
+    """vLLM's HTTP control API. Raises EngineUnhealthy with status and body excerpt on a bad answer."""
+
+    async def healthy(self, address: Address, deadline: float) -> bool:
+        """One probe of /health: True on 200. False when nobody listens or it answers otherwise."""
+
+    async def wait_healthy(self, address: Address, deadline: float) -> None:
+        """Returns as soon as /health says 200."""
+
+    async def sleep(self, address: Address, level: int, deadline: float) -> None:
+        """/is_sleeping was seen true after /sleep?level=N&mode=wait."""
+
+    async def wake(self, address: Address, tags: Sequence[str], deadline: float) -> None:
+        """POST /wake_up, with bounded retries; tags empty = everything."""
+
+    async def reload_weights(self, address: Address, deadline: float) -> None: ...
+
+    async def reset_prefix_cache(self, address: Address, deadline: float) -> None: ...
+
+    async def sleeping(self, address: Address, deadline: float) -> bool | None:
+        """None when the engine has no such endpoint."""
+
+    async def canary(self, address: Address, model: str, deadline: float) -> Canary:
+        """Greedy completion of a fixed prompt (8 tokens, seed fixed), log-probs when available."""
+
+    async def describe(self, address: Address, deadline: float) -> Mapping[str, Any]:
+        """{"version": str|None, "max_model_len": int|None, "paths": [..from /openapi.json..]}"""
+
+
+class EngineOutput(Protocol):
+    """Engines' stdout and stderr: to the journal under the engine's own unit, last lines kept."""
+
+    def paths(self, model: str) -> tuple[str, str]:
+        """(stdout, stderr) files, append-only, below the model's directory; directory made."""
+
+    def attach(self, handle: UnitHandle) -> None:
+        """Follow both files from their present end (or from where a former supervisor stopped)."""
+
+    def detach(self, model: str) -> None:
+        """Forward what is left and stop following."""
+
+    def tail(self, model: str, lines: int = 20) -> list[str]:
+        """The last lines, oldest first, escape sequences removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    gpu: int
+    pid: int
+    used_bytes: int
+
+
+class GpuObserver(Protocol):
+    """Who holds how much GPU memory: NVML, the tests' ledger, or nothing known."""
+
+    @property
+    def available(self) -> bool: ...
+
+    async def gpu_count(self) -> int: ...
+
+    async def processes(self) -> Sequence[GpuProcess]: ...
+
+    async def totals(self) -> Mapping[int, int]:
+        """GPU index → bytes of memory."""
+
+
+class DeviceCheckpointer(Protocol):
+    """CUDA state of a set of processes into host memory and back; all or nothing for the set."""
+
+    async def suspend(self, pids: Sequence[int], deadline: float) -> Sequence[int]:
+        """Lock all, checkpoint all; returns the pids that had CUDA state. On failure those already
+        locked are unlocked; a process left in FAILED is named in the error (kill it)."""
+
+    async def resume(self, pids: Sequence[int], deadline: float) -> None:
+        """Restore all, unlock all, each seen running."""
+
+
+class Notifier(Protocol):
+    """sd_notify."""
+
+    def ready(self) -> None: ...
+    def status(self, text: str) -> None: ...
+    def reloading(self) -> None: ...
+    def stopping(self) -> None: ...
+    def watchdog(self) -> None: ...
+
+
+class StateStore(Protocol):
+    """A small versioned document, replaced atomically. A hint for reconcile, never the truth."""
+
+    def load(self) -> Mapping[str, Any]: ...
+    def save(self, document: Mapping[str, Any]) -> None: ...

@@ -1,0 +1,227 @@
+"""What supervisor, gateway workers and the command line say to each other.
+
+Newline-delimited JSON over a unix stream socket, one message a line, at most ``MAX_LINE`` bytes. The
+peer's credentials (SO_PEERCRED) decide which verbs it may speak; nothing in a message does.
+
+A *grant* lets a worker send requests for a model straight to its engine while it holds the grant's
+epoch. *Revoke* ends that: nothing new on that epoch, what runs may finish, then *drained*. A worker
+that disconnects loses its grants and its demand; one that reconnects says which epochs it holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+from llmux.errors import ControlError
+
+PROTOCOL_VERSION = 1
+MAX_LINE = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an engine's HTTP API listens: a unix socket path, or a TCP port on 127.0.0.1."""
+
+    uds: str | None = None
+    port: int | None = None
+
+    def __str__(self) -> str:
+        return f"unix:{self.uds}" if self.uds else f"127.0.0.1:{self.port}"
+
+
+class Message:
+    """Base of all messages; ``kind`` is the value of ``"type"`` on the wire."""
+
+    kind: ClassVar[str]
+    registry: ClassVar[dict[str, type[Message]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # slots=True makes dataclass build the class twice; the second registration wins.
+        Message.registry[cls.kind] = cls
+
+    def encode(self) -> bytes:
+        body = {"type": self.kind, **asdict(self)}  # type: ignore[call-overload]  # dataclass
+        return json.dumps(body, separators=(",", ":")).encode() + b"\n"
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]  # dataclass
+        return cls(**{key: value for key, value in body.items() if key in known})
+
+
+# ---- worker → supervisor ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """First message of every connection. ``holds`` maps model to the epoch a worker still holds."""
+
+    kind: ClassVar[str] = "hello"
+    role: str  # "gateway" or "cli"
+    worker: str = ""  # unique per worker process
+    holds: dict[str, str] = field(default_factory=dict)
+    version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Demand(Message):
+    """One worker's aggregate for one model, sent when it changes, at most every few ms.
+
+    ``in_flight`` counts requests admitted on any epoch until their last byte or their client's
+    departure. ``progress`` is a counter that grows whenever the engine sent bytes for any of them.
+    ``completed`` counts requests that ended well since the worker started.
+    """
+
+    kind: ClassVar[str] = "demand"
+    model: str
+    waiting: int = 0
+    oldest_age: float | None = None  # seconds the longest waiter has waited
+    in_flight: int = 0
+    progress: int = 0
+    completed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drained(Message):
+    """Nothing is in flight on that epoch any more and no connection to the engine is open."""
+
+    kind: ClassVar[str] = "drained"
+    model: str
+    epoch: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost(Message):
+    """The engine refused or broke a connection: the supervisor should look at it now."""
+
+    kind: ClassVar[str] = "engine_lost"
+    model: str
+    epoch: str
+    error: str
+
+
+# ---- supervisor → worker ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a worker shows of a model in /v1/models."""
+
+    name: str
+    state: str
+    created: int = 0
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog(Message):
+    """All models and their states; sent after hello and whenever something in it changes."""
+
+    kind: ClassVar[str] = "catalog"
+    models: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, models: list[ModelInfo]) -> Self:
+        return cls(models=[asdict(model) for model in models])
+
+    def infos(self) -> list[ModelInfo]:
+        return [ModelInfo(**model) for model in self.models]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant(Message):
+    """Requests for ``model`` may go straight to ``address`` while ``epoch`` is held.
+
+    All that wait for the model are admitted at once, counted in flight before anything else is
+    read from this connection: a revoke that follows waits for them.
+    """
+
+    kind: ClassVar[str] = "grant"
+    model: str
+    epoch: str
+    uds: str | None = None
+    port: int | None = None
+
+    @property
+    def address(self) -> Address:
+        return Address(self.uds, self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke(Message):
+    """Admit nothing more on ``epoch``; answer *drained* when the last request on it has ended.
+
+    ``dead``: the engine is gone; what has not had a byte of answer yet may wait again.
+    """
+
+    kind: ClassVar[str] = "revoke"
+    model: str
+    epoch: str
+    dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cut(Message):
+    """The drain deadline passed: end what is still in flight on ``epoch`` with this error."""
+
+    kind: ClassVar[str] = "cut"
+    model: str
+    epoch: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse(Message):
+    """Answer every request that waits for ``model`` now with this error."""
+
+    kind: ClassVar[str] = "refuse"
+    model: str
+    code: str
+    message: str
+    retry_after: float | None = None
+
+
+# ---- ask and answer (command line and /control) -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ask(Message):
+    """A question or an order; answered by exactly one ``Answer`` with the same id."""
+
+    kind: ClassVar[str] = "ask"
+    id: int
+    verb: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Message):
+    kind: ClassVar[str] = "answer"
+    id: int
+    ok: bool
+    result: Any = None
+    code: str | None = None  # a Reason when not ok
+    message: str | None = None
+    retry_after: float | None = None
+
+
+def decode(line: bytes) -> Message:
+    """One line → one message. Raises ControlError that says what is wrong with it."""
+    try:
+        body = json.loads(line)
+    except ValueError as error:
+        raise ControlError(f"cannot read a control message: {error}: {line[:80]!r}") from error
+    if not isinstance(body, dict):
+        raise ControlError(f"cannot read a control message: not an object: {line[:80]!r}")
+    cls = Message.registry.get(str(body.get("type")))
+    if cls is None:
+        raise ControlError(f"cannot read a control message: unknown type {body.get('type')!r}")
+    try:
+        return cls.from_body(body)
+    except TypeError as error:
+        raise ControlError(f"cannot read a {cls.kind} message: {error}") from error
