@@ -71,9 +71,7 @@ class ModelConfig:
     sleep_timeout_secs: float = 120.0
     wake_timeout_secs: float = 300.0  # one bound for wake_up and reload_weights: slow disks count
     stop_grace_secs: float = 10.0  # SIGTERM to cgroup kill
-    stall_timeout_secs: float = (
-        120.0  # no byte from a busy engine for so long: probe, then kill; 0 = off
-    )
+    stall_timeout_secs: float = 120.0  # busy and no byte for so long: probe, then kill; 0 = off
     canary: bool = True
     allow_tensor_parallel_parking: bool = False  # cuda_suspend and checkpoint across several GPUs
 
@@ -106,9 +104,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    listen: tuple[
-        str, ...
-    ] = ()  # "host:port" or "unix:/path"; empty = 127.0.0.1 on the top-level port
+    listen: tuple[str, ...] = ()  # "host:port" or "unix:/path"; empty = 127.0.0.1:port
     workers: int = 1
     max_body_bytes: int = 64 * 1024 * 1024
     max_waiting: int = 1024  # requests that may wait for one model in one worker

@@ -1,0 +1,334 @@
+"""What a file cannot show key by key: clashes between keys, missing files, an unfit host.
+
+``cross_faults`` and ``file_faults`` are part of loading. ``check_host`` and ``check_embedded`` are
+asked by whoever is about to run engines here: the same file may be right for another machine.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from llmux.config.marks import NO_MARKS, Fault, KeyPath, Marks, dotted, quote
+from llmux.config.parse import split_address
+from llmux.config.schema import Config, ModelConfig, Process
+from llmux.config.vllm_args import PIPELINE_PARALLEL, TENSOR_PARALLEL, find_flag
+from llmux.errors import Problem
+
+WILDCARDS: Final = {"0.0.0.0": ".", "::": ":"}  # noqa: S104  # address → mark of its family
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A configuration in which the values under ``broken`` are only stand-ins."""
+
+    config: Config
+    marks: Marks
+    broken: frozenset[KeyPath]
+
+    def sound(self, *paths: KeyPath) -> bool:
+        """No problem was found at, in or around these paths: a check may rely on them."""
+        return not any(
+            bad[: len(path)] == path or path[: len(bad)] == bad
+            for path in paths
+            for bad in self.broken
+        )
+
+    def is_set(self, path: KeyPath) -> bool:
+        return path in self.marks.table
+
+    def place(self, path: KeyPath) -> str:
+        """How another problem refers to this value."""
+        where = f"{self.marks.at(path)}" if self.is_set(path) else "default"
+        return f"{dotted(path)} ({where})"
+
+
+Check = Callable[[Draft], Iterator[Fault]]
+
+
+def cross_faults(draft: Draft) -> list[Fault]:
+    return [fault for check in _CROSS_CHECKS for fault in check(draft)]
+
+
+# --- clashes --------------------------------------------------------------------------------------
+
+
+def _ports(draft: Draft) -> Iterator[Fault]:
+    """Engines, gateway and metrics share the machine's ports; a clash shows only when they bind."""
+    config = draft.config
+    claims: list[tuple[int, KeyPath]] = [(config.metrics_port, ("metrics_port",))]
+    if config.gateway.listen:
+        for path, _, port in _tcp_addresses(draft):
+            claims.append((port, path))
+    else:
+        claims.append((config.port, ("port",)))
+    for name, model in config.models.items():
+        if model.port is not None:
+            claims.append((model.port, ("models", name, "port")))
+    seen: dict[int, KeyPath] = {}
+    for port, path in claims:
+        if port == 0 or not draft.sound(path):
+            continue
+        first = seen.setdefault(port, path)
+        both_listen = first[0] == "gateway" and path[0] == "gateway"
+        if first is path or both_listen:
+            continue
+        here, there = (path, first) if draft.is_set(path) else (first, path)
+        message = f"port {port} is also {draft.place(there)}; give each its own port"
+        yield draft.marks.fault(here, message)
+
+
+def _tcp_addresses(draft: Draft) -> Iterator[tuple[KeyPath, str, int]]:
+    listed = ("gateway", "listen", 0) in draft.marks.table
+    for index, address in enumerate(draft.config.gateway.listen):
+        path: KeyPath = ("gateway", "listen", index) if listed else ("gateway", "listen")
+        parts = split_address(address)
+        if parts:
+            yield path, *parts
+
+
+def _listen_twice(draft: Draft) -> Iterator[Fault]:
+    addresses = draft.config.gateway.listen
+    for index, address in enumerate(addresses):
+        if address in addresses[:index]:
+            path: KeyPath = ("gateway", "listen", index)
+            yield draft.marks.fault(path, f"{quote(address)} is here twice")
+    tcp = list(_tcp_addresses(draft))
+    for path, host, port in tcp:
+        family = WILDCARDS.get(host)
+        for other_path, other, other_port in tcp:
+            if family and other != host and other_port == port and family in other:
+                wide = f"{quote(addresses[_index(path)])} already covers it; keep one of the two"
+                if WILDCARDS.get(other) is None:
+                    yield draft.marks.fault(other_path, wide)
+
+
+def _index(path: KeyPath) -> int:
+    return path[-1] if isinstance(path[-1], int) else 0
+
+
+def _backoff(draft: Draft) -> Iterator[Fault]:
+    policy = draft.config.policy
+    first: KeyPath = ("policy", "backoff_secs")
+    last: KeyPath = ("policy", "backoff_max_secs")
+    if draft.sound(first, last) and policy.backoff_secs > policy.backoff_max_secs:
+        here, there = (last, first) if draft.is_set(last) else (first, last)
+        message = (
+            f"backoff_secs ({policy.backoff_secs:g}) may not exceed backoff_max_secs "
+            f"({policy.backoff_max_secs:g}); see {draft.place(there)}"
+        )
+        yield draft.marks.fault(here, message)
+
+
+# --- GPUs -----------------------------------------------------------------------------------------
+
+
+def _models(draft: Draft, *keys: str) -> Iterator[tuple[KeyPath, ModelConfig]]:
+    for name, model in draft.config.models.items():
+        path: KeyPath = ("models", name)
+        if draft.sound(*((*path, key) for key in keys)):
+            yield path, model
+
+
+def _parallel(model: ModelConfig) -> tuple[int, int]:
+    """(GPUs that the engine's own arguments spread it over, index of the argument that says so)."""
+    size, where = 1, 0
+    for names in (PIPELINE_PARALLEL, TENSOR_PARALLEL):
+        flag = find_flag(model.extra_args, names)
+        if flag and flag.value and int(flag.value) > 1:
+            size, where = size * int(flag.value), flag.index
+    return size, where
+
+
+def _gpu_numbers(draft: Draft) -> Iterator[Fault]:
+    count = draft.config.gpu_count
+    for path, model in _models(draft, "gpus", "extra_args"):
+        gpus: KeyPath = (*path, "gpus")
+        asked = model.gpus if isinstance(model.gpus, int) else len(model.gpus)
+        size, where = _parallel(model)
+        if size > asked:
+            message = (
+                f"vLLM is told to use {size} GPUs, but {draft.place(gpus)} gives it {asked}; "
+                f"write gpus: {size}"
+            )
+            yield draft.marks.fault((*path, "extra_args", where), message)
+        needed = model.gpus if isinstance(model.gpus, int) else max(model.gpus) + 1
+        if count is not None and draft.sound(("gpu_count",)) and needed > count:
+            has = f"but {draft.place(('gpu_count',))} is {count}"
+            if isinstance(model.gpus, int):
+                message = f"{model.gpus} GPUs are asked for, {has}"
+            else:
+                message = f"GPU {max(model.gpus)} is asked for, {has} (indices start at 0)"
+            here = gpus if draft.is_set(gpus) else (*path, "extra_args")
+            yield draft.marks.fault(here, message)
+
+
+def _gpu_memory(draft: Draft) -> Iterator[Fault]:
+    for path, model in _models(draft, "gpu_memory", "gpu_memory_parked", "extra_args"):
+        if model.gpu_memory_parked is not None and model.gpu_memory_parked > model.gpu_memory:
+            message = (
+                f"a parked model cannot hold more ({model.gpu_memory_parked:g}) than an awake one "
+                f"(gpu_memory is {model.gpu_memory:g})"
+            )
+            yield draft.marks.fault((*path, "gpu_memory_parked"), message)
+
+
+def _parallel_parking(draft: Draft) -> Iterator[Fault]:
+    """NCCL communicators between GPUs do not survive CUDA checkpoints unless vLLM is patched."""
+    keys = ("eviction", "extra_args", "allow_tensor_parallel_parking")
+    for path, model in _models(draft, *keys):
+        size, _ = _parallel(model)
+        suspends = model.eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT)
+        if size > 1 and suspends and not model.allow_tensor_parallel_parking:
+            message = (
+                f"cannot use {model.eviction.process} with a model on {size} GPUs: NCCL's "
+                "connections do not survive it in a stock vLLM. Use keep_running, freeze or stop, "
+                "or, for a vLLM that can, set allow_tensor_parallel_parking: true"
+            )
+            eviction: KeyPath = (*path, "eviction")
+            inherited: KeyPath = ("policy", "eviction")
+            given = draft.is_set(eviction)
+            if given or draft.sound(inherited):
+                where = eviction if given else path
+                yield draft.marks.fault(where, message)
+
+
+_CROSS_CHECKS: Final[tuple[Check, ...]] = (
+    _ports,
+    _listen_twice,
+    _backoff,
+    _gpu_numbers,
+    _gpu_memory,
+    _parallel_parking,
+)
+
+
+# --- files that the configuration names -----------------------------------------------------------
+
+
+def file_faults(draft: Draft) -> list[Fault]:
+    """Absolute paths that must exist. A path this process may not look at is not reported."""
+    return list(_file_faults(draft))
+
+
+def _file_faults(draft: Draft) -> Iterator[Fault]:
+    config = draft.config
+    yield from _program_faults(draft, ("vllm_command",), config.vllm_command)
+    for name, model in config.models.items():
+        path: KeyPath = ("models", name)
+        own: KeyPath = (*path, "model_path")
+        if model.model_path.startswith("/") and draft.sound(own):
+            problem = _missing(model.model_path)
+            if problem:
+                yield draft.marks.fault(own, f"cannot find the model: {problem}")
+        images: KeyPath = (*path, "checkpoint_path")
+        if model.checkpoint_path and draft.sound(images):
+            problem = _missing(model.checkpoint_path, directory=True)
+            if problem:
+                message = (
+                    f"cannot find the checkpoint: {problem} "
+                    "(remove the key to let llmux make a checkpoint in images_dir)"
+                )
+                yield draft.marks.fault(images, message)
+        if model.vllm_command:
+            yield from _program_faults(draft, (*path, "vllm_command"), model.vllm_command)
+
+
+def _program_faults(draft: Draft, path: KeyPath, words: tuple[str, ...]) -> Iterator[Fault]:
+    if words[0].startswith("/") and draft.sound(path):
+        problem = _not_executable(words[0])
+        if problem:
+            yield draft.marks.fault(path, f"cannot run vLLM: {problem}")
+
+
+def _missing(path: str, *, directory: bool = False) -> str | None:
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError:
+        return None
+    except OSError as error:
+        return f"{path}: {str(error.strerror).lower()}"
+    return f"{path} is not a directory" if directory and not stat.S_ISDIR(mode) else None
+
+
+def _not_executable(path: str) -> str | None:
+    problem = _missing(path)
+    if problem:
+        return problem
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    # Mode bits, not access(2): the engine runs as another user than the one who checks.
+    runnable = stat.S_ISREG(mode) and mode & 0o111
+    return None if runnable else f"{path} is not an executable file (chmod +x?)"
+
+
+# --- this host ------------------------------------------------------------------------------------
+
+
+def check_host(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:
+    """What this machine lacks to run the configuration as a service."""
+    return tuple(marks.problem(path, message) for path, message in _host_findings(config))
+
+
+def _host_findings(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    models = config.models
+    yield from _no_program(("vllm_command",), config.vllm_command[0], "vLLM", "install vLLM")
+    for name, model in models.items():
+        if model.vllm_command:
+            path: KeyPath = ("models", name, "vllm_command")
+            yield from _no_program(path, model.vllm_command[0], "vLLM", "install vLLM")
+    try:
+        pwd.getpwnam(config.engine_user)
+    except KeyError:
+        hint = f"useradd --system --shell /usr/sbin/nologin {config.engine_user}"
+        yield ("engine_user",), f"the user {config.engine_user} does not exist (run: {hint})"
+    processes = {model.eviction.process for model in models.values()}
+    images = any(model.checkpoint_path for model in models.values())
+    dumps = images or Process.CHECKPOINT in processes
+    checkpoint = config.checkpoint
+    if dumps:
+        hint = "install CRIU, or use another eviction than checkpoint"
+        yield from _no_program(("checkpoint", "criu_path"), checkpoint.criu_path, "CRIU", hint)
+        plugins = checkpoint.cuda_plugin_dir
+        if plugins and not os.path.isdir(plugins):
+            missing = f"the directory {plugins} does not exist (remove the key to do without it)"
+            yield ("checkpoint", "cuda_plugin_dir"), missing
+    tool = checkpoint.cuda_checkpoint_path
+    if tool and (dumps or Process.CUDA_SUSPEND in processes):
+        hint = "remove the key to use the driver itself"
+        yield from _no_program(("checkpoint", "cuda_checkpoint_path"), tool, "CUDA suspend", hint)
+
+
+def _no_program(path: KeyPath, program: str, what: str, hint: str) -> Iterator[tuple[KeyPath, str]]:
+    if shutil.which(program) is None:
+        place = "is missing or not executable" if "/" in program else "is not on PATH"
+        yield path, f"cannot run {what}: {program} {place} ({hint}, or set {dotted(path)})"
+
+
+_NEEDS_SERVICE: Final = {
+    Process.FREEZE: "the cgroup freezer",
+    Process.CUDA_SUSPEND: "the cgroup freezer",
+    Process.CHECKPOINT: "root and CRIU",
+}
+
+
+def check_embedded(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:
+    """What `llmux serve` cannot do: its engines are plain child processes, without root."""
+    problems = []
+    for name, model in config.models.items():
+        need = _NEEDS_SERVICE.get(model.eviction.process)
+        if need:
+            message = (
+                f"cannot use {model.eviction.process} without systemd: it needs {need}. "
+                "Use keep_running or stop, or run llmux as a service"
+            )
+            path: KeyPath = ("models", name, "eviction")
+            problems.append(marks.problem(path, message))
+    return tuple(problems)

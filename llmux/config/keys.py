@@ -1,0 +1,220 @@
+"""The file format: for each mapping its keys, their parsers, and the keys of earlier versions.
+
+Defaults are not here but in ``schema``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from types import MappingProxyType
+from typing import Any, Final
+
+from llmux.config import parse
+from llmux.config.marks import Node, Scalar, invalid, quote
+from llmux.config.schema import (
+    CheckpointConfig,
+    Config,
+    GatewayConfig,
+    ModelConfig,
+    PolicyConfig,
+    PolicyType,
+)
+from llmux.config.sections import GoneKey, Spec, eviction
+from llmux.config.vllm_args import argument_error
+
+DAY: Final = 86400.0
+
+
+def _defaults(cls: type[Any]) -> Mapping[str, Any]:
+    values = {}
+    for item in fields(cls):
+        made = item.default_factory() if item.default_factory is not MISSING else item.default
+        values[item.name] = made
+    return MappingProxyType(values)
+
+
+def _extra_argument(node: Node) -> str:
+    argument = parse.argument(node)
+    error = argument_error(argument)
+    if error:
+        raise invalid(node, error)
+    return argument
+
+
+def _use_extra_args(flag: str, *, default: str) -> GoneKey:
+    def message(node: Node) -> str:
+        value = node.text if isinstance(node, Scalar) and node.text else default
+        return (
+            f"this key is gone; pass it to vLLM: extra_args: [{quote(flag)}, {quote(value)}]"
+            if value != default
+            else f"this key is gone; remove it ({default} is the default), "
+            f"or pass {flag} in extra_args"
+        )
+
+    return message
+
+
+def _gone_gpu_memory(node: Node) -> str:
+    value = node.text if isinstance(node, Scalar) and node.text else "0.9"
+    return f"this key is gone; write gpu_memory: {value}"
+
+
+# Sleep levels of llmux 0.4 and 0.5; in 0.1 to 0.3 level 3 stopped the engine.
+_SLEEP_LEVELS: Final = MappingProxyType(
+    {
+        "1": "offload+keep_running",
+        "2": "discard+keep_running",
+        "3": "retain+cuda_suspend",
+        "4": "discard+checkpoint",
+        "5": "retain+stop",
+    }
+)
+
+
+def _gone_sleep_level(node: Node) -> str:
+    level = node.text if isinstance(node, Scalar) else ""
+    if level == "3":
+        return (
+            "this key is gone; write eviction: retain+cuda_suspend "
+            "(or eviction: retain+stop, if the file was made for 0.3 or older)"
+        )
+    if level in _SLEEP_LEVELS:
+        return f"this key is gone; write eviction: {_SLEEP_LEVELS[level]}"
+    listed = ", ".join(f"{number} = {words}" for number, words in _SLEEP_LEVELS.items())
+    return f"this key is gone; write eviction: WEIGHTS+PROCESS ({listed})"
+
+
+def _gone(message: str) -> GoneKey:
+    return lambda _node: message
+
+
+def _seconds(low: float, high: float) -> parse.Parser[float]:
+    return parse.duration("s", low, high)
+
+
+def _milliseconds(low: float, high: float) -> parse.Parser[float]:
+    return parse.duration("ms", low, high)
+
+
+_PORT: Final = parse.integer(1, 65535, "a port")
+_ARGUMENTS: Final = parse.listing(_extra_argument, '["--max-model-len", "4096"]')
+_LISTEN: Final = parse.one_or_more(parse.listen_address, '["127.0.0.1:3000"]')
+
+MODEL: Final = Spec(
+    {
+        "model_path": parse.model_path,
+        "port": _PORT,
+        "eviction": eviction,
+        "extra_args": _ARGUMENTS,
+        "env": parse.environment,
+        "checkpoint_path": parse.absolute_path,
+        "gpus": parse.gpus,
+        "gpu_memory": parse.number(0, 1, above=True),
+        "gpu_memory_parked": parse.number(0, 1),
+        "vllm_command": parse.command,
+        "startup_timeout_secs": _seconds(1, DAY),
+        "sleep_timeout_secs": _seconds(0.1, DAY),
+        "wake_timeout_secs": _seconds(0.1, DAY),
+        "stop_grace_secs": _seconds(0, 3600),
+        "stall_timeout_secs": _seconds(0, DAY),
+        "canary": parse.boolean,
+        "allow_tensor_parallel_parking": parse.boolean,
+    },
+    required={"model_path": "a Hugging Face id such as Qwen/Qwen3-0.6B, or an absolute path"},
+    gone={
+        "sleep_level": _gone_sleep_level,
+        "gpu_memory_utilization": _gone_gpu_memory,
+        "tensor_parallel_size": _use_extra_args("--tensor-parallel-size", default="1"),
+        "dtype": _use_extra_args("--dtype", default="auto"),
+    },
+    defaults=_defaults(ModelConfig),
+)
+
+POLICY: Final = Spec(
+    {
+        "policy_type": parse.choice(PolicyType),
+        "eviction": eviction,  # for the models that have none of their own
+        "request_timeout_secs": _seconds(0.01, 7 * DAY),
+        "drain_before_switch": parse.boolean,
+        "drain_timeout_secs": _seconds(0, DAY),
+        "min_active_secs": _seconds(0, DAY),
+        "coalesce_window_ms": _milliseconds(0, 3_600_000),
+        "amortization_factor": parse.number(0, 1000),
+        "max_wait_secs": _seconds(0, DAY),
+        "tick_interval_ms": _milliseconds(1, 60_000),
+        "min_quantum_ms": _milliseconds(0, 3_600_000),
+        "backoff_secs": _seconds(0.01, DAY),
+        "backoff_max_secs": _seconds(0.01, DAY),
+    },
+    gone={"sleep_level": _gone_sleep_level},
+    defaults=_defaults(PolicyConfig),
+)
+
+CHECKPOINT: Final = Spec(
+    {
+        "criu_path": parse.executable,
+        "cuda_plugin_dir": parse.absolute_path,
+        "images_dir": parse.absolute_path,
+        "cuda_checkpoint_path": parse.executable,
+        "keep_images": parse.boolean,
+        "max_bytes": parse.size(1024**2, 1024**5),
+    },
+    gone={
+        "object_store": _gone(
+            "this key is gone; images live in images_dir: remove the key, and put images_dir on "
+            "a shared file system if hosts must share them"
+        )
+    },
+    defaults=_defaults(CheckpointConfig),
+)
+
+GATEWAY: Final = Spec(
+    {
+        "listen": _LISTEN,
+        "workers": parse.integer(1, 256),
+        "max_body_bytes": parse.size(1024, 16 * 1024**3),
+        "max_waiting": parse.integer(1, 1_000_000),
+    },
+    defaults=_defaults(GatewayConfig),
+)
+
+SCALARS: Final[Mapping[str, parse.Parser[Any]]] = MappingProxyType(
+    {
+        "port": _PORT,
+        "metrics_port": parse.integer(0, 65535, "a port, or 0 for none,"),
+        "vllm_command": parse.command,
+        "engine_user": parse.user_name,
+        "gpu_count": parse.integer(1, 64),
+        "warmup": parse.boolean,
+        "startup_timeout_secs": _seconds(1, DAY),
+    }
+)
+
+SECTIONS: Final = MappingProxyType({"policy": POLICY, "checkpoint": CHECKPOINT, "gateway": GATEWAY})
+
+
+def _as_is(node: Node) -> Node:
+    return node
+
+
+# A key in the wrong mapping is told where it belongs.
+HOMES: Final[Mapping[str, str]] = MappingProxyType(
+    dict.fromkeys(MODEL.parsers, "under a model")
+    | {key: f"under {name}" for name, spec in SECTIONS.items() for key in spec.parsers}
+    | dict.fromkeys(SCALARS, "at the top level")
+)
+
+TOP: Final = Spec(
+    {"models": _as_is, **dict.fromkeys(SECTIONS, _as_is), **SCALARS},
+    gone={
+        "admin_port": _gone(
+            "this key is gone; remove it: the control API is on the gateway's address"
+        ),
+        "vllm_logging": _gone(
+            "this key is gone; remove it: vLLM's output always goes to the journal "
+            "(llmux logs MODEL)"
+        ),
+    },
+    defaults=_defaults(Config),
+)
