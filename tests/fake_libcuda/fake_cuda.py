@@ -1,0 +1,104 @@
+"""Builds and steers the fake ``libcuda.so.1`` and ``cuda-checkpoint`` (see libcuda.c for the rules).
+
+Each ``FakeCuda`` owns a directory with the library, the tool, a little /proc, the states, the faults
+and the call log, so that tests running side by side share nothing. As a program:
+``fake_cuda.py DIRECTORY`` makes such a directory and prints the library's path.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+
+
+@functools.cache
+def _workshop() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fake-libcuda-")
+
+
+@functools.cache
+def build(*defines: str) -> Path:
+    """The library compiled with these macros, once per process."""
+    if COMPILER is None:
+        raise RuntimeError("no C compiler (cc or gcc) to build the fake libcuda.so.1 with")
+    out = Path(_workshop().name) / ("-".join(("libcuda", *defines)) + ".so")
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
+    source = str(HERE / "libcuda.c")
+    macros = [f"-D{name}" for name in defines]
+    subprocess.run([COMPILER, *flags, *macros, "-o", str(out), source, "-ldl"], check=True)
+    return out
+
+
+class FakeCuda:
+    """One fake driver. ``defines``: BEFORE_570 or WITHOUT_RESTORE leave symbols out."""
+
+    def __init__(self, directory: Path, *defines: str) -> None:
+        self.directory = directory
+        self.proc = directory / "proc"
+        for name in ("procs", "faults", "proc"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+        self.library = directory / "libcuda.so.1"
+        shutil.copy(build(*defines), self.library)
+        self.tool = directory / "cuda-checkpoint"
+        shutil.copy(HERE / "cuda-checkpoint", self.tool)
+        self.tool.chmod(0o755)
+
+    def add(self, pid: int, state: int | None = 0, *, ticks: int = 1, maps: str = "") -> None:
+        """A process; ``state`` None means one without CUDA."""
+        entry = self.proc / str(pid)
+        entry.mkdir(exist_ok=True)
+        numbers = " ".join(["0"] * 18)
+        (entry / "stat").write_text(f"{pid} (VLLM::Engine (x)) S {numbers} {ticks} 0\n")
+        (entry / "maps").write_text(maps)
+        if state is not None:
+            (self.directory / "procs" / str(pid)).write_text(f"{state}\n")
+
+    def end(self, pid: int) -> None:
+        shutil.rmtree(self.proc / str(pid))
+        (self.directory / "procs" / str(pid)).unlink(missing_ok=True)
+
+    def state(self, pid: int) -> int:
+        return int((self.directory / "procs" / str(pid)).read_text())
+
+    def fault(self, call: str, words: str, pid: int | None = None) -> Path:
+        """Orders a fault; for "hang" the returned FIFO releases the call (see ``release``)."""
+        path = self.directory / "faults" / (call if pid is None else f"{call}.{pid}")
+        path.write_text(words + "\n")
+        fifo = path.with_name(path.name + ".fifo")
+        if words == "hang":
+            os.mkfifo(fifo)
+        return fifo
+
+    def heal(self) -> None:
+        """No more faults; calls already hanging go on hanging."""
+        for path in (self.directory / "faults").iterdir():
+            if not path.name.endswith(".fifo"):
+                path.unlink()
+
+    @staticmethod
+    def release(fifo: Path) -> None:
+        """Lets one hanging call go on; blocks until there is one."""
+        with fifo.open("wb"):
+            pass
+
+    def set_version(self, number: int) -> None:
+        (self.directory / "version").write_text(f"{number}\n")
+
+    def log(self) -> list[tuple[str, int]]:
+        """Every call begun so far, but for the questions."""
+        path = self.directory / "log"
+        lines = path.read_text().splitlines() if path.exists() else []
+        calls = [(line.split()[0], int(line.split()[1])) for line in lines]
+        return [call for call in calls if call[0] not in ("cuInit", "restore_tid", "state")]
+
+
+if __name__ == "__main__":
+    print(FakeCuda(Path(sys.argv[1])).library)

@@ -1,0 +1,235 @@
+/* A libcuda.so.1 without a GPU: the checkpoint calls on states kept in files beside the library.
+ *
+ * DIR is the directory that the library was loaded from. DIR/procs/PID holds the state (0 running,
+ * 1 locked, 2 checkpointed, 3 failed); no file means: not a CUDA process. DIR/version overrides the
+ * driver's version. DIR/log gets a line "CALL PID" as each call begins.
+ *
+ * DIR/faults/CALL or DIR/faults/CALL.PID is a fault to order:
+ *   fail CODE          return CODE, state unchanged
+ *   fail CODE STATE    return CODE, state set to STATE
+ *   hang               block until somebody opens and closes the FIFO beside it (FAULT.fifo), then go on
+ *   die                the calling process ends at once
+ *   lie                return 0, change nothing
+ *
+ * The rules are those of the driver API (cuda.h 12.8): wrong state is ILLEGAL_STATE (401), unknown
+ * process INVALID_VALUE (1), no cuInit before NOT_INITIALIZED (3).
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { OK = 0, INVALID_VALUE = 1, NOT_INITIALIZED = 3, ILLEGAL_STATE = 401 };
+enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2, FAILED = 3 };
+
+static int initialised;
+
+static void path_of(char *out, const char *format, ...)
+{
+	Dl_info info;
+	char rest[256];
+	va_list list;
+	char *slash;
+
+	if (!dladdr((void *)path_of, &info)) abort();
+	snprintf(out, PATH_MAX, "%s", info.dli_fname);
+	slash = strrchr(out, '/');
+	if (!slash) abort();
+	va_start(list, format);
+	vsnprintf(rest, sizeof rest, format, list);
+	va_end(list);
+	snprintf(slash + 1, PATH_MAX - (slash + 1 - out), "%s", rest);
+}
+
+static int read_line(const char *path, char *out, size_t size)
+{
+	FILE *file = fopen(path, "re");
+
+	if (!file) return -1;
+	if (!fgets(out, (int)size, file)) out[0] = 0;
+	fclose(file);
+	return 0;
+}
+
+static int get_state(int pid)
+{
+	char path[PATH_MAX], line[32];
+
+	path_of(path, "procs/%d", pid);
+	return read_line(path, line, sizeof line) ? -1 : atoi(line);
+}
+
+static void set_state(int pid, int state)
+{
+	char path[PATH_MAX], fresh[PATH_MAX];
+	FILE *file;
+
+	path_of(path, "procs/%d", pid);
+	path_of(fresh, "procs/.%d.%d", pid, gettid());
+	file = fopen(fresh, "we");
+	if (!file) abort();
+	fprintf(file, "%d\n", state);
+	fclose(file);
+	if (rename(fresh, path)) abort();
+}
+
+static void note(const char *call, int pid)
+{
+	char path[PATH_MAX], line[128];
+	int fd, size;
+
+	path_of(path, "log");
+	fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+	if (fd < 0) abort();
+	size = snprintf(line, sizeof line, "%s %d\n", call, pid);
+	if (write(fd, line, (size_t)size) != size) abort();
+	close(fd);
+}
+
+/* 1: the call is over, with *code; 0: go on as if nothing were wrong. */
+static int fault(const char *call, int pid, int *code)
+{
+	char path[PATH_MAX], fifo[PATH_MAX + 8], line[128], byte;
+	int state, count, fd;
+
+	note(call, pid);
+	path_of(path, "faults/%s.%d", call, pid);
+	if (read_line(path, line, sizeof line)) {
+		path_of(path, "faults/%s", call);
+		if (read_line(path, line, sizeof line)) return 0;
+	}
+	if (!strncmp(line, "hang", 4)) {
+		snprintf(fifo, sizeof fifo, "%s.fifo", path);
+		fd = open(fifo, O_RDONLY | O_CLOEXEC);
+		while (fd >= 0 && read(fd, &byte, 1) > 0)
+			;
+		if (fd >= 0) close(fd);
+		return 0;
+	}
+	if (!strncmp(line, "die", 3)) _exit(70);
+	if (!strncmp(line, "lie", 3)) {
+		*code = OK;
+		return 1;
+	}
+	count = sscanf(line, "fail %d %d", code, &state);
+	if (count == 2) set_state(pid, state);
+	return count >= 1;
+}
+
+static int step(const char *call, int pid, int from, int to)
+{
+	int code, state;
+
+	if (!initialised) return NOT_INITIALIZED;
+	if (fault(call, pid, &code)) return code;
+	state = get_state(pid);
+	if (state < 0) return INVALID_VALUE;
+	if (state != from) return ILLEGAL_STATE;
+	set_state(pid, to);
+	return OK;
+}
+
+int cuInit(unsigned flags)
+{
+	int code = OK;
+
+	(void)flags;
+	if (fault("cuInit", 0, &code)) return code;
+	initialised = 1;
+	return OK;
+}
+
+int cuDriverGetVersion(int *version)
+{
+	char path[PATH_MAX], line[32];
+
+	path_of(path, "version");
+	*version = read_line(path, line, sizeof line) ? 13000 : atoi(line);
+	return OK;
+}
+
+static const struct { int code; const char *name, *text; } errors[] = {
+	{ 1, "CUDA_ERROR_INVALID_VALUE", "invalid argument" },
+	{ 2, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory" },
+	{ 3, "CUDA_ERROR_NOT_INITIALIZED", "initialization error" },
+	{ 100, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected" },
+	{ 304, "CUDA_ERROR_OPERATING_SYSTEM", "OS call failed or operation not supported on this OS" },
+	{ 401, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state" },
+	{ 600, "CUDA_ERROR_NOT_READY", "device not ready" },
+	{ 801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported" },
+	{ 999, "CUDA_ERROR_UNKNOWN", "unknown error" },
+};
+
+static int words(int code, const char **out, int want_name)
+{
+	for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+		if (errors[i].code == code) {
+			*out = want_name ? errors[i].name : errors[i].text;
+			return OK;
+		}
+	*out = NULL;
+	return INVALID_VALUE;
+}
+
+int cuGetErrorName(int code, const char **out) { return words(code, out, 1); }
+int cuGetErrorString(int code, const char **out) { return words(code, out, 0); }
+
+#ifndef BEFORE_570
+int cuCheckpointProcessGetRestoreThreadId(int pid, int *tid)
+{
+	int code;
+
+	if (!initialised) return NOT_INITIALIZED;
+	if (fault("restore_tid", pid, &code)) return code;
+	if (get_state(pid) < 0) return INVALID_VALUE;
+	*tid = pid;
+	return OK;
+}
+
+int cuCheckpointProcessGetState(int pid, int *state)
+{
+	int code, now;
+
+	if (!initialised) return NOT_INITIALIZED;
+	if (fault("state", pid, &code)) return code;
+	now = get_state(pid);
+	/* As the driver does: a process without CUDA counts as running (facts: dynamo's cuda.go). */
+	*state = now < 0 ? RUNNING : now;
+	return OK;
+}
+
+/* Every structure is 64 bytes and, but for the lock's timeout, must be zero. */
+static int clean(const void *args, size_t from)
+{
+	static const char zero[64];
+
+	return !args || !memcmp((const char *)args + from, zero + from, 64 - from);
+}
+
+int cuCheckpointProcessLock(int pid, void *args)
+{
+	return clean(args, 4) ? step("lock", pid, RUNNING, LOCKED) : INVALID_VALUE;
+}
+
+int cuCheckpointProcessCheckpoint(int pid, void *args)
+{
+	return clean(args, 0) ? step("checkpoint", pid, LOCKED, CHECKPOINTED) : INVALID_VALUE;
+}
+
+int cuCheckpointProcessUnlock(int pid, void *args)
+{
+	return clean(args, 0) ? step("unlock", pid, LOCKED, RUNNING) : INVALID_VALUE;
+}
+
+#ifndef WITHOUT_RESTORE
+int cuCheckpointProcessRestore(int pid, void *args)
+{
+	return clean(args, 0) ? step("restore", pid, CHECKPOINTED, LOCKED) : INVALID_VALUE;
+}
+#endif
+#endif

@@ -1,0 +1,398 @@
+"""Suspend and resume over the real ctypes code and a fake libcuda.so.1, and over a fake tool.
+
+Every step is made to fail, to hang and to lose its caller; after each of these nothing is left
+half-way that could be put right, and the error names what could not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
+
+from fake_cuda import COMPILER, FakeCuda
+
+from llmux.drivers.cuda import CudaDriver
+from llmux.drivers.cuda_calls import ProcessTable
+from llmux.drivers.cuda_cli import CudaCheckpointTool
+from llmux.drivers.cuda_sequence import CudaSequence
+from llmux.errors import CheckpointFailed, DriverError, DriverTimeout, Unsupported
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
+
+RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
+LONG = 30.0
+SHORT = 0.5  # long enough for calls that answer, short enough to wait for one that does not
+SUSPEND_STEPS = ("lock", "checkpoint")
+RESUME_STEPS = ("restore", "unlock")
+ALL_STEPS = ("restore_tid", "state", *SUSPEND_STEPS, *RESUME_STEPS)
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeCuda:
+    fake = FakeCuda(tmp_path)
+    fake.add(100, None)  # the API server: no CUDA
+    fake.add(101)
+    fake.add(102)
+    return fake
+
+
+@pytest.fixture(params=["library", "tool"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@asynccontextmanager
+async def driver(fake: FakeCuda, kind: str = "library") -> AsyncIterator[CudaSequence]:
+    processes = ProcessTable(fake.proc)
+    made: CudaSequence
+    if kind == "library":
+        made = CudaDriver(str(fake.library), processes=processes)
+    else:
+        made = CudaCheckpointTool(str(fake.tool), processes=processes)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(main())
+
+
+async def failing(awaitable: Awaitable[object]) -> DriverError:
+    with pytest.raises(DriverError) as caught:
+        await awaitable
+    return caught.value
+
+
+def test_two_processes_go_and_come_back_locked_together_and_restored_together(
+    fake: FakeCuda, kind: str
+) -> None:
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            assert list(await cuda.suspend([102, 100, 101], LONG)) == [101, 102]
+            assert (fake.state(101), fake.state(102)) == (CHECKPOINTED, CHECKPOINTED)
+            await cuda.resume([101, 102], LONG)
+            assert (fake.state(101), fake.state(102)) == (RUNNING, RUNNING)
+
+    run(main)
+    order = [call for call, _ in fake.log()]
+    pairs = [order[i : i + 2] for i in range(0, 8, 2)]
+    assert pairs == [[call] * 2 for call in ("lock", "checkpoint", "restore", "unlock")]
+
+
+def test_doing_it_twice_does_not_toggle(fake: FakeCuda, kind: str) -> None:
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            await cuda.suspend([101], LONG)
+            assert list(await cuda.suspend([101], LONG)) == [101]
+            assert fake.state(101) == CHECKPOINTED
+            await cuda.resume([101], LONG)
+            await cuda.resume([101], LONG)
+            assert fake.state(101) == RUNNING
+
+    run(main)
+    assert len(fake.log()) == 4
+
+
+def test_no_cuda_process_means_nothing_to_do(fake: FakeCuda, kind: str) -> None:
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            assert list(await cuda.suspend([100], LONG)) == []
+            assert list(await cuda.suspend([], LONG)) == []
+            await cuda.resume([100], LONG)
+
+    run(main)
+    assert fake.log() == []
+
+
+@pytest.mark.parametrize("first", [RUNNING, LOCKED, CHECKPOINTED])
+@pytest.mark.parametrize("second", [RUNNING, LOCKED, CHECKPOINTED])
+def test_mixed_states_reach_the_goal_from_anywhere(
+    fake: FakeCuda, first: int, second: int
+) -> None:
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            for goal, act in ((CHECKPOINTED, cuda.suspend), (RUNNING, cuda.resume)):
+                fake.add(101, first)
+                fake.add(102, second)
+                await act([101, 102], LONG)
+                assert (fake.state(101), fake.state(102)) == (goal, goal)
+
+    run(main)
+
+
+@pytest.mark.parametrize("verb", ["suspend", "resume"])
+def test_a_failed_process_is_named_and_nothing_is_tried(fake: FakeCuda, verb: str) -> None:
+    fake.add(102, FAILED)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            error = await failing(getattr(cuda, verb)([101, 102], LONG))
+            assert isinstance(error, CheckpointFailed)
+            assert error.fields["pids"] == [102]
+            assert "kill the model" in str(error)
+
+    run(main)
+    assert fake.log() == []
+
+
+@pytest.mark.parametrize("code", [2, 304, 401, 600, 801, 999])
+@pytest.mark.parametrize("step", SUSPEND_STEPS)
+def test_a_failing_suspend_leaves_both_running(fake: FakeCuda, step: str, code: int) -> None:
+    fake.fault(step, f"fail {code}", 102)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            error = await failing(cuda.suspend([101, 102], LONG))
+            assert isinstance(error, CheckpointFailed)
+            assert f"{step} of process 102" in str(error)
+            assert str(code) in str(error)
+            assert (fake.state(101), fake.state(102)) == (RUNNING, RUNNING)
+            fake.heal()
+            assert list(await cuda.suspend([101, 102], LONG)) == [101, 102]
+
+    run(main)
+
+
+@pytest.mark.parametrize("step", SUSPEND_STEPS)
+def test_a_failing_suspend_with_the_tool_leaves_both_running(fake: FakeCuda, step: str) -> None:
+    fake.fault(step, "fail 600", 102)
+
+    async def main() -> None:
+        async with driver(fake, "tool") as cuda:
+            error = await failing(cuda.suspend([101, 102], LONG))
+            assert "device not ready" in str(error)
+            assert "was the engine drained?" in str(error)
+            assert (fake.state(101), fake.state(102)) == (RUNNING, RUNNING)
+
+    run(main)
+
+
+@pytest.mark.parametrize("step", SUSPEND_STEPS)
+def test_a_process_that_ends_up_failed_is_named_and_the_other_put_back(
+    fake: FakeCuda, step: str
+) -> None:
+    fake.fault(step, "fail 999 3", 102)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            error = await failing(cuda.suspend([101, 102], LONG))
+            assert "process 102 is now failed" in str(error)
+            assert fake.state(101) == RUNNING
+
+    run(main)
+
+
+@pytest.mark.parametrize("step", SUSPEND_STEPS)
+def test_a_driver_that_lies_is_found_out(fake: FakeCuda, step: str) -> None:
+    fake.fault(step, "lie", 102)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            await failing(cuda.suspend([101, 102], LONG))
+            assert (fake.state(101), fake.state(102)) == (RUNNING, RUNNING)
+
+    run(main)
+
+
+@pytest.mark.parametrize("step", RESUME_STEPS)
+def test_a_failing_resume_says_where_each_stands_and_can_be_repeated(
+    fake: FakeCuda, kind: str, step: str
+) -> None:
+    fake.add(101, CHECKPOINTED)
+    fake.add(102, CHECKPOINTED)
+    fake.fault(step, "fail 2", 102)
+
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            error = await failing(cuda.resume([101, 102], LONG))
+            assert "out of memory" in str(error)
+            left = "checkpointed" if step == "restore" else "locked"
+            assert f"process 102 is now {left}" in str(error)
+            fake.heal()
+            await cuda.resume([101, 102], LONG)
+            assert (fake.state(101), fake.state(102)) == (RUNNING, RUNNING)
+
+    run(main)
+
+
+def test_none_is_unlocked_unless_all_were_restored(fake: FakeCuda) -> None:
+    fake.add(101, CHECKPOINTED)
+    fake.add(102, CHECKPOINTED)
+    fake.fault("restore", "fail 2", 102)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            await failing(cuda.resume([101, 102], LONG))
+
+    run(main)
+    assert (fake.state(101), fake.state(102)) == (LOCKED, CHECKPOINTED)
+
+
+@pytest.mark.parametrize("step", ALL_STEPS)
+def test_a_hanging_call_ends_at_the_deadline_and_blocks_nobody_else(
+    fake: FakeCuda, kind: str, step: str
+) -> None:
+    """The helper (or tool) goes on; the process is refused until the late answer has come."""
+    waking = step in RESUME_STEPS
+    fake.add(101, CHECKPOINTED if waking else RUNNING)
+    fake.add(102, CHECKPOINTED if waking else RUNNING)
+    fifo = fake.fault(step, "hang", 102)
+
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            act = cuda.resume if waking else cuda.suspend
+            error = await failing(act([101, 102], SHORT))
+            assert isinstance(error, DriverTimeout)
+            assert f"{step} of process 102" in str(error)
+            if step in SUSPEND_STEPS:
+                assert fake.state(101) == RUNNING
+            # Still out: refused at once, by name, while others are served.
+            again = await failing(act([102], LONG))
+            assert isinstance(again, CheckpointFailed)
+            assert f"{step} of process 102" in str(again)
+            fake.add(103)
+            assert list(await cuda.suspend([103], LONG)) == [103]
+            # The late answer comes: the process may be touched again and the goal is reached.
+            await asyncio.to_thread(fake.release, fifo)
+            fake.heal()
+            async with asyncio.timeout(LONG):
+                while True:
+                    try:
+                        await act([101, 102], LONG)
+                    except CheckpointFailed as error:
+                        assert "has not ended" in str(error)
+                        await asyncio.to_thread(lambda: None)  # lets the answer be read
+                    else:
+                        break
+            goal = RUNNING if waking else CHECKPOINTED
+            assert (fake.state(101), fake.state(102)) == (goal, goal)
+
+    run(main)
+
+
+def test_a_pid_used_again_by_another_process_is_not_tainted(fake: FakeCuda) -> None:
+    fifo = fake.fault("checkpoint", "hang", 102)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            await failing(cuda.suspend([102], SHORT))
+            fake.heal()
+            fake.end(102)
+            fake.add(102, ticks=2)
+            assert list(await cuda.suspend([102], LONG)) == [102]
+            fake.add(102, LOCKED, ticks=2)
+            await asyncio.to_thread(fake.release, fifo)
+
+    run(main)
+
+
+@pytest.mark.parametrize("step", ALL_STEPS)
+def test_a_helper_that_dies_in_the_call_is_replaced(fake: FakeCuda, step: str) -> None:
+    waking = step in RESUME_STEPS
+    fake.add(101, CHECKPOINTED if waking else RUNNING)
+    fake.add(102, CHECKPOINTED if waking else RUNNING)
+    fake.fault(step, "die", 102)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            act = cuda.resume if waking else cuda.suspend
+            error = await failing(act([101, 102], LONG))
+            assert "the CUDA helper ended (status 70) during the call" in str(error)
+            fake.heal()
+            await act([101, 102], LONG)
+            goal = RUNNING if waking else CHECKPOINTED
+            assert (fake.state(101), fake.state(102)) == (goal, goal)
+
+    run(main)
+
+
+def test_a_cancelled_caller_does_not_interrupt_the_call(fake: FakeCuda) -> None:
+    fifo = fake.fault("checkpoint", "hang", 101)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            task = asyncio.create_task(cuda.suspend([101], LONG))
+            # Returns when the call has opened its end: it is inside the driver now.
+            opened = await asyncio.to_thread(fifo.open, "wb")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            again = await failing(cuda.resume([101], LONG))
+            assert "checkpoint of process 101" in str(again)
+            opened.close()
+
+    run(main)
+    assert ("checkpoint", 101) in fake.log()
+
+
+def test_a_vanished_process_is_skipped_by_suspend_and_refused_by_resume(fake: FakeCuda) -> None:
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            assert list(await cuda.suspend([101, 4242], LONG)) == [101]
+            error = await failing(cuda.resume([101, 4242], LONG))
+            assert "process 4242: no such process" in str(error)
+
+    run(main)
+
+
+@pytest.mark.parametrize("maps", ["", "7f00-7f01 rw-s 00000000 00:06 1 /dev/nvidia0\n"])
+def test_an_ambiguous_answer_counts_only_for_a_process_that_maps_a_gpu(
+    fake: FakeCuda, maps: str
+) -> None:
+    fake.add(102, maps=maps)
+    fake.fault("restore_tid", "fail 304", 102)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            if not maps:
+                assert list(await cuda.suspend([101, 102], LONG)) == [101]
+                return
+            error = await failing(cuda.suspend([101, 102], LONG))
+            assert "must run as root" in str(error)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("define", "missing"),
+    [("WITHOUT_RESTORE", ["cuCheckpointProcessRestore"]), ("BEFORE_570", ["Lock", "GetState"])],
+)
+def test_missing_functions_are_named(tmp_path: Path, define: str, missing: list[str]) -> None:
+    fake = FakeCuda(tmp_path, define)
+    fake.set_version(12040)
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            error = await failing(cuda.suspend([1], LONG))
+            assert isinstance(error, Unsupported)
+            assert "(CUDA 12.4) lacks" in str(error)
+            assert "driver >= 570" in str(error)
+            assert all(name in str(error) for name in missing)
+
+    run(main)
+
+
+def test_no_driver_and_no_gpu_and_no_tool_are_told_apart(fake: FakeCuda) -> None:
+    async def main() -> None:
+        for cuda, words in (
+            (CudaDriver("/nonexistent/libcuda.so.1"), "cannot load /nonexistent/libcuda.so.1"),
+            (CudaDriver(str(fake.library)), "no CUDA-capable device is detected"),
+            (CudaCheckpointTool("/nonexistent/cuda-checkpoint"), "no such program"),
+        ):
+            fake.fault("cuInit", "fail 100")
+            error = await failing(cuda.suspend([101], LONG))
+            assert isinstance(error, Unsupported)
+            assert words in str(error)
+            await cuda.close()
+
+    run(main)
