@@ -1,0 +1,155 @@
+"""Engine units as plain child processes, for the embedded mode: no root, no systemd, no cgroups.
+
+Each engine has a guardian (the launcher in guardian mode), which is the sub-reaper of all that the
+engine forks and holds the other end of a pipe that only we keep open. Whatever happens to us, SIGKILL
+included, closes the pipe, and the guardian kills the tree: nothing outlives the embedded server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from llmux.drivers.process import Process, descendants, find_root, start_ticks
+from llmux.drivers.spawn import prepare_runtime_dir, spawn_launcher, unit_name
+from llmux.errors import DriverTimeout, UnitFailed
+from llmux.ports import LaunchSpec, UnitHandle
+
+
+@dataclass(slots=True, eq=False)
+class _Guarded:
+    handle: UnitHandle
+    guardian: Process
+    gate: int  # the lifeline; closing it kills the tree
+
+    def cut(self) -> None:
+        if self.gate >= 0:
+            os.close(self.gate)
+            self.gate = -1
+
+
+class DirectUnits:
+    """UnitManager on child processes. Knows only the engines that it started itself."""
+
+    def __init__(self) -> None:
+        self._units: dict[str, _Guarded] = {}
+        self._watched: dict[tuple[int, int], tuple[UnitHandle, Callable[[UnitHandle, str], None]]]
+        self._watched = {}
+        self._ended: dict[tuple[int, int], str] = {}
+
+    async def start(self, spec: LaunchSpec, deadline: float) -> UnitHandle:
+        unit = unit_name(spec.model, suffix="")
+        target = f'model "{spec.model}"'
+        if (held := self._units.get(unit)) is not None:
+            raise UnitFailed("start", target, f"it is running already (pid {held.handle.pid})")
+        prepare_runtime_dir(spec)
+        launch = spawn_launcher(spec, cgroup_root=None, guardian=True)
+        guardian = launch.process
+        try:
+            await launch.open(deadline)
+            ticks = start_ticks(launch.engine_pid) or 0  # 0: ended already; the guardian knows how
+        except BaseException:
+            launch.close()  # end of file at the gate: the guardian kills what there is
+            if not await asyncio.shield(guardian.wait(5.0)):
+                guardian.signal(signal.SIGKILL)
+            raise
+        handle = UnitHandle(spec.model, unit, launch.engine_pid, ticks)
+        guarded = _Guarded(handle, guardian, launch.take_gate())
+        launch.close()
+        self._units[unit] = guarded
+        guardian.on_end(lambda ended: self._on_end(guarded, ended.ended or "gone"))
+        return handle
+
+    async def terminate(self, handle: UnitHandle, deadline: float) -> bool:
+        guarded = self._find(handle)
+        if guarded is None:
+            return True
+        engine = Process.open(handle.pid, handle.start_ticks)
+        if engine is not None:
+            engine.signal(signal.SIGTERM)
+            engine.close()
+        # The guardian kills what the root leaves behind, then ends too.
+        return await guarded.guardian.wait(deadline)
+
+    async def kill(self, handle: UnitHandle, deadline: float) -> None:
+        guarded = self._find(handle)
+        if guarded is None:
+            return
+        end = time.monotonic() + deadline
+        guarded.cut()
+        # In case somebody has stopped it.
+        guarded.guardian.signal(signal.SIGCONT)
+        if await guarded.guardian.wait(deadline / 2):
+            return
+        # A guardian that does not do its work: do it for it, the root of the tree last.
+        while True:
+            for pid in descendants(guarded.guardian.pid):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if await guarded.guardian.wait(0.1):
+                return
+            if time.monotonic() >= end:
+                raise DriverTimeout(
+                    "kill",
+                    f'model "{handle.model}"',
+                    f"{len(await self.pids(handle))} of its processes are still there after"
+                    f" {deadline:g}s",
+                    hint="a process in uninterruptible sleep (state D) waits for its driver",
+                )
+
+    async def observe(self) -> Sequence[UnitHandle]:
+        return [held.handle for held in self._units.values() if held.guardian.ended is None]
+
+    async def pids(self, handle: UnitHandle) -> Sequence[int]:
+        guarded = self._find(handle)
+        if guarded is None or guarded.guardian.ended is not None:
+            return []
+        found = descendants(guarded.guardian.pid)
+        root = find_root(found)
+        return sorted(found, key=lambda pid: (pid != root, pid))
+
+    def watch(self, handle: UnitHandle, on_exit: Callable[[UnitHandle, str], None]) -> None:
+        key = (handle.pid, handle.start_ticks)
+        self._watched[key] = (handle, on_exit)
+        if self._find(handle) is None:
+            description = self._ended.get(key, "gone")
+            asyncio.get_running_loop().call_soon(self._tell, key, description)
+
+    def unwatch(self, handle: UnitHandle) -> None:
+        self._watched.pop((handle.pid, handle.start_ticks), None)
+
+    async def close(self) -> None:
+        """Kill every engine and see them gone, within 10 s."""
+        self._watched.clear()
+        held = list(self._units.values())
+        for guarded in held:
+            guarded.cut()
+        for guarded in held:
+            with suppress(DriverTimeout):
+                await self.kill(guarded.handle, 10.0)
+
+    def _find(self, handle: UnitHandle) -> _Guarded | None:
+        guarded = self._units.get(handle.unit)
+        return guarded if guarded is not None and guarded.handle == handle else None
+
+    def _on_end(self, guarded: _Guarded, description: str) -> None:
+        guarded.cut()
+        handle = guarded.handle
+        if self._units.get(handle.unit) is guarded:
+            del self._units[handle.unit]
+        key = (handle.pid, handle.start_ticks)
+        # For a watch that comes late; bounded, oldest first.
+        self._ended[key] = description
+        while len(self._ended) > 64:
+            del self._ended[next(iter(self._ended))]
+        self._tell(key, description)
+
+    def _tell(self, key: tuple[int, int], description: str) -> None:
+        if (entry := self._watched.pop(key, None)) is not None:
+            handle, on_exit = entry
+            on_exit(handle, description)
