@@ -48,10 +48,10 @@ class DirectUnits:
         if (held := self._units.get(unit)) is not None:
             raise UnitFailed("start", target, f"it is running already (pid {held.handle.pid})")
         prepare_runtime_dir(spec)
-        launch = spawn_launcher(spec, cgroup_root=None, guardian=True)
+        launch = spawn_launcher()
         guardian = launch.process
         try:
-            await launch.open(deadline)
+            await launch.open(spec, deadline, cgroup_root=None, guardian=True)
             ticks = start_ticks(launch.engine_pid) or 0  # 0: ended already; the guardian knows how
         except BaseException:
             launch.close()  # end of file at the gate: the guardian kills what there is

@@ -8,7 +8,7 @@ hence ``libc.signal``), of a total of about 15. Its file descriptors are fixed:
 * 3: status pipe, close-on-exec. Lines: ``P<pid>`` (guardian mode: the engine's pid), ``X`` (about to
   exec), ``E<errno> <text>`` (failed). ``X`` and then end of file is success.
 * 4: the gate. One byte opens it; end of file means that the supervisor is gone: exit.
-* 5: a memfd with the spec.
+* 5: a memfd, which holds the spec once the gate is open.
 
 In *guardian* mode (no systemd) it stays as the engine's parent and as the sub-reaper of everything
 that the engine forks. End of file on the gate, even by SIGKILL of the supervisor, kills the tree.
@@ -315,10 +315,10 @@ def _guard(engine: int) -> NoReturn:
 def main() -> NoReturn:
     libc = ctypes.CDLL(None, use_errno=True)
     try:
-        size = os.fstat(SPEC_FD).st_size
-        argv, env, options = decode_spec(os.pread(SPEC_FD, size, 0))
         if os.read(GATE_FD, 1) == b"":
             os._exit(0)
+        size = os.fstat(SPEC_FD).st_size
+        argv, env, options = decode_spec(os.pread(SPEC_FD, size, 0))
         if "cgroup_root" in options:
             try:
                 _enter_engine_cgroup(options["cgroup_root"])

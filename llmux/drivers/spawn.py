@@ -96,15 +96,14 @@ def prepare_runtime_dir(spec: LaunchSpec) -> None:
 
 class Launch:
     """One launcher between fork and exec. ``process`` is the launcher, later the engine itself
-    (systemd) or its guardian (direct). ``close`` before ``opened`` has returned makes it exit."""
+    (systemd) or its guardian (direct). ``close`` before ``open`` has returned makes it exit."""
 
-    def __init__(self, spec: LaunchSpec, process: Process, gate: int, status: int) -> None:
+    def __init__(self, process: Process, gate: int, status: int, memfd: int) -> None:
         self.process = process
         self.engine_pid = process.pid
-        self._target = f'model "{spec.model}"'
-        self._program = spec.argv[0]
         self._gate = gate
         self._status = status
+        self._memfd = memfd
         self._heard = b""
         self._eof = asyncio.Event()
         os.set_blocking(status, False)
@@ -126,8 +125,12 @@ class Launch:
             os.close(self._status)
             self._status = -1
 
-    async def open(self, timeout: float) -> None:
+    async def open(
+        self, spec: LaunchSpec, timeout: float, *, cgroup_root: str | None, guardian: bool
+    ) -> None:
         """Open the gate; returns when execve has succeeded. Raises UnitFailed with the cause."""
+        target = f'model "{spec.model}"'
+        os.write(self._memfd, _encode(spec, cgroup_root=cgroup_root, guardian=guardian))
         with suppress(BrokenPipeError):
             os.write(self._gate, b"G")
         try:
@@ -135,7 +138,7 @@ class Launch:
                 await self._eof.wait()
         except TimeoutError:
             raise DriverTimeout(
-                "start", self._target, f"its launcher did not exec within {timeout:g}s"
+                "start", target, f"its launcher did not exec within {timeout:g}s"
             ) from None
         lines = self._heard.decode(errors="replace").splitlines()
         for line in lines:
@@ -145,15 +148,15 @@ class Launch:
                 # The text usually ends in strerror already; say it once.
                 if number and os.strerror(int(number)) in text:
                     cause = text
-                raise UnitFailed("start", self._target, cause, errno=int(number or 0))
+                raise UnitFailed("start", target, cause, errno=int(number or 0))
             if line.startswith("P"):
                 self.engine_pid = int(line[1:])
         if "X" not in lines:
             await self.process.wait(1.0)
             raise UnitFailed(
                 "start",
-                self._target,
-                f"its launcher ended before it could exec {self._program}:"
+                target,
+                f"its launcher ended before it could exec {spec.argv[0]}:"
                 f" {self.process.ended or 'no reason given'}",
             )
 
@@ -163,23 +166,15 @@ class Launch:
         return gate
 
     def close(self) -> None:
-        """Give up both pipes. A launcher that still waits at the gate exits."""
+        """Give up the descriptors. A launcher that still waits at the gate exits."""
         self._close_status()
-        if self._gate >= 0:
-            os.close(self._gate)
-            self._gate = -1
+        for fd in (self._gate, self._memfd):
+            if fd >= 0:
+                os.close(fd)
+        self._gate = self._memfd = -1
 
 
-def _high(fd: int) -> int:
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FD)
-    finally:
-        os.close(fd)
-
-
-def spawn_launcher(spec: LaunchSpec, *, cgroup_root: str | None, guardian: bool) -> Launch:
-    """Fork the launcher; it stops at the gate. Raises UnitFailed. Must run in the event loop."""
-    target = f'model "{spec.model}"'
+def _encode(spec: LaunchSpec, *, cgroup_root: str | None, guardian: bool) -> bytes:
     options = {"stdout": spec.stdout, "stderr": spec.stderr, "cwd": spec.cwd}
     options["deny_io_uring"] = "1" if spec.deny_io_uring else "0"
     if cgroup_root is not None:
@@ -189,9 +184,21 @@ def spawn_launcher(spec: LaunchSpec, *, cgroup_root: str | None, guardian: bool)
     if (user := _find_user(spec)) is not None:
         options |= {"user": user.name, "uid": str(user.uid), "gid": str(user.gid)}
     try:
-        data = launcher.encode_spec(spec.argv, spec.env, options)
+        return launcher.encode_spec(spec.argv, spec.env, options)
     except ValueError as error:
-        raise UnitFailed("start", target, str(error)) from error
+        raise UnitFailed("start", f'model "{spec.model}"', str(error)) from error
+
+
+def _high(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FD)
+    finally:
+        os.close(fd)
+
+
+def spawn_launcher() -> Launch:
+    """Fork a launcher; it stops at the gate and learns only then what it is to become, so that one can
+    be held ready. Raises UnitFailed. Must run in the event loop."""
     kept: list[int] = []
     lent: list[int] = []
     try:
@@ -201,8 +208,9 @@ def spawn_launcher(spec: LaunchSpec, *, cgroup_root: str | None, guardian: bool)
         gate_read, gate_write = os.pipe()
         kept.append(gate_write)
         lent.append(_high(gate_read))
-        lent.append(_high(os.memfd_create("llmux-launch")))
-        os.write(lent[2], data)
+        memfd = os.memfd_create("llmux-launch")
+        kept.append(memfd)
+        lent.append(_high(os.dup(memfd)))
         wanted = (launcher.STATUS_FD, launcher.GATE_FD, launcher.SPEC_FD)
         pid = os.posix_spawn(
             sys.executable,
@@ -219,7 +227,7 @@ def spawn_launcher(spec: LaunchSpec, *, cgroup_root: str | None, guardian: bool)
         for fd in kept:
             os.close(fd)
         raise UnitFailed(
-            "start", target, f"cannot run {sys.executable}: {error.strerror}"
+            "start", "a launcher", f"cannot run {sys.executable}: {error.strerror}"
         ) from error
     finally:
         for fd in lent:
@@ -227,4 +235,4 @@ def spawn_launcher(spec: LaunchSpec, *, cgroup_root: str | None, guardian: bool)
     # Not reaped yet even if it has ended: only Process reaps, so the pid is still its.
     process = Process.open(pid)
     assert process is not None
-    return Launch(spec, process, kept[1], kept[0])
+    return Launch(process, gate=kept[1], status=kept[0], memfd=kept[2])
