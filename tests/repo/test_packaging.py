@@ -152,6 +152,16 @@ class TestBuiltPackage:
             if name.endswith((".pyc", ".so", "__pycache__", "/RECORD", "/INSTALLER"))
         ]
 
+    def test_program_heeds_no_python_variable_and_no_home(self, package: Path) -> None:
+        # dh_python3 rewrites shebangs, in Debian 13 without their options. This one runs as root.
+        content = subprocess.run(
+            ["dpkg-deb", "--fsys-tarfile", package], capture_output=True, timeout=60, check=True
+        ).stdout
+        with tarfile.open(fileobj=BytesIO(content)) as archive:
+            program = archive.extractfile("./usr/bin/llmux")
+            assert program
+            assert program.readline() == b"#!/usr/bin/python3 -I\n"
+
     def test_configuration_may_hold_secrets(self, members: dict[str, tarfile.TarInfo]) -> None:
         assert members["/etc/llmux/config.yaml"].mode & 0o007 == 0
 
