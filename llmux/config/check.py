@@ -79,7 +79,7 @@ def _ports(draft: Draft) -> Iterator[Fault]:
         if first is path or both_listen:
             continue
         here, there = (path, first) if draft.is_set(path) else (first, path)
-        message = f"port {port} is also {draft.place(there)}; give each its own port"
+        message = f"port {port} is taken by {draft.place(there)}; give each its own"
         yield draft.marks.fault(here, message)
 
 

@@ -32,6 +32,10 @@ MAX_FILE_BYTES = 8 * 1024 * 1024  # a thousand models fit in one; /dev/zero does
 MAX_DEPTH = 32  # the schema is four levels deep
 
 
+def cause_of(error: OSError | ValueError) -> str:
+    return ((error.strerror if isinstance(error, OSError) else None) or str(error)).lower()
+
+
 def read_text(path: Path) -> str:
     """The file as text, or ``ParseError`` naming the file and, for bad bytes, the line."""
     here = Mark(str(path))
@@ -39,8 +43,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ParseError(Fault(here, (), f"cannot read the file: {cause.lower()}")) from None
+        raise ParseError(Fault(here, (), f"cannot read the file: {cause_of(error)}")) from None
     if len(data) > MAX_FILE_BYTES:
         raise ParseError(Fault(here, (), f"cannot use a file larger than {MAX_FILE_BYTES} bytes"))
     try:
@@ -120,8 +123,10 @@ class _YamlComposer:
         self.active: set[int] = set()
 
     def compose(self, text: str) -> tuple[Node | None, tuple[Fault, ...]]:
+        loader: yaml.SafeLoader | None = None
         try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            loader = yaml.SafeLoader(text)
+            root = loader.get_single_node()
         except yaml.MarkedYAMLError as error:
             raise ParseError(self.syntax_fault(error)) from None
         except yaml.reader.ReaderError as error:
@@ -132,30 +137,36 @@ class _YamlComposer:
         except RecursionError:
             deep = "cannot parse: the values are nested too deeply"
             raise ParseError(Fault(Mark(self.file), (), deep)) from None
-        except (ValueError, OverflowError, yaml.YAMLError) as error:
+        except (ValueError, OverflowError):
             # PyYAML lets Python's own errors through, e.g. for "\UFFFFFFFF" in a string.
-            raise ParseError(Fault(Mark(self.file), (), f"cannot parse: {error}")) from None
+            place = self.place(loader.get_mark()) if loader else Mark(self.file)
+            bad = "cannot parse: an escape or a number here is out of range"
+            raise ParseError(Fault(place, (), bad)) from None
         node = None if root is None else self.convert(root, ())
         return node, tuple(self.faults)
 
     def syntax_fault(self, error: yaml.MarkedYAMLError) -> Fault:
-        place = error.problem_mark or error.context_mark
-        mark = Mark(self.file, place.line + 1, place.column + 1) if place else Mark(self.file)
+        start, mark = error.context_mark, error.problem_mark or error.context_mark
         text = " ".join((error.problem or error.context or "not YAML").split())
+        if text.startswith("but ") and error.context:
+            text = f"{error.context}, {text}"
+        elif error.context and start and mark and start.line != mark.line:
+            text = f"{text}, {error.context} that starts in line {start.line + 1}"
         if "\\t" in text:
             text += " (YAML is indented with spaces, never with tabs)"
         elif "mapping values are not allowed" in text:
             text += " (check the indentation, and quote text that contains a colon and a space)"
-        return Fault(mark, (), f"cannot parse: {text}")
+        place = self.place(mark) if mark else Mark(self.file)
+        return Fault(place, (), f"cannot parse: {text}")
 
-    def mark(self, node: yaml.Node) -> Mark:
-        return Mark(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+    def place(self, mark: yaml.Mark) -> Mark:
+        return Mark(self.file, mark.line + 1, mark.column + 1)
 
     def convert(self, node: yaml.Node, path: KeyPath) -> Node:
         ready = self.done.get(id(node))
         if ready is not None:
             return ready
-        mark = self.mark(node)
+        mark = self.place(node.start_mark)
         if id(node) in self.active:
             return self.replace(mark, path, "cannot use an alias inside the value it names")
         if len(path) > MAX_DEPTH:
@@ -196,7 +207,7 @@ class _YamlComposer:
         entries: list[Entry] = []
         merged: list[Entry] = []
         for key, value in node.value:
-            key_mark = self.mark(key)
+            key_mark = self.place(key.start_mark)
             if not isinstance(key, yaml.ScalarNode) or _has_surrogates(key.value):
                 self.faults.append(Fault(key_mark, path, "a key must be one word of text"))
             elif key.tag == f"{_TAG}merge":

@@ -182,7 +182,7 @@ GATEWAY: Final = Spec(
 SCALARS: Final[Mapping[str, parse.Parser[Any]]] = MappingProxyType(
     {
         "port": _PORT,
-        "metrics_port": parse.integer(0, 65535, "a port, or 0 for none,"),
+        "metrics_port": parse.integer(0, 65535, "a port (0 for none)"),
         "vllm_command": parse.command,
         "engine_user": parse.user_name,
         "gpu_count": parse.integer(1, 64),

@@ -76,10 +76,11 @@ def load_marked(
 ) -> MarkedConfig:
     """As ``load_config``, with the places of all values for later problems (``check_host``)."""
     sources = read_sources(Path(path), None if conf_d is None else Path(conf_d))
-    builder = _Builder(sources.root, sources.faults)
+    builder = _Builder(sources.root)
     config = builder.config(sources.files)
     marks = Marks(MappingProxyType(builder.places), sources.root.mark)
-    faults = builder.faults
+    damaged = {fault.mark for fault in sources.faults}  # what stands in there is named already
+    faults = [*sources.faults, *(f for f in builder.faults if f.mark not in damaged)]
     if sources.complete:  # half a configuration has false clashes and gaps
         draft = Draft(config, marks, frozenset(fault.path for fault in faults))
         faults += cross_faults(draft)
@@ -105,9 +106,9 @@ def _in_file_order(faults: Iterable[Fault], files: Sequence[str]) -> list[Fault]
 class _Builder:
     """Collects faults and places while it turns the tree into values."""
 
-    def __init__(self, root: Table, faults: Iterable[Fault]) -> None:
+    def __init__(self, root: Table) -> None:
         self.root = root
-        self.faults = list(faults)
+        self.faults: list[Fault] = []
         self.places: dict[KeyPath, Mark] = {}
 
     def config(self, files: tuple[str, ...]) -> Config:
@@ -185,8 +186,8 @@ class _Builder:
 def _name_error(name: str) -> str | None:
     if MODEL_NAME.fullmatch(name) and ".." not in name:
         return None
-    fitting = re.sub(r"\.\.+", ".", re.sub(r"[^A-Za-z0-9._-]+", "-", name)).strip("-._")[:100]
-    hint = f", for example {quote(fitting)}" if fitting else ""
+    fitting = re.sub(r"\.\.+", ".", re.sub(r"[^A-Za-z0-9._-]+", "-", name)).strip("-._")
+    hint = f", for example {quote(fitting)}" if 0 < len(fitting) <= 60 else ""
     return (
         f"cannot use the model name {quote(name)}: it becomes the name of a unit and of a "
         "directory. Use up to 100 letters, digits, dots, dashes and underscores, first a letter "

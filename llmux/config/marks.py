@@ -136,14 +136,15 @@ def dotted(path: KeyPath) -> str:
         if isinstance(step, int):
             out += f"[{step}]"
         else:
-            plain = re.fullmatch(r"[\w.-]+", step, re.ASCII)
+            plain = re.fullmatch(r"[\w-][\w.-]*", step, re.ASCII) and ".." not in step
             out += ("." if out else "") + (step if plain else quote(step))
     return out
 
 
 def quote(text: str) -> str:
     """The text in double quotes on one line, short enough for a message."""
-    return json.dumps(text if len(text) <= 80 else f"{text[:77]}...")
+    shown = text if len(text) <= 80 else f"{text[:77]}..."
+    return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
 
 def describe(node: Node) -> str:

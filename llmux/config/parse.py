@@ -74,7 +74,8 @@ def number(low: float, high: float, *, above: bool = False) -> Parser[float]:
 def duration(unit: str, low: float, high: float) -> Parser[float]:
     """A plain number counts in ``unit`` ("s" or "ms"), and so does the result."""
     scale = UNIT_SECONDS[unit]
-    span = f'a duration from {low:g}{unit} to {high:g}{unit}, such as {10 / scale:g} or "10s"'
+    limits = f"from {format_duration(low * scale)} to {format_duration(high * scale)}"
+    span = f'a duration {limits}, such as {10 / scale:g} or "10s"'
 
     def parse(node: Node) -> float:
         expected = f"expected {span}"
@@ -120,6 +121,13 @@ def parse_duration(text: str) -> float | None:
     if not parts or "".join(amount + unit for amount, unit in parts) != text:
         return None
     return sum(float(amount) * UNIT_SECONDS[unit] for amount, unit in parts)
+
+
+def format_duration(seconds: float) -> str:
+    for unit in ("d", "h", "m", "s"):
+        if seconds and seconds % UNIT_SECONDS[unit] == 0:
+            return f"{int(seconds // UNIT_SECONDS[unit])}{unit}"
+    return f"{seconds * 1000:g}ms" if seconds else "0"
 
 
 def parse_size(text: str) -> int | None:
@@ -392,7 +400,7 @@ def gpus(node: Node) -> tuple[int, ...] | int:
     if not isinstance(node, Items):
         if isinstance(node, Table):
             raise invalid(node, "expected a number of GPUs, or a list of indices such as [0, 1]")
-        return integer(1, 64, "a number of GPUs, or a list of indices such as [0, 1],")(node)
+        return integer(1, 64, "a number of GPUs (or a list of indices such as [0, 1])")(node)
     if not node.items:
         raise invalid(node, "expected at least one GPU index, got an empty list")
     indices = listing(integer(0, 63, "a GPU index"), "")(node)

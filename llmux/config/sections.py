@@ -29,16 +29,16 @@ NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """The keys of one mapping. ``gone`` tells what replaces a key of earlier versions."""
+    """The keys of one mapping.
+
+    ``required`` maps a key to why it is needed, ``gone`` a key of earlier versions to its remedy;
+    ``defaults`` only tell whether an empty value can be meant.
+    """
 
     parsers: Mapping[str, Parser[Any]]
-    required: Mapping[str, str] = field(
-        default_factory=lambda: NOTHING
-    )  # key → why, completing "missing key …"
+    required: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     gone: Mapping[str, GoneKey] = field(default_factory=lambda: NOTHING)
-    defaults: Mapping[str, Any] = field(
-        default_factory=lambda: NOTHING
-    )  # only to know what "nothing" may mean
+    defaults: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,8 @@ def _allow_nothing(entry: Entry, spec: Spec) -> None:
     if entry.key in spec.required:
         raise invalid(entry.value, f"has no value: {spec.required[entry.key]}")
     if isinstance(default, bool | int | float | str):
-        shown = f" ({default})" if default != "" else ""
+        shown = f" ({default:g})" if isinstance(default, float) else f" ({default})"
+        shown = "" if default == "" else shown
         raise invalid(entry.value, f"has no value; remove the key to keep the default{shown}")
 
 

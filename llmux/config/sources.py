@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from llmux.config.documents import parse_text, read_text
+from llmux.config.documents import cause_of, parse_text, read_text
 from llmux.config.marks import (
     Entry,
     Fault,
@@ -43,12 +43,12 @@ def read_sources(path: Path, conf_d: Path | None) -> Sources:
     faults: list[Fault] = []
     complete = True
     files = [path]
+    folder = conf_d or path.parent / DROP_IN_FOLDER
     try:
-        files += _drop_ins(path, conf_d)
-    except OSError as error:
-        folder = str(error.filename)
-        cause = str(error.strerror).lower()
-        faults.append(Fault(Mark(folder), (), f"cannot list the folder: {cause}"))
+        if conf_d or (path.name == MAIN_NAME and folder.is_dir()):
+            files += _drop_ins(folder)
+    except (OSError, ValueError) as error:
+        faults.append(Fault(Mark(str(folder)), (), f"cannot list the folder: {cause_of(error)}"))
         complete = False
     root = Table(Mark(str(path)), ())
     for file in files:
@@ -62,12 +62,7 @@ def read_sources(path: Path, conf_d: Path | None) -> Sources:
     return Sources(root, tuple(str(file) for file in files), tuple(faults), complete)
 
 
-def _drop_ins(path: Path, conf_d: Path | None) -> list[Path]:
-    folder = conf_d
-    if folder is None:
-        folder = path.parent / DROP_IN_FOLDER
-        if path.name != MAIN_NAME or not folder.is_dir():
-            return []
+def _drop_ins(folder: Path) -> list[Path]:
     names = sorted(os.listdir(folder))
     # Hidden files are what editors leave; other suffixes are what dpkg leaves (.dpkg-old).
     return [folder / n for n in names if n.endswith(DROP_IN_SUFFIX) and not n.startswith(".")]
