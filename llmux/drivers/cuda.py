@@ -18,7 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmux.drivers.cuda_calls import CudaCallError, CudaCallTimeout, call_environment, spawn
+from llmux.drivers.cuda_calls import (
+    ABANDONED,
+    CudaCallError,
+    CudaCallTimeout,
+    call_environment,
+    spawn,
+)
 from llmux.drivers.cuda_sequence import CudaSequence
 from llmux.errors import Unsupported
 
@@ -129,19 +135,29 @@ class Helper:
         if self.alive and not self._writer.is_closing():
             self._writer.write_eof()
 
-    async def wait(self, seconds: float) -> bool:
-        """True when it has gone within that time."""
-        if self._reading is None:
-            return True
+    async def leave(self, seconds: float) -> bool:
+        """True when it has gone within that time; else it finishes its calls by itself."""
+        self.retire()
+        assert self._reading is not None
         done, _ = await asyncio.wait([self._reading], timeout=seconds)
+        if not done:
+            self._reading.cancel()
+            self._writer.close()
+            ABANDONED.append(self._process)
         return bool(done)
 
 
 class HelperCalls:
     """``CudaCalls`` through helpers: one current at most, retired ones kept until they end."""
 
-    def __init__(self, library: str = LIBRARY, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        library: str = LIBRARY,
+        env: Mapping[str, str] | None = None,
+        close_secs: float = CLOSE_SECS,
+    ) -> None:
         self._library = library
+        self._close_secs = close_secs
         self._env = call_environment(env)
         self._current: Helper | None = None
         self._retired: list[Helper] = []
@@ -226,10 +242,9 @@ class HelperCalls:
     async def close(self) -> None:
         helpers = [*self._retired, *([self._current] if self._current else [])]
         self._retired, self._current = [], None
-        for helper in helpers:
-            helper.retire()
-        for helper in helpers:
-            if not await helper.wait(CLOSE_SECS):
+        left = await asyncio.gather(*(helper.leave(self._close_secs) for helper in helpers))
+        for helper, gone in zip(helpers, left, strict=True):
+            if not gone:
                 log.warning("leaving CUDA helper %d to finish a call by itself", helper.pid)
 
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class CudaState(IntEnum):
@@ -116,6 +116,9 @@ class ProcessTable:
 
 # What libcuda needs to be found, and nothing that changes what it sees (CUDA_VISIBLE_DEVICES).
 PASSED_ENV = ("PATH", "LD_LIBRARY_PATH")
+
+# Children left to finish when we go; held because a Popen that is collected warns of its child.
+ABANDONED: Final[list[subprocess.Popen[bytes]]] = []
 
 
 def call_environment(extra: Mapping[str, str] | None) -> dict[str, str]:

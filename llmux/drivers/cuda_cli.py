@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmux.drivers.cuda_calls import (
+    ABANDONED,
     Code,
     CudaCallError,
     CudaCallTimeout,
@@ -126,12 +127,14 @@ class ToolCalls:
             process, ours = spawn(argv, self._env, requests=False)
         except OSError as error:
             raise CudaCallError(operation, pid, None, f"cannot run {argv[0]}: {error}") from error
+        ABANDONED.append(process)  # until it has ended: nothing of ours may end it
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
             output = b""
             while part := await reader.read(OUTPUT_LIMIT):
                 output = (output + part)[-OUTPUT_LIMIT:]
             status = await asyncio.to_thread(process.wait)
+            ABANDONED.remove(process)
         finally:
             writer.close()
         if status < 0:
@@ -141,6 +144,9 @@ class ToolCalls:
 
     async def close(self) -> None:
         """Runs that are still going on end by themselves."""
+        for task in self._late:
+            task.cancel()
+        await asyncio.gather(*self._late, return_exceptions=True)
 
 
 class CudaCheckpointTool(CudaSequence):

@@ -1,7 +1,7 @@
-"""Builds and steers the fake ``libcuda.so.1`` and ``cuda-checkpoint`` (see libcuda.c for the rules).
+"""Builds and steers the fake ``libcuda.so.1`` and ``cuda-checkpoint`` (libcuda.c has the rules).
 
-Each ``FakeCuda`` owns a directory with the library, the tool, a little /proc, the states, the faults
-and the call log, so that tests running side by side share nothing. As a program:
+Each ``FakeCuda`` owns a directory with the library, the tool, a little /proc, the states, the
+faults and the call log, so that tests running side by side share nothing. As a program:
 ``fake_cuda.py DIRECTORY`` makes such a directory and prints the library's path.
 """
 
@@ -27,13 +27,22 @@ def _workshop() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def build(*defines: str) -> Path:
     """The library compiled with these macros, once per process."""
+    return _compile("libcuda.c", ["-shared", "-fPIC"], defines)
+
+
+@functools.cache
+def build_tool() -> Path:
+    return _compile("cuda-checkpoint.c", [], ())
+
+
+def _compile(source: str, flags: list[str], defines: tuple[str, ...]) -> Path:
     if COMPILER is None:
         raise RuntimeError("no C compiler (cc or gcc) to build the fake libcuda.so.1 with")
-    out = Path(_workshop().name) / ("-".join(("libcuda", *defines)) + ".so")
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
-    source = str(HERE / "libcuda.c")
-    macros = [f"-D{name}" for name in defines]
-    subprocess.run([COMPILER, *flags, *macros, "-o", str(out), source, "-ldl"], check=True)
+    out = Path(_workshop().name) / "-".join((source, *defines))
+    flags = [*flags, "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
+    flags += [*(f"-D{name}" for name in defines)]
+    command = [COMPILER, *flags, "-o", str(out), str(HERE / source), "-ldl"]
+    subprocess.run(command, check=True)
     return out
 
 
@@ -48,8 +57,7 @@ class FakeCuda:
         self.library = directory / "libcuda.so.1"
         shutil.copy(build(*defines), self.library)
         self.tool = directory / "cuda-checkpoint"
-        shutil.copy(HERE / "cuda-checkpoint", self.tool)
-        self.tool.chmod(0o755)
+        shutil.copy(build_tool(), self.tool)
 
     def add(self, pid: int, state: int | None = 0, *, ticks: int = 1, maps: str = "") -> None:
         """A process; ``state`` None means one without CUDA."""
@@ -67,6 +75,11 @@ class FakeCuda:
 
     def state(self, pid: int) -> int:
         return int((self.directory / "procs" / str(pid)).read_text())
+
+    def wait_for_state(self, pid: int, wanted: int) -> None:
+        """Blocks until it is so; the test's own time limit is the bound."""
+        while self.state(pid) != wanted:
+            os.sched_yield()
 
     def fault(self, call: str, words: str, pid: int | None = None) -> Path:
         """Orders a fault; for "hang" the returned FIFO releases the call (see ``release``)."""

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
 
 from fake_cuda import COMPILER, FakeCuda
 
-from llmux.drivers.cuda import CudaDriver
-from llmux.drivers.cuda_calls import ProcessTable
-from llmux.drivers.cuda_cli import CudaCheckpointTool
+from llmux.drivers.cuda import CudaDriver, HelperCalls
+from llmux.drivers.cuda_calls import CudaCalls, ProcessTable
+from llmux.drivers.cuda_cli import CudaCheckpointTool, ToolCalls
 from llmux.drivers.cuda_sequence import CudaSequence
 from llmux.errors import CheckpointFailed, DriverError, DriverTimeout, Unsupported
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the 
 
 RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
 LONG = 30.0
-SHORT = 0.5  # long enough for calls that answer, short enough to wait for one that does not
+SHORT = 0.02  # for the one call that never answers by itself; all others get LONG
 SUSPEND_STEPS = ("lock", "checkpoint")
 RESUME_STEPS = ("restore", "unlock")
 ALL_STEPS = ("restore_tid", "state", *SUSPEND_STEPS, *RESUME_STEPS)
@@ -49,14 +49,41 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+class Impatient:
+    """Calls as they are, but the first one of this kind is waited for only a moment."""
+
+    def __init__(self, calls: CudaCalls, operation: str, pid: int) -> None:
+        self._calls = calls
+        self._short: tuple[str, int] | None = (operation, pid)
+        self.ready = calls.ready
+        self.close = calls.close
+
+    async def call(
+        self,
+        operation: str,
+        pid: int,
+        timeout: float,
+        *,
+        on_late: Callable[[], None],
+        lock_ms: int = 0,
+    ) -> int:
+        if (operation, pid) == self._short:
+            self._short, timeout = None, SHORT
+        return await self._calls.call(operation, pid, timeout, on_late=on_late, lock_ms=lock_ms)
+
+
 @asynccontextmanager
-async def driver(fake: FakeCuda, kind: str = "library") -> AsyncIterator[CudaSequence]:
-    processes = ProcessTable(fake.proc)
-    made: CudaSequence
+async def driver(
+    fake: FakeCuda, kind: str = "library", hung: tuple[str, int] | None = None
+) -> AsyncIterator[CudaSequence]:
+    calls: CudaCalls
     if kind == "library":
-        made = CudaDriver(str(fake.library), processes=processes)
+        calls = HelperCalls(str(fake.library), close_secs=LONG)
     else:
-        made = CudaCheckpointTool(str(fake.tool), processes=processes)
+        calls = ToolCalls(str(fake.tool))
+    if hung:
+        calls = Impatient(calls, *hung)
+    made = CudaSequence(calls, processes=ProcessTable(fake.proc))
     try:
         yield made
     finally:
@@ -116,9 +143,7 @@ def test_no_cuda_process_means_nothing_to_do(fake: FakeCuda, kind: str) -> None:
 
 @pytest.mark.parametrize("first", [RUNNING, LOCKED, CHECKPOINTED])
 @pytest.mark.parametrize("second", [RUNNING, LOCKED, CHECKPOINTED])
-def test_mixed_states_reach_the_goal_from_anywhere(
-    fake: FakeCuda, first: int, second: int
-) -> None:
+def test_mixed_states_reach_the_goal_from_anywhere(fake: FakeCuda, first: int, second: int) -> None:
     async def main() -> None:
         async with driver(fake) as cuda:
             for goal, act in ((CHECKPOINTED, cuda.suspend), (RUNNING, cuda.resume)):
@@ -249,9 +274,9 @@ def test_a_hanging_call_ends_at_the_deadline_and_blocks_nobody_else(
     fifo = fake.fault(step, "hang", 102)
 
     async def main() -> None:
-        async with driver(fake, kind) as cuda:
+        async with driver(fake, kind, (step, 102)) as cuda:
             act = cuda.resume if waking else cuda.suspend
-            error = await failing(act([101, 102], SHORT))
+            error = await failing(act([101, 102], LONG))
             assert isinstance(error, DriverTimeout)
             assert f"{step} of process 102" in str(error)
             if step in SUSPEND_STEPS:
@@ -284,8 +309,8 @@ def test_a_pid_used_again_by_another_process_is_not_tainted(fake: FakeCuda) -> N
     fifo = fake.fault("checkpoint", "hang", 102)
 
     async def main() -> None:
-        async with driver(fake) as cuda:
-            await failing(cuda.suspend([102], SHORT))
+        async with driver(fake, hung=("checkpoint", 102)) as cuda:
+            await failing(cuda.suspend([102], LONG))
             fake.heal()
             fake.end(102)
             fake.add(102, ticks=2)

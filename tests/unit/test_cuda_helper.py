@@ -1,0 +1,140 @@
+"""The CUDA helper as a process: greeting, several calls at once, and nothing cuts one short."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
+
+from fake_cuda import COMPILER, FakeCuda
+
+from llmux.drivers.cuda import HELPER, HelperCalls, greeting_problem
+from llmux.drivers.cuda_calls import CudaCallTimeout
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
+
+
+class Client:
+    def __init__(self, library: Path) -> None:
+        argv = [sys.executable, "-I", str(HELPER), "--library", str(library)]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.greeting = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def ask(self, number: int, operation: str, pid: int) -> None:
+        assert self.process.stdin is not None
+        request = {"id": number, "op": operation, "pid": pid, "timeout_ms": 10}
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def hang_up(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def end(self) -> int:
+        with self.process as process:
+            return process.wait(20)
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeCuda:
+    fake = FakeCuda(tmp_path)
+    fake.add(101)
+    fake.add(102)
+    return fake
+
+
+def test_greets_answers_and_leaves_at_the_end_of_input(fake: FakeCuda) -> None:
+    client = Client(fake.library)
+    assert client.greeting["driver_version"] == 13000
+    assert client.greeting["code"] == 0
+    client.ask(1, "lock", 101)
+    assert client.answer() == {"id": 1, "code": 0}
+    client.ask(2, "state", 101)
+    assert client.answer() == {"id": 2, "code": 0, "value": 1}
+    client.ask(3, "restore", 101)
+    assert client.answer()["name"] == "CUDA_ERROR_ILLEGAL_STATE"
+    client.hang_up()
+    assert client.end() == 0
+
+
+def test_a_hung_call_does_not_hold_up_another(fake: FakeCuda) -> None:
+    fifo = fake.fault("lock", "hang", 101)
+    client = Client(fake.library)
+    client.ask(1, "lock", 101)
+    with fifo.open("wb"):  # opens only once the call is inside
+        client.ask(2, "lock", 102)
+        assert client.answer() == {"id": 2, "code": 0}
+    assert client.answer() == {"id": 1, "code": 0}
+    client.hang_up()
+    assert client.end() == 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, None])
+def test_nothing_but_the_driver_ends_a_call(fake: FakeCuda, end: signal.Signals | None) -> None:
+    fake.add(101, 1)
+    fifo = fake.fault("checkpoint", "hang", 101)
+    client = Client(fake.library)
+    client.ask(1, "checkpoint", 101)
+    with fifo.open("wb"):
+        if end is None:
+            client.hang_up()
+        else:
+            client.process.send_signal(end)
+    assert client.answer() == {"id": 1, "code": 0}
+    assert client.end() == 0
+    assert fake.state(101) == 2
+
+
+def test_finishes_the_call_although_its_reader_is_gone(fake: FakeCuda) -> None:
+    fake.add(101, 1)
+    fifo = fake.fault("checkpoint", "hang", 101)
+    client = Client(fake.library)
+    client.ask(1, "checkpoint", 101)
+    with fifo.open("wb"):
+        client.hang_up()
+        assert client.process.stdout is not None
+        client.process.stdout.close()
+    assert client.end() == 0
+    assert fake.state(101) == 2
+
+
+def test_closing_the_driver_leaves_a_busy_helper_to_finish(fake: FakeCuda) -> None:
+    fake.add(101, 1)
+    fifo = fake.fault("checkpoint", "hang", 101)
+
+    async def main() -> None:
+        calls = HelperCalls(str(fake.library), close_secs=0.0)
+        with pytest.raises(CudaCallTimeout):
+            await calls.call("checkpoint", 101, 0.0, on_late=lambda: None)
+        await calls.close()
+
+    asyncio.run(main())
+    fake.release(fifo)
+    fake.wait_for_state(101, 2)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "words"),
+    [
+        ({"code": 0}, None),
+        ({"problem": "cannot load it"}, "cannot load it"),
+        ({"missing": ["cuInit"], "driver_version": 11080}, "(CUDA 11.8) lacks cuInit"),
+        ({"missing": ["cuInit"]}, "(unknown CUDA version) lacks cuInit"),
+        ({"code": 100, "name": "N", "text": "no device"}, "no device (N)"),
+    ],
+)
+def test_a_greeting_says_what_is_wrong(greeting: dict[str, Any], words: str | None) -> None:
+    problem = greeting_problem(greeting, "libcuda.so.1")
+    assert (problem is None) if words is None else (problem is not None and words in problem[0])
