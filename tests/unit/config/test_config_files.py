@@ -256,8 +256,8 @@ def test_values_keep_their_places_for_later_problems() -> None:
     at = marked.marks.at
     assert (at(("models", "big", "port")).line, at(("models", "big", "port")).column) == (4, 11)
     assert at(("models", "big", "extra_args", 2)).column == 45
-    assert at(("models", "small", "port")).line == 18, "a default: the model that has it"
-    assert at(("policy", "eviction", "process")).line == 24
+    assert at(("models", "small", "port")).line == 19, "a default: the model that has it"
+    assert at(("policy", "eviction", "process")).line == 25
     assert at(("nothing", "such")).line == 1
     problem = marked.marks.problem(("engine_user",), "cannot be")
-    assert str(problem) == f"{GOOD / 'full.yaml'}:50:14: engine_user: cannot be"
+    assert str(problem) == f"{GOOD / 'full.yaml'}:52:14: engine_user: cannot be"
