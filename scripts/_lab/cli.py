@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from . import host, image, state
+from . import host, image, state, vllm
 from .guest import SUITES, Guest, Options, sweep
 
 
@@ -72,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument("--suite", choices=SUITES, default="trixie")
     images.add_argument("--vm", action="store_true")
     images.set_defaults(act=do_image)
+
+    real = verbs.add_parser("vllm-env", help="build the CPU vLLM and its tiny models (JSON: where)")
+    real.add_argument("--verify", action="store_true", help="start one on this host and ask it")
+    real.set_defaults(act=do_vllm_env)
     return parser
 
 
@@ -167,4 +171,12 @@ def do_image(arguments: argparse.Namespace) -> int:
     else:
         built = image.container_root(arguments.suite)
     print(os.fspath(built))
+    return 0
+
+
+def do_vllm_env(arguments: argparse.Namespace) -> int:
+    built = vllm.environment()
+    if arguments.verify:
+        vllm.verify(built)
+    print(built.as_json())
     return 0

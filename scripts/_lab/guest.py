@@ -17,12 +17,10 @@ import os
 import pathlib
 import secrets
 import select
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, Self
 
 from . import host, image, nspawn, state, vllm, vm
@@ -433,7 +431,6 @@ def _plan(name: str, directory: pathlib.Path, options: Options) -> Plan:
     facts = {
         "suite": options.suite,
         "owner_pid": options.owner_pid,
-        "started": time.time(),
         "shares": [dataclasses.asdict(share) for share in shares],
     }
     if options.machine:
@@ -586,7 +583,7 @@ def _wait_until_booted(
             told = b"failed: the guardian ended\n"
             break
         told += chunk
-    facts = dict(plan.facts)
+    facts = {**plan.facts, "started": time.time()}
     booted = not told.startswith(b"failed")
     if booted:
         guardian = nspawn.children(process.pid)
@@ -594,7 +591,7 @@ def _wait_until_booted(
         if plan.facts["kind"] == "machine":
             key = pathlib.Path(facts["ssh_key"])
             ssh = vm.ssh_argv(directory, key, facts["port"], tty=False)
-            booted = vm.wait_for_ssh(ssh, facts["port"], process)
+            booted = vm.wait_for_ssh(ssh, facts["port"], process, directory / "console.log")
             told = b"failed: the machine did not boot\n"
         else:
             facts["pid1"] = nspawn.find_pid1(guardian[0]) if guardian else None
