@@ -1,0 +1,196 @@
+"""The Sanic application: everything that is not an inference request. One table of routes.
+
+Inference requests never arrive here (front.py takes them off the connection); what else Sanic needs
+to know of their paths is that other methods are not allowed on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from sanic import Request, Sanic
+from sanic.exceptions import MethodNotAllowed, SanicException
+from sanic.response import BaseHTTPResponse, HTTPResponse
+from sanic.response import json as json_response
+
+from llmux.config.schema import Config
+from llmux.errors import Reason, Refused
+from llmux.gateway import openai, problems
+from llmux.gateway.gateway import Gateway
+from llmux.gateway.link import Link
+
+logger = logging.getLogger(__name__)
+
+App = Sanic[Any, Any]
+
+ASK_SECS = 10.0  # a question that needs no work; an overdue answer means a supervisor in trouble
+
+# path below /control → (method, verb, may it take as long as a start)
+CONTROL_VERBS: Mapping[tuple[str, str], tuple[str, bool]] = {
+    ("GET", "status"): ("status", False),
+    ("GET", "eviction"): ("eviction_get", False),
+    ("POST", "eviction"): ("eviction_set", False),
+    ("POST", "mode"): ("mode", False),
+    ("POST", "unpin"): ("unpin", False),
+    ("POST", "pin"): ("pin", True),
+    ("POST", "switch"): ("switch", True),
+    ("POST", "sleep"): ("sleep", True),
+    ("POST", "wake"): ("wake", True),
+}
+_number = itertools.count(1)
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+def build_app(config: Config, gateway: Gateway, link: Link) -> App:
+    # Sanic keeps its apps in a table by name; a process (the tests') may have several gateways.
+    app: App = Sanic(f"llmux-gateway-{next(_number)}", configure_logging=False)
+    app.ctx.gateway = gateway
+    app.ctx.link = link
+    app.config.update(
+        {
+            "ACCESS_LOG": False,
+            "REQUEST_MAX_SIZE": config.gateway.max_body_bytes,
+            "REQUEST_MAX_HEADER_SIZE": 16_384,
+            "KEEP_ALIVE": True,
+            # An idle timer over the handler: a cold start may keep /control/switch silent for long.
+            "RESPONSE_TIMEOUT": 24 * 3600,
+            "REQUEST_TIMEOUT": 24 * 3600,  # front.py has its own; Sanic's timers are off there
+            # Rewrites methods of Sanic's classes for one app; a second app in the same process (the
+            # tests') would then fail. It speeds up a path that is not hot here.
+            "TOUCHUP": False,
+            "FALLBACK_ERROR_FORMAT": "json",
+        }
+    )
+    _add_routes(app)
+    app.register_middleware(_name_request, "response")
+    app.error_handler.add(Exception, _on_error)
+    return app
+
+
+def _add_routes(app: App) -> None:
+    app.add_route(_health, "/health", methods=["GET", "HEAD"], name="health")
+    app.add_route(_health, "/health/live", methods=["GET", "HEAD"], name="live")
+    app.add_route(_ready, "/health/ready", methods=["GET", "HEAD"], name="ready")
+    app.add_route(_models, "/v1/models", methods=["GET"], name="models")
+    app.add_route(_model, "/v1/models/<model:path>", methods=["GET"], name="model")
+    for path in openai.INFERENCE_PATHS:
+        others = [method for method in METHODS if method != "POST"]
+        app.add_route(_post_only, path.decode(), methods=others, name=path.decode())
+    for method, name in CONTROL_VERBS:
+        app.add_route(
+            _control, f"/control/<name:{name}>", methods=[method], name=f"{method}-{name}"
+        )
+
+
+# ---- handlers -----------------------------------------------------------------------------------
+
+
+async def _health(_request: Request) -> HTTPResponse:
+    """The process lives and its loop turns; engines are the supervisor's business."""
+    return json_response({"status": "ok"})
+
+
+async def _ready(request: Request) -> HTTPResponse:
+    """Ready when a request can be served or at least waited for: the supervisor is there, or what
+    it granted before it left is still held."""
+    gateway: Gateway = request.app.ctx.gateway
+    link: Link = request.app.ctx.link
+    if gateway.draining:
+        raise Refused(Reason.SHUTTING_DOWN, "the gateway is shutting down")
+    if not link.up and not gateway.admission.holds():
+        raise Refused(
+            Reason.SUPERVISOR_UNREACHABLE,
+            "the supervisor is not connected and no model is granted",
+            hint="systemctl status llmux",
+        )
+    return json_response({"status": "ready", "supervisor": "up" if link.up else "away"})
+
+
+async def _models(request: Request) -> HTTPResponse:
+    gateway: Gateway = request.app.ctx.gateway
+    return json_response(openai.model_list(gateway.models.values()))
+
+
+async def _model(request: Request, model: str) -> HTTPResponse:
+    gateway: Gateway = request.app.ctx.gateway
+    info = gateway.models.get(model)
+    if info is None:
+        raise Refused(
+            Reason.UNKNOWN_MODEL,
+            f'the model "{model[:200]}" does not exist',
+            hint="GET /v1/models lists the models",
+            param="model",
+        )
+    return json_response(openai.model_object(info))
+
+
+async def _post_only(request: Request) -> HTTPResponse:
+    raise Refused(
+        Reason.METHOD_NOT_ALLOWED,
+        f"cannot {request.method} {request.path}: only POST is allowed",
+        allow="POST",
+    )
+
+
+async def _control(request: Request, name: str) -> HTTPResponse:
+    """The supervisor's own answer, passed on. It does the work whether or not the asker stays."""
+    verb, slow = CONTROL_VERBS[request.method, name]
+    gateway: Gateway = request.app.ctx.gateway
+    link: Link = request.app.ctx.link
+    timeout = gateway.config.startup_timeout_secs + ASK_SECS if slow else ASK_SECS
+    return json_response(await link.ask(verb, _arguments(request), timeout))
+
+
+def _arguments(request: Request) -> dict[str, Any]:
+    if request.method != "POST" or not request.body:
+        return {}
+    try:
+        parsed = json.loads(request.body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(Reason.BAD_REQUEST, f"cannot read the request body: {error}") from None
+    if not isinstance(parsed, dict):
+        raise Refused(Reason.BAD_REQUEST, "cannot read the request body: expected a JSON object")
+    return parsed
+
+
+# ---- errors and headers -------------------------------------------------------------------------
+
+
+async def _name_request(request: Request, response: BaseHTTPResponse) -> None:
+    request_id = request.headers.get("x-request-id")
+    if request_id is not None:
+        response.headers["x-request-id"] = request_id
+
+
+def _on_error(request: Request, exception: Exception) -> HTTPResponse:
+    problem = _problem(request, exception)
+    headers: dict[str, str] = {}
+    retry_after = problems.retry_after_of(problem)
+    if retry_after is not None:
+        headers["retry-after"] = str(retry_after)
+    if "allow" in problem.fields:
+        headers["allow"] = problem.fields["allow"]
+    status = problems.status_of(problem)
+    return json_response(problems.error_object(problem), status=status, headers=headers)
+
+
+def _problem(request: Request, exception: Exception) -> Refused:
+    if isinstance(exception, Refused):
+        return exception
+    if isinstance(exception, MethodNotAllowed):
+        allowed = ", ".join(sorted(exception.allowed_methods or ()))
+        return Refused(
+            Reason.METHOD_NOT_ALLOWED,
+            f"cannot {request.method} {request.path}: only {allowed or 'other methods'} allowed",
+            allow=allowed,
+        )
+    if isinstance(exception, SanicException) and exception.status_code == 404:
+        return Refused(Reason.NOT_FOUND, f"there is no {request.method} {request.path[:200]}")
+    if isinstance(exception, SanicException) and 400 <= exception.status_code < 500:
+        return Refused(Reason.BAD_REQUEST, str(exception))
+    logger.error("internal error: %s %s", request.method, request.path, exc_info=exception)
+    return Refused(Reason.INTERNAL, "internal error: see the journal of llmux-gateway")

@@ -1,0 +1,232 @@
+"""One gateway worker: the one place where the supervisor's messages, admission, engines and
+clients meet. Everything runs in one event loop and every method here is called from it.
+
+Holds the worker's state (``admission``, one pool per lease); decides nothing that admission or the
+supervisor decides. Never awaits on a request's path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from llmux.config.schema import Config
+from llmux.errors import Reason, Refused
+from llmux.gateway import problems
+from llmux.gateway.admission import Admission, Lease, Ticket
+from llmux.gateway.link import Link
+from llmux.gateway.observer import Observer
+from llmux.gateway.relay import Exchange
+from llmux.gateway.upstream import EngineFailure, EnginePool
+from llmux.protocol import (
+    Catalog,
+    Cut,
+    Demand,
+    Drained,
+    EngineLost,
+    Grant,
+    Hello,
+    Message,
+    ModelInfo,
+    Refuse,
+    Revoke,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """``draining``: the worker is stopping; connections are closed after their present answer."""
+
+    def __init__(self, config: Config, link: Link, *, worker: str) -> None:
+        self.config = config
+        self.max_body_bytes = config.gateway.max_body_bytes
+        self.observer = Observer()
+        self.draining = False
+        self.client_left = asyncio.Event()  # set whenever a client's connection ends
+        self.models: dict[str, ModelInfo] = {
+            name: ModelInfo(name=name, state="unknown") for name in config.models
+        }
+        self._worker = worker
+        self._link = link
+        self._loop = asyncio.get_running_loop()
+        self.clock: Callable[[], float] = self._loop.time
+        self._timer: asyncio.TimerHandle | None = None
+        self.admission = Admission(
+            clock=self.clock,
+            max_waiting=config.gateway.max_waiting,
+            wait_secs=config.policy.request_timeout_secs,
+            models=self.models,
+            on_change=link.demand_changed,
+            on_idle=self._on_idle,
+        )
+        link.attach(
+            hello=self._hello,
+            demand=self.admission.demand,
+            active=self._active_models,
+            on_message=self.on_message,
+        )
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def submit(self, exchange: Exchange) -> None:
+        try:
+            lease = self.admission.submit(exchange)
+        except Refused as problem:
+            exchange.refuse(problem)
+            return
+        if lease is None:
+            self._set_timer()
+        else:
+            exchange.admitted(lease, self._pool(lease))
+
+    def _send_admitted(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            # One that was sent before it in this loop may have failed and taken this one along.
+            if isinstance(ticket, Exchange) and ticket.lease is not None and ticket.in_flight:
+                ticket.admitted(ticket.lease, self._pool(ticket.lease))
+
+    def engine_failed(self, exchange: Exchange, failure: EngineFailure) -> None:
+        """The engine broke off or refused a connection while ``exchange`` was on it."""
+        lease = exchange.lease
+        if lease is not None:
+            # Broken mid-answer: its other requests may be well. Not even begun: nobody else tries.
+            news = not lease.revoked if not exchange.repeatable else self.admission.suspect(lease)
+            if news:
+                self._link.send(EngineLost(lease.model, lease.epoch, failure.error))
+                self._set_timer()
+        problem = exchange.failure_problem(failure)
+        self._again_or_fail(exchange, problem, between_chunks=failure.between_chunks)
+
+    def _again_or_fail(self, exchange: Exchange, problem: Refused, *, between_chunks: bool) -> None:
+        exchange.drop_connection()
+        if self.admission.wait_again(exchange):
+            self.observer.retried[exchange.model] += 1
+            self._set_timer()
+            self._send_admitted(self.admission.admit_waiting(exchange.model))
+        elif exchange.repeatable:
+            exchange.refuse(problem)
+        else:
+            exchange.break_off(problem, between_chunks=between_chunks)
+
+    def _refuse_all(self, tickets: list[Ticket], problem: Callable[[str], Refused]) -> None:
+        for ticket in tickets:
+            if isinstance(ticket, Exchange):
+                ticket.refuse(problem(ticket.model))
+
+    # ---- leases and their connections -----------------------------------------------------------
+
+    def _pool(self, lease: Lease) -> EnginePool:
+        pool: EnginePool | None = lease.pool
+        if pool is None:
+            pool = lease.pool = EnginePool(lease.address, lambda: self._check_drained(lease))
+        return pool
+
+    def _on_idle(self, lease: Lease) -> None:
+        self._pool(lease).close()  # calls _check_drained, now or when the last connection is gone
+
+    def _check_drained(self, lease: Lease) -> None:
+        if self._pool(lease).empty and self.admission.forget(lease):
+            self._link.send(Drained(lease.model, lease.epoch))
+
+    # ---- what the supervisor says ---------------------------------------------------------------
+
+    def on_message(self, message: Message) -> None:
+        match message:
+            case Grant():
+                admitted = self.admission.grant(message.model, message.epoch, message.address)
+                if (held := self.admission.held(message.model)) is not None:
+                    self._pool(held).reopen()
+                self._send_admitted(admitted)
+            case Revoke():
+                self._revoke(message)
+            case Cut():
+                problem = Refused(problems.reason_of(message.code), message.message)
+                for ticket in self.admission.in_flight_on(message.model, message.epoch):
+                    if isinstance(ticket, Exchange):
+                        ticket.refuse(problem)
+            case Refuse():
+                refusal = Refused(
+                    problems.reason_of(message.code),
+                    message.message,
+                    retry_after=message.retry_after,
+                )
+                self._refuse_all(self.admission.refuse(message.model), lambda _model: refusal)
+            case Catalog():
+                self.models = {info.name: info for info in message.infos()}
+                self.admission.set_models(self.models)
+            case _:
+                logger.warning("the supervisor sent a message that a gateway has no use for: %s",
+                               message.kind)  # fmt: skip
+
+    def _revoke(self, message: Revoke) -> None:
+        lease = self.admission.revoke(message.model, message.epoch)
+        if lease is None:
+            self._link.send(Drained(message.model, message.epoch))
+            return
+        self._pool(lease).close()
+        if not message.dead:
+            return
+        problem = Refused(Reason.ENGINE_DIED, f'the engine of model "{message.model}" died')
+        for ticket in list(lease.in_flight):
+            if isinstance(ticket, Exchange):
+                self._again_or_fail(ticket, problem, between_chunks=ticket.between_chunks)
+
+    def _hello(self) -> Hello:
+        return Hello(role="gateway", worker=self._worker, holds=self.admission.holds())
+
+    def _active_models(self) -> list[str]:
+        """Models with anything to report: waiters, requests in flight, or a past."""
+        return [line.model for line in self.admission.lines()]
+
+    def demand(self, model: str) -> Demand:
+        return self.admission.demand(model)
+
+    # ---- time -----------------------------------------------------------------------------------
+
+    def _set_timer(self) -> None:
+        due = self.admission.wake_at
+        if due is None:
+            return
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        expired, admitted = self.admission.tick()
+        self._refuse_all(expired, self._wait_expired)
+        self._send_admitted(admitted)
+        self._set_timer()
+
+    def _wait_expired(self, model: str) -> Refused:
+        return Refused(
+            Reason.WAIT_EXPIRED,
+            f'model "{model}" could not be made ready within {self.admission.wait_secs:g} seconds',
+            hint="the limit is policy.request_timeout_secs",
+        )
+
+    # ---- stopping -------------------------------------------------------------------------------
+
+    def start_draining(self) -> None:
+        """Nobody waits for a model any more; what is in flight goes on."""
+        self.draining = True
+        self._refuse_all(self.admission.close(), lambda model: Refused(
+            Reason.SHUTTING_DOWN,
+            f'cannot wait for model "{model}": the gateway is shutting down',
+        ))  # fmt: skip
+
+    def close(self) -> None:
+        """Cut what is left and give up all connections to engines."""
+        if self._timer is not None:
+            self._timer.cancel()
+        problem = Refused(Reason.SHUTTING_DOWN, "the gateway is shutting down")
+        for line in list(self.admission.lines()):
+            for lease in list(line.leases.values()):
+                for ticket in list(lease.in_flight):
+                    if isinstance(ticket, Exchange):
+                        ticket.refuse(problem)
+                self._pool(lease).close()

@@ -1,0 +1,232 @@
+"""The worker's connection to the supervisor: hello, demand, grants, questions. Never gives up.
+
+The supervisor may go away at any time (restart, upgrade, crash). Nothing is queued for it then:
+what it must know (epochs held, demand) is said anew after every hello. Messages are handled in the
+order they arrive, each completely before the next is looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from llmux.errors import ControlError, Reason, Refused
+from llmux.gateway.problems import reason_of
+from llmux.protocol import MAX_LINE, Answer, Ask, Demand, Hello, Message, decode
+
+logger = logging.getLogger(__name__)
+
+COALESCE_SECS = 0.005  # at most one demand per model in this time
+PROGRESS_SECS = 1.0  # how often progress alone (no change of counts) is reported
+RECONNECT_FIRST_SECS = 0.02
+RECONNECT_MAX_SECS = 1.0
+
+LinkTarget = str | Path | socket.socket
+
+
+class LinkDownError(Refused):
+    """The supervisor is not connected now."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            Reason.SUPERVISOR_UNREACHABLE, message, hint="systemctl status llmux", retry_after=1.0
+        )
+
+
+class _LineProtocol(asyncio.Protocol):
+    def __init__(self, on_line: Callable[[bytes], None]) -> None:
+        self._on_line = on_line
+        self._rest = b""
+        self.transport: asyncio.Transport | None = None
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._on_line(line)
+        if len(self._rest) > MAX_LINE:
+            logger.error("the supervisor sent a line of more than %d bytes; reconnecting", MAX_LINE)
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class Link:
+    """``run`` keeps it up. ``attach`` gives the callbacks that say what to tell the supervisor."""
+
+    def __init__(self, target: LinkTarget) -> None:
+        self._target = target
+        self._loop = asyncio.get_running_loop()
+        self._protocol: _LineProtocol | None = None
+        self._ids = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._dirty: dict[str, None] = {}
+        self._flush_handle: asyncio.TimerHandle | None = None
+        self._flushed_at = -COALESCE_SECS
+        self._progress_sent: dict[str, int] = {}
+        self.came_up = asyncio.Event()  # was connected at least once
+        self.connects = 0
+        self._hello: Callable[[], Hello] = lambda: Hello(role="gateway")
+        self._demand: Callable[[str], Demand] = Demand
+        self._active: Callable[[], list[str]] = list
+        self._on_message: Callable[[Message], None] = lambda _message: None
+
+    def attach(
+        self,
+        *,
+        hello: Callable[[], Hello],
+        demand: Callable[[str], Demand],
+        active: Callable[[], list[str]],
+        on_message: Callable[[Message], None],
+    ) -> None:
+        self._hello, self._demand, self._active = hello, demand, active
+        self._on_message = on_message
+
+    @property
+    def up(self) -> bool:
+        return self._protocol is not None
+
+    # ---- staying connected ----------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Connect, stay, reconnect. Ends only when cancelled, or when a given socket is lost."""
+        delay = RECONNECT_FIRST_SECS
+        said = False
+        while True:
+            try:
+                protocol = await self._connect()
+            except OSError as error:
+                if not said:
+                    logger.warning("cannot reach the supervisor at %s: %s; trying again",
+                                   self._target, error.strerror or error)  # fmt: skip
+                    said = True
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RECONNECT_MAX_SECS)
+                continue
+            delay = RECONNECT_FIRST_SECS
+            said = False
+            await self._stay(protocol)
+            if isinstance(self._target, socket.socket):
+                return
+
+    async def _connect(self) -> _LineProtocol:
+        def factory() -> _LineProtocol:
+            return _LineProtocol(self._on_line)
+
+        if isinstance(self._target, socket.socket):
+            _, protocol = await self._loop.create_unix_connection(factory, sock=self._target)
+        else:
+            _, protocol = await self._loop.create_unix_connection(factory, str(self._target))
+        return protocol
+
+    async def _stay(self, protocol: _LineProtocol) -> None:
+        self._protocol = protocol
+        self.connects += 1
+        progress = self._loop.create_task(self._report_progress())
+        try:
+            self.send(self._hello())
+            self._dirty = dict.fromkeys(self._active())
+            self._flush()
+            self.came_up.set()
+            await asyncio.shield(protocol.lost)
+            logger.warning("lost the supervisor; grants stay in use, reconnecting")
+        finally:
+            progress.cancel()
+            self._protocol = None
+            protocol.close()
+            asked, self._asked = self._asked, {}
+            for future in asked.values():
+                if not future.done():
+                    future.set_exception(LinkDownError("the supervisor went away while asked"))
+
+    # ---- from the supervisor --------------------------------------------------------------------
+
+    def _on_line(self, line: bytes) -> None:
+        try:
+            message = decode(line)
+        except ControlError as error:
+            # A newer supervisor may say more than we know; what we do know must still be heard.
+            logger.warning("%s", error)
+            return
+        if isinstance(message, Answer):
+            future = self._asked.pop(message.id, None)
+            if future is not None and not future.done():
+                future.set_result(message)
+            return
+        self._on_message(message)
+
+    # ---- to the supervisor ----------------------------------------------------------------------
+
+    def send(self, message: Message) -> bool:
+        """False when the supervisor is away: the message is dropped, see the module's text."""
+        protocol = self._protocol
+        if protocol is None or protocol.transport is None or protocol.transport.is_closing():
+            return False
+        protocol.transport.write(message.encode())
+        return True
+
+    def demand_changed(self, model: str) -> None:
+        """Report soon: at once when nothing was reported lately, else with what else changes."""
+        if model in self._dirty:
+            return
+        self._dirty[model] = None
+        if self._flush_handle is not None:
+            return
+        due = self._flushed_at + COALESCE_SECS
+        # Never from inside the caller: it may be in the middle of a change.
+        self._flush_handle = self._loop.call_at(max(due, self._loop.time()), self._flush)
+
+    def _flush(self) -> None:
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+            self._flush_handle = None
+        dirty, self._dirty = self._dirty, {}
+        self._flushed_at = self._loop.time()
+        for model in dirty:
+            demand = self._demand(model)
+            self._progress_sent[model] = demand.progress
+            self.send(demand)
+
+    async def _report_progress(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_SECS)
+            for model in self._active():
+                demand = self._demand(model)
+                if demand.progress != self._progress_sent.get(model):
+                    self.demand_changed(model)
+
+    async def ask(self, verb: str, args: dict[str, Any], timeout: float) -> Any:
+        """The result of a control verb. Raises Refused with the supervisor's reason and text."""
+        number = next(self._ids)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._asked[number] = future
+        try:
+            if not self.send(Ask(number, verb, args)):
+                raise LinkDownError(f"cannot ask the supervisor for {verb}: it is not connected")
+            async with asyncio.timeout(timeout):
+                answer = await future
+        except TimeoutError:
+            raise LinkDownError(
+                f"the supervisor did not answer {verb} within {timeout:g} seconds"
+            ) from None
+        finally:
+            self._asked.pop(number, None)
+        if answer.ok:
+            return answer.result
+        code = reason_of(answer.code or Reason.INTERNAL)
+        message = answer.message or f"the supervisor refused {verb}"
+        raise Refused(code, message, retry_after=answer.retry_after)

@@ -1,0 +1,66 @@
+"""OpenAI's API as far as the gateway must know it: where the model's name is, what lists look like.
+
+Bodies go to the engine byte for byte; this module only reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from llmux.errors import Reason, Refused
+from llmux.protocol import ModelInfo
+
+# What a client may send to an engine. Everything else of the engine's API (its development
+# endpoints above all) has no route here and cannot be reached.
+INFERENCE_PATHS = frozenset(
+    {
+        b"/v1/chat/completions",
+        b"/v1/completions",
+        b"/v1/embeddings",
+    }
+)
+
+
+def model_of(body: bytes) -> str:
+    """The ``model`` of a JSON body. The engine reads the body with the same parser (json.loads), so
+    both see the same one when a key occurs twice: the last. Raises Refused."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(
+            Reason.BAD_REQUEST, f"cannot read the request body: not JSON: {error or 'too deep'}"
+        ) from None
+    if not isinstance(parsed, dict):
+        raise Refused(
+            Reason.BAD_REQUEST, "cannot read the request body: expected a JSON object with a model"
+        )
+    model = parsed.get("model")
+    if not isinstance(model, str) or not model:
+        what = "missing" if model is None else "not a string" if model != "" else "empty"
+        raise Refused(
+            Reason.BAD_REQUEST,
+            f'cannot tell which model is meant: "model" is {what}',
+            hint="GET /v1/models lists the models",
+            param="model",
+        )
+    return model
+
+
+def model_object(info: ModelInfo) -> dict[str, Any]:
+    """One entry of /v1/models; ``state`` is ours, the rest is what OpenAI and vLLM send."""
+    entry: dict[str, Any] = {
+        "id": info.name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "llmux",
+        "state": info.state,
+    }
+    if info.max_model_len is not None:
+        entry["max_model_len"] = info.max_model_len
+    return entry
+
+
+def model_list(infos: Iterable[ModelInfo]) -> dict[str, Any]:
+    return {"object": "list", "data": [model_object(info) for info in infos]}

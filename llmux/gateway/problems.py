@@ -1,0 +1,120 @@
+"""From a reason to what an HTTP client sees: status, headers and OpenAI's error object. One table.
+
+``llmux.cli.main`` has the other mapping of reasons (to exit codes); there is no third.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from llmux.errors import Reason, Refused
+
+# reason → (HTTP status, OpenAI's error type). 503: later; 502: the engine broke; 504: too late.
+PROBLEMS: dict[Reason, tuple[int, str]] = {
+    Reason.UNKNOWN_MODEL: (404, "invalid_request_error"),
+    Reason.BAD_REQUEST: (400, "invalid_request_error"),
+    Reason.WAIT_EXPIRED: (504, "timeout_error"),
+    Reason.START_FAILED: (503, "server_error"),
+    Reason.BACKING_OFF: (503, "server_error"),
+    Reason.ENGINE_DIED: (502, "server_error"),
+    Reason.ENGINE_UNREACHABLE: (502, "server_error"),
+    Reason.CUT_BY_SWITCH: (503, "server_error"),
+    Reason.MANUAL_MODE: (503, "server_error"),
+    Reason.SHUTTING_DOWN: (503, "server_error"),
+    Reason.CANNOT_FIT: (503, "server_error"),
+    Reason.ALREADY_RUNNING: (409, "invalid_request_error"),
+    Reason.QUEUE_FULL: (503, "server_error"),
+    Reason.BODY_TOO_LARGE: (413, "invalid_request_error"),
+    Reason.SUPERVISOR_UNREACHABLE: (503, "server_error"),
+    Reason.NOT_FOUND: (404, "invalid_request_error"),
+    Reason.METHOD_NOT_ALLOWED: (405, "invalid_request_error"),
+    Reason.INTERNAL: (500, "server_error"),
+}
+
+# What `retry_after` says when whoever refused did not know better; a client that is told nothing
+# retries at once and makes an overload worse.
+DEFAULT_RETRY_AFTER = 1.0
+
+STATUS_LINES: dict[int, bytes] = {
+    400: b"400 Bad Request",
+    404: b"404 Not Found",
+    405: b"405 Method Not Allowed",
+    408: b"408 Request Timeout",
+    409: b"409 Conflict",
+    413: b"413 Content Too Large",
+    431: b"431 Request Header Fields Too Large",
+    500: b"500 Internal Server Error",
+    502: b"502 Bad Gateway",
+    503: b"503 Service Unavailable",
+    504: b"504 Gateway Timeout",
+}
+
+
+class HttpRefused(Refused):
+    """A refusal by HTTP itself (a malformed or oversized head): carries its status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(Reason.BAD_REQUEST, message)
+        self.status = status
+
+
+def reason_of(code: str) -> Reason:
+    """The Reason of a code from the supervisor; a newer one may know more of them than we."""
+    try:
+        return Reason(code)
+    except ValueError:
+        return Reason.INTERNAL
+
+
+def status_of(problem: Refused) -> int:
+    if isinstance(problem, HttpRefused):
+        return problem.status
+    return PROBLEMS[problem.reason][0]
+
+
+def retry_after_of(problem: Refused) -> int | None:
+    """Whole seconds for Retry-After, at least 1; None when trying again makes no sense."""
+    if problem.retry_after is None and status_of(problem) != 503:
+        return None
+    seconds = DEFAULT_RETRY_AFTER if problem.retry_after is None else problem.retry_after
+    return max(1, math.ceil(seconds))
+
+
+def error_object(problem: Refused) -> dict[str, Any]:
+    """OpenAI's ``{"error": {"message", "type", "param", "code"}}``."""
+    return {
+        "error": {
+            "message": str(problem),
+            "type": PROBLEMS[problem.reason][1],
+            "param": problem.fields.get("param"),
+            "code": str(problem.reason),
+        }
+    }
+
+
+def error_body(problem: Refused) -> bytes:
+    return json.dumps(error_object(problem)).encode()
+
+
+def error_response(problem: Refused, *, extra: bytes = b"", close: bool = False) -> bytes:
+    """A whole HTTP/1.1 answer; ``extra`` are header lines, each with its CRLF."""
+    body = error_body(problem)
+    retry_after = retry_after_of(problem)
+    return b"".join(
+        (
+            b"HTTP/1.1 ",
+            STATUS_LINES[status_of(problem)],
+            b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(body),
+            b"retry-after: %d\r\n" % retry_after if retry_after is not None else b"",
+            extra,
+            b"connection: close\r\n\r\n" if close else b"\r\n",
+            body,
+        )
+    )
+
+
+def error_event(problem: Refused) -> bytes:
+    """The error as a server-sent event. The leading blank line ends an event that was cut short."""
+    return b"\n\ndata: " + error_body(problem) + b"\n\n"

@@ -1,0 +1,254 @@
+"""A gateway worker from start to stop: sockets, Sanic embedded in the caller's loop, READY, drain.
+
+The caller owns the loop, the signal handlers and the process; this module owns the listening
+sockets. Those that were handed in (systemd's socket activation or fd store) are used as they are
+and may be stored again through ``on_listen``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from llmux.config.schema import Config
+from llmux.gateway.app import App, build_app
+from llmux.gateway.front import FrontProtocol
+from llmux.gateway.gateway import Gateway
+from llmux.gateway.link import Link, LinkTarget
+from llmux.ports import Notifier
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 4096  # what waits here while a worker restarts; the kernel caps it at somaxconn
+SWEEP_SECS = 1.0  # deadlines of client connections are coarse
+DRAIN_SECS = 30.0  # how long a stop waits for running answers
+ABORT_SECS = 1.0  # for error events to leave after the drain's end
+
+
+async def serve_gateway(
+    config: Config,
+    *,
+    link: LinkTarget,
+    sockets: Sequence[socket.socket] = (),
+    notifier: Notifier | None = None,
+    stop: asyncio.Event,
+    worker: str | None = None,
+    on_listen: Callable[[Sequence[socket.socket]], None] | None = None,
+    on_started: Callable[[Gateway], None] | None = None,
+    watchdog_secs: float | None = None,
+    drain_secs: float = DRAIN_SECS,
+) -> None:
+    """Serve until ``stop`` is set, then drain. Returns when every client connection is gone.
+
+    ``link``: path of the supervisor's socket, or one end of a socket pair. ``on_listen`` gets the
+    listening sockets once (to keep them in the fd store); ``on_started`` the Gateway, when ready.
+    """
+    listeners = list(sockets) or bind_all(config.listen_addresses())
+    supervisor = Link(link)
+    gateway = Gateway(config, supervisor, worker=worker or f"gateway-{os.getpid()}")
+    app = build_app(config, gateway, supervisor)
+    servers: list[Any] = []
+    background: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
+    try:
+        background.append(loop.create_task(supervisor.run()))
+        servers = await _listen(app, listeners)
+        background.append(loop.create_task(_sweep(gateway, servers, notifier, watchdog_secs)))
+        if on_listen is not None:
+            on_listen(listeners)
+        where = ", ".join(describe_socket(listener) for listener in listeners)
+        logger.info("Gateway listening on %s", where)
+        if await _link_or_stop(supervisor, stop):
+            if notifier is not None:
+                notifier.ready()
+                notifier.status(f"listening on {where}")
+            if on_started is not None:
+                on_started(gateway)
+            await stop.wait()
+        if notifier is not None:
+            notifier.stopping()
+        await _drain(gateway, servers, drain_secs)
+    finally:
+        await _close(app, gateway, servers, background)
+
+
+# ---- sockets ------------------------------------------------------------------------------------
+
+
+def bind_all(addresses: Sequence[str]) -> list[socket.socket]:
+    """Listening sockets for ``host:port`` and ``unix:/path``; an OSError names the address."""
+    bound: list[socket.socket] = []
+    try:
+        for address in addresses:
+            try:
+                bound.append(_bind(address))
+            except (OSError, ValueError) as error:
+                cause = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+                number = error.errno if isinstance(error, OSError) else None
+                raise OSError(number, f"cannot listen on {address}: {cause}") from error
+    except OSError:
+        for listener in bound:
+            listener.close()
+        raise
+    return bound
+
+
+def _bind(address: str) -> socket.socket:
+    if address.startswith("unix:"):
+        return _bind_unix(Path(address.removeprefix("unix:")))
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    family, kind, protocol, _, name = socket.getaddrinfo(
+        host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(name)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and not _somebody_listens(path):
+            path.unlink()
+        listener.bind(str(path))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _somebody_listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def describe_socket(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if isinstance(name, tuple):
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        return f"{host}:{name[1]}"
+    return f"unix:{name}"
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+async def _listen(app: App, listeners: Sequence[socket.socket]) -> list[Any]:
+    """One AsyncioServer of Sanic's per socket, all for the one app."""
+    servers: list[Any] = []
+    for listener in listeners:
+        server = await app.create_server(
+            sock=listener,
+            protocol=FrontProtocol,
+            backlog=BACKLOG,
+            return_asyncio_server=True,
+            # Else connections are accepted before startup() has run.
+            asyncio_server_kwargs={"start_serving": False},
+        )
+        assert server is not None, "create_server returns a server when asked for one"
+        if not servers:
+            await server.startup()  # type: ignore[no-untyped-call]  # Sanic's
+            await server.before_start()  # type: ignore[no-untyped-call]  # Sanic's
+        servers.append(server)
+    for server in servers:
+        await server.start_serving()
+    await servers[0].after_start()
+    return servers
+
+
+async def _link_or_stop(link: Link, stop: asyncio.Event) -> bool:
+    """True when the supervisor was reached, False when the stop came first."""
+    loop = asyncio.get_running_loop()
+    waits = [loop.create_task(link.came_up.wait()), loop.create_task(stop.wait())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return link.came_up.is_set()
+
+
+def _fronts(servers: Sequence[Any]) -> list[FrontProtocol]:
+    return [front for server in servers for front in server.connections]
+
+
+async def _sweep(
+    gateway: Gateway, servers: Sequence[Any], notifier: Notifier | None, watchdog_secs: float | None
+) -> None:
+    """Once a second: connections whose deadline passed; and the watchdog, which is thereby fed
+    exactly as long as the loop turns."""
+    interval = SWEEP_SECS if watchdog_secs is None else min(SWEEP_SECS, watchdog_secs / 3)
+    while True:
+        if notifier is not None and watchdog_secs is not None:
+            notifier.watchdog()
+        now = gateway.clock()
+        for front in _fronts(servers):
+            if 0.0 < front.deadline < now:
+                front.expire()
+        await asyncio.sleep(interval)
+
+
+async def _drain(gateway: Gateway, servers: Sequence[Any], drain_secs: float) -> None:
+    """Accept nothing more, close what is idle, let answers end, then end them."""
+    # The sockets stay open (systemd may hold them): what connects now waits for the next worker.
+    for server in servers:
+        server.close()
+    gateway.start_draining()
+    for front in _fronts(servers):
+        front.close_if_idle()
+    await _clients_gone(gateway, servers, drain_secs)
+    left = len(_fronts(servers))
+    if left:
+        logger.warning("%d answers were still running %g seconds after the stop; cutting them",
+                       left, drain_secs)  # fmt: skip
+    gateway.close()
+    await _clients_gone(gateway, servers, ABORT_SECS)
+
+
+async def _clients_gone(gateway: Gateway, servers: Sequence[Any], timeout: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            while _fronts(servers):
+                gateway.client_left.clear()
+                await gateway.client_left.wait()
+
+
+async def _close(
+    app: App, gateway: Gateway, servers: Sequence[Any], background: Sequence[asyncio.Task[None]]
+) -> None:
+    for server in servers:
+        if server.is_serving():
+            server.close()
+    gateway.close()
+    for front in _fronts(servers):
+        front.abort()
+    for task in background:
+        task.cancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.gather(*background, return_exceptions=True)
+    if servers:
+        await servers[0].before_stop()
+        await servers[0].after_stop()
+    app.__class__.unregister_app(app)  # Sanic keeps every app by name for ever

@@ -1,0 +1,376 @@
+"""The engine's side of a relay: connections to engines, kept alive, one pool per lease.
+
+asyncio transports and httptools; the parser only finds where an answer begins and ends, the bytes
+themselves go on as they came. A pool knows every connection it opened, because an engine may be
+checkpointed only when none is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httptools
+
+from llmux.protocol import Address
+
+MAX_HEAD = 64 * 1024  # h11's and uvicorn's own bound for a head
+MAX_IDLE = 256  # idle connections kept per engine; more streams than that at once is rare
+CONNECT_SECS = 5.0  # an engine on the same machine that does not accept for so long is not well
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailure:
+    """Why an answer did not come to its end.
+
+    ``fresh``: the connection was new, so the engine and not an idle timeout is to blame.
+    ``between_chunks``: what was passed on ends at a chunk's border, so a chunk can be added.
+    """
+
+    error: str
+    connected: bool = True
+    between_chunks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    status_line: bytes  # b"200 OK"
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    chunked: bool
+    until_close: bool  # neither a length nor chunks: the end of the connection ends the body
+
+
+class Sink(Protocol):
+    """Whom an answer is for. ``payload`` stays complete until ``response_head`` was called."""
+
+    connection: EngineConnection | None
+
+    def payload(self) -> tuple[bytes, bytes]: ...
+    def wants_connection(self) -> bool: ...
+    def response_head(self, head: ResponseHead) -> None: ...
+    def response_bytes(self, data: bytes) -> None: ...
+    def response_end(self) -> None: ...
+    def response_failed(self, failure: EngineFailure) -> None: ...
+
+
+class EngineConnection(asyncio.Protocol):
+    """One connection, one request at a time. ``sink`` is None while it is idle in the pool.
+
+    httptools looks up ``on_*`` when the parser is made: there is no ``on_body`` here on purpose, so
+    the parser walks over body bytes in C without handing each piece to Python.
+    """
+
+    poolable = True
+    __slots__ = (
+        "_between", "_broken", "_complete", "_head", "_head_done", "_headers", "_keep_alive",
+        "_parser", "_until_close", "pool", "served", "sink", "transport",
+    )  # fmt: skip
+
+    def __init__(self, pool: EnginePool) -> None:
+        self.pool = pool
+        self.transport: Any = None
+        self.sink: Sink | None = None
+        self.served = 0
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._head = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._head_done = False  # the parser saw the end of the head
+        self._complete = False
+        self._keep_alive = False
+        self._between = True
+        self._until_close = False
+        self._broken: str | None = None
+
+    def send(self, sink: Sink) -> None:
+        self.sink = sink
+        sink.connection = self
+        self._head = b""
+        self._headers = []
+        self._reset()
+        head, body = sink.payload()
+        # Two writes, one system call: uvloop gathers what is written in one turn of the loop.
+        self.transport.write(head)
+        if body:
+            self.transport.write(body)
+
+    def abort(self) -> None:
+        """Close now; whoever listened hears nothing more. vLLM then ends the request."""
+        self.sink = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    @property
+    def between_chunks(self) -> bool:
+        return self._between
+
+    def pause(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    # ---- asyncio's callbacks --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.pool.made(self)
+
+    def data_received(self, data: bytes) -> None:
+        sink = self.sink
+        if sink is None:
+            self.abort()  # bytes that nobody asked for: this connection is out of step
+            return
+        try:
+            if not self._head_done:
+                self._feed_head(data)
+                return
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"the engine's answer is not HTTP: {error}")
+            return
+        self._pass_on(sink, data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        sink, self.sink = self.sink, None
+        self._parser = None  # the parser and this object refer to each other
+        self.pool.lost(self)
+        if sink is None:
+            return
+        if self._until_close and exc is None:
+            sink.connection = None
+            sink.response_end()
+        elif self.served and not self._head_done and not self._head and sink.wants_connection():
+            # The engine closed an idle connection just as we used it: no answer was begun, and a
+            # fresh connection tells whether there is an engine.
+            self.pool.send_fresh(sink)
+        else:
+            sink.connection = None
+            cause = f": {exc}" if exc else ""
+            sink.response_failed(
+                EngineFailure(f"the engine closed the connection{cause}", True, self._between)
+            )
+
+    # ---- the answer -----------------------------------------------------------------------------
+
+    def _feed_head(self, data: bytes) -> None:
+        data = self._head + data
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(data) > MAX_HEAD:
+                self._fail(f"the engine's answer has a head of more than {MAX_HEAD} bytes")
+            self._head = data
+            return
+        self._head = b""
+        self._parser.feed_data(data[:end])
+        status = self._parser.get_status_code()
+        rest = data[end:]
+        if status < 200:  # 100 Continue, 103 Early Hints: not the answer
+            self._headers = []
+            self._reset()
+            if rest:
+                self._feed_head(rest)
+            return
+        sink = self.sink
+        assert sink is not None, "an answer is parsed for somebody"
+        sink.response_head(self._response_head(data[9 : data.find(b"\r\n")], status))
+        if rest and not self._broken:
+            self._parser.feed_data(rest)
+        if self.sink is sink:  # the client may have left while its head was written
+            self._pass_on(sink, rest)
+
+    def _response_head(self, status_line: bytes, status: int) -> ResponseHead:
+        headers, self._headers = self._headers, []
+        chunked = sized = False
+        for name, value in headers:
+            lowered = name.lower()
+            if lowered == b"transfer-encoding":
+                chunked = b"chunked" in value.lower()
+            elif lowered == b"content-length":
+                sized = True
+        self._until_close = not (chunked or sized or self._complete)
+        return ResponseHead(status_line, status, headers, chunked, self._until_close)
+
+    def _pass_on(self, sink: Sink, data: bytes) -> None:
+        if self._broken is not None:
+            self._fail(self._broken)
+            return
+        if data:
+            sink.response_bytes(data)
+        if self._complete and self.sink is sink:
+            self.sink = sink.connection = None
+            self.served += 1
+            reusable = self._keep_alive and not self.transport.get_write_buffer_size()
+            self.pool.release(self, reusable)
+            sink.response_end()
+
+    def _fail(self, error: str) -> None:
+        sink = self.sink
+        self.abort()
+        if sink is not None:
+            sink.connection = None
+            sink.response_failed(EngineFailure(error, True, self._between))
+
+    # ---- httptools' callbacks -------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            self._broken = "the engine sent more than one answer"
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._head_done:  # trailers come here as well; they pass through unread
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._head_done = True
+        # Asked now: after the message's end llhttp has forgotten the connection header.
+        self._keep_alive = self._parser.should_keep_alive()
+
+    def on_chunk_header(self) -> None:
+        self._between = False
+
+    def on_chunk_complete(self) -> None:
+        self._between = True
+
+    def on_message_complete(self) -> None:
+        self._complete = True
+
+
+class UnchunkingConnection(EngineConnection):
+    """For HTTP/1.0 clients, which do not know chunks: passes on the body alone. Never reused."""
+
+    poolable = False
+    __slots__ = ("_pieces",)
+
+    def __init__(self, pool: EnginePool) -> None:
+        self._pieces: list[bytes] = []
+        super().__init__(pool)
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+
+    def _pass_on(self, sink: Sink, data: bytes) -> None:
+        body = b"".join(self._pieces)
+        self._pieces.clear()
+        super()._pass_on(sink, body)
+
+
+class EnginePool:
+    """All connections to one engine under one lease.
+
+    ``on_empty`` is called when the pool is closed and its last connection is gone.
+    """
+
+    def __init__(self, address: Address, on_empty: Callable[[], None]) -> None:
+        self.address = address
+        self._on_empty = on_empty
+        self._idle: list[EngineConnection] = []
+        self._open: set[EngineConnection] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def empty(self) -> bool:
+        return not self._open and not self._connecting
+
+    def send(self, sink: Sink, *, unchunk: bool = False) -> None:
+        """Send the sink's payload at once on an idle connection, else on a new one."""
+        while self._idle and not unchunk:
+            connection = self._idle.pop()
+            if not connection.transport.is_closing():
+                connection.send(sink)
+                return
+        self.send_fresh(sink, unchunk=unchunk)
+
+    def send_fresh(self, sink: Sink, *, unchunk: bool = False) -> None:
+        factory = UnchunkingConnection if unchunk else EngineConnection
+        task = asyncio.get_running_loop().create_task(self._connect(sink, factory))
+        self._connecting.add(task)
+        task.add_done_callback(self._connect_done)
+
+    def _connect_done(self, task: asyncio.Task[None]) -> None:
+        self._connecting.discard(task)
+        self._check_empty()
+
+    async def _connect(self, sink: Sink, factory: type[EngineConnection]) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_SECS):
+                connection = await self._open_connection(factory)
+        except TimeoutError:
+            error = f"the engine at {self.address} does not accept connections"
+            self._refused(sink, error)
+            return
+        except OSError as failure:
+            error = f"cannot connect to the engine at {self.address}: {failure.strerror or failure}"
+            self._refused(sink, error)
+            return
+        if not sink.wants_connection():
+            self.release(connection, reusable=True)
+        elif connection.transport.is_closing():
+            sink.response_failed(EngineFailure("the engine closed the connection at once"))
+        else:
+            connection.send(sink)
+
+    async def _open_connection(self, factory: type[EngineConnection]) -> EngineConnection:
+        loop = asyncio.get_running_loop()
+        delay = 0.005
+        while True:
+            try:
+                uds, port = self.address.uds, self.address.port
+                if uds is not None:
+                    _, made = await loop.create_unix_connection(lambda: factory(self), uds)
+                    return made
+                assert port is not None, "an address has a socket path or a port"
+                _, made = await loop.create_connection(lambda: factory(self), "127.0.0.1", port)
+                return made
+            except OSError as error:
+                # A full backlog of a unix socket says EAGAIN at once where TCP would wait.
+                if error.errno != errno.EAGAIN:
+                    raise
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 0.1)
+
+    @staticmethod
+    def _refused(sink: Sink, error: str) -> None:
+        if sink.wants_connection():
+            sink.response_failed(EngineFailure(error, connected=False))
+
+    def made(self, connection: EngineConnection) -> None:
+        self._open.add(connection)
+
+    def release(self, connection: EngineConnection, reusable: bool) -> None:
+        wanted = reusable and connection.poolable and not self._closed
+        if not wanted or len(self._idle) >= MAX_IDLE or connection.transport.is_closing():
+            connection.abort()
+            return
+        connection.transport.resume_reading()
+        self._idle.append(connection)
+
+    def lost(self, connection: EngineConnection) -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._check_empty()
+
+    def close(self) -> None:
+        """No connection is kept any more; those in use end with their request."""
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
+        self._check_empty()
+
+    def reopen(self) -> None:
+        self._closed = False
+
+    def _check_empty(self) -> None:
+        if self._closed and self.empty:
+            self._on_empty()
