@@ -37,6 +37,8 @@ KINDS = ("context", "weights", "kv")
 # past this the allocation fails loudly instead.
 LOCK_TIMEOUT_SECS = 10.0
 
+_PF_EXITING = 0x4  # linux/sched.h; the flags are the ninth field of /proc/PID/stat
+
 
 class OutOfMemoryError(Exception):
     """The allocation does not fit; the text is PyTorch's."""
@@ -78,9 +80,10 @@ class Row:
 
 
 def find_start_time(pid: int | str) -> int | None:
-    """Start time of a process in clock ticks since boot; None when it is gone or a zombie.
+    """Start time of a process in clock ticks since boot; None when it is gone or going.
 
-    A zombie has given its memory back already, so it counts as gone.
+    The driver frees GPU memory when a dying process's files are closed, well before its parent has
+    been told or has reaped it, so one that is exiting or a zombie counts as gone.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
@@ -88,7 +91,8 @@ def find_start_time(pid: int | str) -> int | None:
             fields = stat.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    gone = fields[0] in (b"Z", b"X") or int(fields[6]) & _PF_EXITING
+    return None if gone else int(fields[19])
 
 
 class Ledger:

@@ -98,6 +98,8 @@ class Core:
                 if messages is None:
                     os._exit(0)
                 held_back += messages
+            # looked at anew: the order may have come while we waited
+            hanging = self._faults.get("hang", False)
             if hanging is True:
                 continue
             if find_start_time("self") != self._start:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import traceback
 
 from .core import run_core
 from .faults import Faults, UnknownFaultError
@@ -25,11 +24,19 @@ if TYPE_CHECKING:
 class Tree:
     """The children of the API server and what ties them to it."""
 
-    def __init__(self, core_pid: int, core: socket.socket, tracker_pid: int, tracker: int) -> None:
+    def __init__(
+        self,
+        core_pid: int,
+        core: socket.socket,
+        tracker_pid: int,
+        tracker: int,
+        objects: KernelObjects,
+    ) -> None:
         self.core_pid = core_pid
         self.core = core
         self.tracker_pid = tracker_pid
         self.tracker = tracker
+        self.objects = objects  # held, or this process would unmap them
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -44,9 +51,11 @@ def main(argv: list[str]) -> NoReturn:
         listener = _bind(options)
     except OSError:
         # before the engine, as vLLM: a port in use costs no load
-        traceback.print_exc()
+        _print_traceback()
         sys.exit(1)
     tree = _fork_tree(options, faults, listener)
+    # asyncio serves without ssl when there is none, and importing it costs a tenth of the start-up
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # the documented way to forbid an import
     from .server import serve
 
     sys.exit(serve(options, faults, listener, tree))
@@ -79,8 +88,14 @@ def _fork_tree(options: Options, faults: Faults, listener: socket.socket) -> Tre
         try:
             run_core(options, faults, objects, theirs)
         except BaseException:  # noqa: BLE001  # a forked child must never return into its parent's code
-            traceback.print_exc()
+            _print_traceback()
         os._exit(1)
     theirs.close()
     set_name("vllm")
-    return Tree(core_pid, ours, tracker_pid, tracker)
+    return Tree(core_pid, ours, tracker_pid, tracker, objects)
+
+
+def _print_traceback() -> None:
+    import traceback  # ten milliseconds that only the unlucky pay
+
+    traceback.print_exc()
