@@ -1,0 +1,60 @@
+"""``llmux doctor``: prints what was looked at. The looking is drivers/doctor.py's, handed in."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol, TextIO
+
+from llmux.config.schema import Config
+
+
+class CheckResult(Protocol):
+    """A finished check, as drivers/doctor.py makes it; ``level`` is OK, WARN or FAIL."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def level(self) -> str: ...
+
+    @property
+    def seen(self) -> str: ...
+
+    @property
+    def remedy(self) -> str: ...
+
+
+def doctor(
+    config: Config | None,
+    *,
+    as_json: bool,
+    run_checks: Callable[[Config | None], Sequence[CheckResult]],
+    out: TextIO | None = None,
+) -> int:
+    """Exit status: 0 when nothing failed, else 1."""
+    checks = run_checks(config)
+    print((to_json if as_json else to_table)(checks), file=out or sys.stdout)
+    return 1 if any(check.level == "FAIL" for check in checks) else 0
+
+
+def to_json(checks: Sequence[CheckResult]) -> str:
+    rows = [
+        {"name": c.name, "level": str(c.level), "seen": c.seen, "remedy": c.remedy} for c in checks
+    ]
+    ok = all(check.level != "FAIL" for check in checks)
+    return json.dumps({"ok": ok, "checks": rows}, indent=2, ensure_ascii=False)
+
+
+def to_table(checks: Sequence[CheckResult]) -> str:
+    """One line each, the remedy below it; a last line that counts."""
+    width = max((len(check.name) for check in checks), default=0)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.level:<4}  {check.name:<{width}}  {check.seen}")
+        if check.level != "OK" and check.remedy:
+            lines.append(f"{'':4}  {'':{width}}  → {check.remedy}")
+    counts = {level: sum(c.level == level for c in checks) for level in ("OK", "WARN", "FAIL")}
+    lines.append(", ".join(f"{count} {level}" for level, count in counts.items()))
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""The doctor on what parking needs: NVIDIA driver, libcuda, CRIU and vLLM itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+from llmux.config.schema import Config
+from llmux.drivers.cuda import HELPER, LIBRARY, OLDEST_DRIVER, greeting_problem
+from llmux.drivers.doctor_facts import Check, Host, Level, Needs, bad, dotted, version
+
+CRIU_OLDEST = (4, 1)  # vvar_vclock: older ones fail on kernel >= 6.13 (criu 8ee2eba47)
+CRIU_ADVISED = (4, 2)  # guard pages of glibc >= 2.42, frozen single processes (fddca67cc)
+VDSO_KERNEL = (6, 13)
+# SO_PASSSEC (measured: 4.1.1 fails on kernel 6.18, 4.2.1 works; on 6.12 both do). 4.2's change log
+# names 6.16 as the kernel that needed it.
+PASSSEC_KERNEL = (6, 16)
+SLEEP_BROKEN = ((0, 14), (0, 17))  # vllm#32714: weights not freed; mended in 0.17.0 (PR#32947)
+ASK_VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
+
+
+def check_driver(host: Host, config: Config | None) -> Check:
+    needed = Needs.of(config).cuda
+    text = host.read("/proc/driver/nvidia/version")
+    remedy = f"install an NVIDIA driver >= {OLDEST_DRIVER} (580 or later where it can be had)"
+    if text is None:
+        return Check("NVIDIA driver", bad(needed), "not loaded: no /proc/driver/nvidia", remedy)
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ..." or, of the open module,
+    # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  ..."
+    found = re.search(r"\b(\d{3,4}(?:\.\d+){1,2})\b", text)
+    if found is None:
+        return Check("NVIDIA driver", Level.WARN, f"unreadable version: {text[:80]!r}", remedy)
+    if version(found[1])[0] < int(OLDEST_DRIVER):
+        seen = f"{found[1]}: no CUDA checkpoint of processes that use NVML, and PyTorch does"
+        return Check("NVIDIA driver", bad(needed), seen, remedy)
+    return Check("NVIDIA driver", Level.OK, found[1])
+
+
+def check_libcuda(host: Host, config: Config | None) -> Check:
+    """By the helper itself: the same interpreter, the same calls."""
+    tool = config.checkpoint.cuda_checkpoint_path if config else None
+    needed = Needs.of(config).cuda and tool is None
+    ran = host.run([sys.executable, "-I", str(HELPER), "--library", LIBRARY], 60.0)
+    try:
+        greeting = json.loads(ran.output.splitlines()[0])
+    except (ValueError, IndexError):
+        return Check("libcuda", bad(needed), f"the CUDA helper failed: {ran.output[:200].strip()}")
+    problem = greeting_problem(greeting, LIBRARY)
+    if problem is not None:
+        return Check("libcuda", bad(needed), *problem)
+    api = int(greeting["driver_version"])
+    seen = f"{LIBRARY}, CUDA {api // 1000}.{api % 1000 // 10}, all checkpoint functions"
+    return Check("libcuda", Level.OK, seen)
+
+
+def check_gpus(host: Host, config: Config | None) -> Check:
+    needed = Needs.of(config).cuda
+    query = ["--query-gpu=name,memory.total,mig.mode.current", "--format=csv,noheader"]
+    ran = host.run(["nvidia-smi", *query], 30.0)
+    rows = [line.strip() for line in ran.output.splitlines() if line.strip()]
+    if ran.status != 0 or not rows:
+        seen = rows[0] if rows else "nvidia-smi found none"
+        return Check("GPUs", bad(needed), seen, "look at `nvidia-smi` and `journalctl -k` for NVRM")
+    if any(row.endswith("Enabled") for row in rows):
+        remedy = "switch MIG off for CUDA parking (`nvidia-smi -mig 0`), or park with stop"
+        return Check("GPUs", bad(needed), f"MIG is on: {'; '.join(rows)}", remedy)
+    return Check("GPUs", Level.OK, "; ".join(rows))
+
+
+def check_cuda_checkpoint(host: Host, config: Config | None) -> Check:
+    path = config.checkpoint.cuda_checkpoint_path if config else None
+    if path is None:
+        return Check("cuda-checkpoint", Level.OK, "not configured: the driver API is used")
+    found = host.which(path)
+    if found is None:
+        remedy = "correct checkpoint.cuda_checkpoint_path, or leave it out to use the driver API"
+        return Check("cuda-checkpoint", Level.FAIL, f"{path}: not there or not executable", remedy)
+    ran = host.run([found, "--help"], 30.0)
+    if "--action" not in ran.output:
+        remedy = f"needs NVIDIA driver >= {OLDEST_DRIVER} and a current cuda-checkpoint"
+        return Check("cuda-checkpoint", Level.FAIL, f"{found} has no --action", remedy)
+    return Check("cuda-checkpoint", Level.OK, found)
+
+
+def check_criu(host: Host, config: Config | None) -> Check:
+    needed = Needs.of(config).criu
+    path = config.checkpoint.criu_path if config else "criu"
+    ran = host.run([path, "--version"], 10.0)
+    oldest, advised = dotted(CRIU_OLDEST), dotted(CRIU_ADVISED)
+    remedy = f"install criu >= {advised} (Debian 13: apt install criu), or park without checkpoint"
+    if ran.status != 0:
+        return Check("CRIU", bad(needed), ran.output.strip()[:200], remedy)
+    numbers = version(ran.output)
+    seen = f"{dotted(numbers)} on kernel {host.release}"
+    if numbers < CRIU_OLDEST:
+        why = "fails on this kernel" if host.kernel >= VDSO_KERNEL else f"older than {oldest}"
+        return Check("CRIU", bad(needed), f"{seen}: {why}", remedy)
+    if numbers < CRIU_ADVISED:
+        new = host.kernel >= PASSSEC_KERNEL
+        why = "fails on kernels this new" if new else f"works; {advised} is advised"
+        return Check("CRIU", bad(needed) if new else Level.WARN, f"{seen}: {why}", remedy)
+    return Check("CRIU", Level.OK, seen)
+
+
+def check_criu_works(host: Host, config: Config | None) -> Check:
+    needed = Needs.of(config).criu
+    path = config.checkpoint.criu_path if config else "criu"
+    if host.which(path) is None:
+        return Check("criu check", bad(needed), "no criu", "install criu")
+    if host.euid != 0:
+        return Check("criu check", Level.WARN, "not tried: needs root", "run doctor as root")
+    if (host.read("/proc/sys/kernel/yama/ptrace_scope") or "").strip() == "3":
+        remedy = "set kernel.yama.ptrace_scope to 2 or less and reboot (3 cannot be undone)"
+        return Check("criu check", bad(needed), "kernel.yama.ptrace_scope is 3", remedy)
+    ran = host.run([path, "--no-default-config", "check"], 30.0)
+    lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
+    if ran.status == 0:
+        return Check("criu check", Level.OK, lines[-1] if lines else "good")
+    errors = [line for line in lines if "Error" in line] or lines or [f"status {ran.status}"]
+    remedy = "see what the kernel lacks with `criu check -v4`"
+    return Check("criu check", bad(needed), errors[-1][:200], remedy)
+
+
+def check_network_lock(host: Host, config: Config | None) -> Check:
+    tools = [tool for tool in ("nft", "iptables") if host.which(tool)]
+    if tools:
+        return Check("network lock", Level.OK, ", ".join(tools))
+    remedy = "install nftables or iptables: CRIU holds TCP connections still with it"
+    return Check("network lock", bad(Needs.of(config).criu), "neither nft nor iptables", remedy)
+
+
+def interpreter_of(host: Host, command: str) -> str | None:
+    """The Python that a console script runs under: its first line. Importing vLLM takes many
+    seconds, and ``vllm --version`` does; its metadata takes none."""
+    found = host.which(command)
+    if found is None:
+        return None
+    try:
+        with open(found, "rb") as file:
+            first = file.readline(512).decode(errors="replace").strip()
+    except OSError:
+        return None
+    return first[2:].strip() if first.startswith("#!") and "python" in first else None
+
+
+def check_vllm(host: Host, config: Config | None) -> list[Check]:
+    """One for each command that some model is started with."""
+    default: tuple[str, ...] = (config or Config()).vllm_command
+    models = config.models.values() if config else ()
+    commands = {model.vllm_command or default for model in models} or {default}
+    return [_check_vllm_command(host, config, command) for command in sorted(commands)]
+
+
+def _check_vllm_command(host: Host, config: Config | None, command: tuple[str, ...]) -> Check:
+    name = f"vLLM ({' '.join(command)})"
+    if host.which(command[0]) is None:
+        remedy = "correct vllm_command: an absolute path, e.g. /opt/vllm/bin/vllm"
+        return Check(name, bad(config is not None), "not there or not executable", remedy)
+    interpreter = interpreter_of(host, command[0])
+    if interpreter is None:
+        return Check(name, Level.OK, "there; not a Python script, so its version is not known")
+    ran = host.run([*interpreter.split(), "-c", ASK_VERSION], 30.0)
+    numbers = version(ran.output)
+    if ran.status != 0 or not numbers:
+        return Check(name, Level.WARN, f"no vllm in {interpreter}", "is it the right environment?")
+    seen = ran.output.strip()
+    if SLEEP_BROKEN[0] <= numbers < SLEEP_BROKEN[1]:
+        problem = f"{seen}: sleep does not free the weights (vllm#32714, 0.14.0 to 0.16.x)"
+        remedy = "upgrade to 0.17.0 or later, or park with weights: retain"
+        return Check(name, bad(Needs.of(config).sleep), problem, remedy)
+    if numbers < SLEEP_BROKEN[0]:
+        problem = f"{seen}: older than what llmux is tested with; /sleep has no mode=wait"
+        return Check(name, Level.WARN, problem, "upgrade to 0.17.0 or later")
+    return Check(name, Level.OK, seen)
