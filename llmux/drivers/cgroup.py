@@ -1,7 +1,7 @@
 """Reading and waiting on cgroup v2 directories. No writes here but ``cgroup.kill``.
 
-Every function treats a directory that has vanished as empty: systemd removes a scope's cgroup as soon
-as its last process has gone, between any two of our looks.
+Every function treats a directory that has vanished as empty: systemd removes a scope's cgroup as
+soon as its last process has gone, between any two of our looks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from contextlib import suppress
 from llmux.drivers.inotify import Inotify, Mask
 from llmux.drivers.process import read_stat
 
-ENGINE = "engine"  # the sub-cgroup that the launcher makes; made known to it by launcher.ENGINE_CGROUP
+ENGINE = (
+    "engine"  # the sub-cgroup that the launcher makes; made known to it by launcher.ENGINE_CGROUP
+)
 
 _VANISHED = (errno.ENOENT, errno.ENODEV)
 
 
 def read_events(cgroup: str) -> dict[str, int] | None:
-    """cgroup.events as a mapping, e.g. {"populated": 1, "frozen": 0}; None when the cgroup is gone."""
+    """cgroup.events as a mapping, e.g. {"populated": 1, "frozen": 0}; None when the cgroup is
+    gone."""
     try:
         with open(f"{cgroup}/cgroup.events") as file:
             return {key: int(value) for key, value in (line.split() for line in file)}
@@ -69,9 +72,9 @@ def kill_all(cgroup: str) -> None:
 async def wait_events(inotify: Inotify, cgroup: str, key: str, value: int, timeout: float) -> bool:
     """True when cgroup.events was seen to say ``key value`` within ``timeout`` seconds.
 
-    A vanished cgroup counts as ``populated 0`` and as nothing else. The kernel tells inotify of every
-    change, but holds a second one within 10 ms back (CGROUP_FILE_NOTIFY_MIN_INTV), and a freeze takes
-    0.1 ms: so we look again by ourselves too, after 0.2 ms and then ever more rarely.
+    A vanished cgroup counts as ``populated 0`` and as nothing else. The kernel tells inotify of
+    every change, but holds a second one within 10 ms back (CGROUP_FILE_NOTIFY_MIN_INTV), and a
+    freeze takes 0.1 ms: so we look again by ourselves too, after 0.2 ms and then ever more rarely.
     """
     changed = asyncio.Event()
     loop = asyncio.get_running_loop()

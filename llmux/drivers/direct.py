@@ -1,8 +1,9 @@
 """Engine units as plain child processes, for the embedded mode: no root, no systemd, no cgroups.
 
 Each engine has a guardian (the launcher in guardian mode), which is the sub-reaper of all that the
-engine forks and holds the other end of a pipe that only we keep open. Whatever happens to us, SIGKILL
-included, closes the pipe, and the guardian kills the tree: nothing outlives the embedded server.
+engine forks and holds the other end of a pipe that only we keep open. Whatever happens to us,
+SIGKILL included, closes the pipe, and the guardian kills the tree: nothing outlives the embedded
+server.
 """
 
 from __future__ import annotations

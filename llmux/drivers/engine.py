@@ -1,8 +1,9 @@
 """vLLM's HTTP control API, over its unix socket or 127.0.0.1.
 
-One connection per call and ``Connection: close``: none may be open while CRIU dumps the engine. HTTP
-is parsed by httptools, which Sanic brings along; there is no HTTP client library. Only requests that
-llmux itself makes go this way; clients' requests go straight from the gateway to the engine.
+One connection per call and ``Connection: close``: none may be open while CRIU dumps the engine.
+HTTP is parsed by httptools, which Sanic brings along; there is no HTTP client library. Only
+requests that llmux itself makes go this way; clients' requests go straight from the gateway to the
+engine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The cgroup v2 freezer, on the ``engine/`` sub-cgroup of a unit.
 
-Not systemd's FreezeUnit: that holds the D-Bus call, and pystemd the GIL, until the freeze is complete,
-and from version 256 on systemd refuses to stop what it has frozen. A freeze of a delegated subtree
-stays our own affair: systemd goes on seeing a running scope and can stop it at any time.
+Not systemd's FreezeUnit: that holds the D-Bus call, and pystemd the GIL, until the freeze is
+complete, and from version 256 on systemd refuses to stop what it has frozen. A freeze of a
+delegated subtree stays our own affair: systemd goes on seeing a running scope and can stop it at
+any time.
 """
 
 from __future__ import annotations

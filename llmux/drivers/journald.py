@@ -1,8 +1,8 @@
 """The journal's native protocol, and logging over it. No dependency, never blocks.
 
 https://systemd.io/JOURNAL_NATIVE_PROTOCOL/: a datagram of ``KEY=value`` lines, or of ``KEY``, the
-length as 64 bits little-endian, and the value, when that holds a newline. One too big for a datagram
-goes as a sealed memfd.
+length as 64 bits little-endian, and the value, when that holds a newline. One too big for a
+datagram goes as a sealed memfd.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Journal:
                 seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
-                # Not socket.send_fds: that ignores flags and address up to Python 3.13 (cpython#107898).
+                # Not socket.send_fds: that ignores flags and address up to Python 3.13
+                # (cpython#107898).
                 self._open().sendmsg([b""], rights, 0, self._path)
             finally:
                 os.close(fd)
@@ -137,7 +138,7 @@ class JournalHandler(logging.Handler):
                 value = record.__dict__.get(name)
                 if value is not None:
                     fields.append((key, str(value)))
-        except Exception:  # noqa: BLE001  # logging's own rule: a bad record must not break its caller
+        except Exception:  # noqa: BLE001  # a bad record must not break its caller
             self.handleError(record)
             return
         self._journal.send(fields)
@@ -148,7 +149,8 @@ class JournalHandler(logging.Handler):
 
 
 class PrefixFormatter(logging.Formatter):
-    """``<N>`` before every line, as sd-daemon(3) has it: for a stderr that somebody else collects."""
+    """``<N>`` before every line, as sd-daemon(3) has it: for a stderr that somebody else
+    collects."""
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = f"<{priority_of(record.levelno)}>"

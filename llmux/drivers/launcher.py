@@ -1,11 +1,12 @@
 """The child at the gate: waits until its unit exists, arranges itself, becomes the engine.
 
-Runs in an interpreter of its own (``python3 -I -S``, see spawn.py); the supervisor uses ``encode_spec``
-and nothing else. Standard library only, and little of it: the start-up time is part of every cold
-start. On 2 cores json costs 8 ms more (hence the plain spec format), signal another 8 (it needs enum,
-hence ``libc.signal``), of a total of about 15. Its file descriptors are fixed:
+Runs in an interpreter of its own (``python3 -I -S``, see spawn.py); the supervisor uses
+``encode_spec`` and nothing else. Standard library only, and little of it: the start-up time is part
+of every cold start. On 2 cores json costs 8 ms more (hence the plain spec format), signal another 8
+(it needs enum, hence ``libc.signal``), of a total of about 15. Its file descriptors are fixed:
 
-* 3: status pipe, close-on-exec. Lines: ``P<pid>`` (guardian mode: the engine's pid), ``X`` (about to
+* 3: status pipe, close-on-exec. Lines: ``P<pid>`` (guardian mode: the engine's pid), ``X`` (about
+to
   exec), ``E<errno> <text>`` (failed). ``X`` and then end of file is success.
 * 4: the gate. One byte opens it; end of file means that the supervisor is gone: exit.
 * 5: a memfd, which holds the spec once the gate is open.
@@ -51,9 +52,7 @@ LINUX_CAPABILITY_VERSION_3 = 0x20080522
 ENGINE_CGROUP = "engine"
 
 
-def encode_spec(
-    argv: Sequence[str], env: Mapping[str, str], options: Mapping[str, str]
-) -> bytes:
+def encode_spec(argv: Sequence[str], env: Mapping[str, str], options: Mapping[str, str]) -> bytes:
     """The spec as NUL-separated strings: neither argv nor the environment can hold a NUL.
 
     Raises ValueError when one does.
@@ -168,7 +167,8 @@ def _say(line: str) -> None:
 
 
 def _redirect(path: str, fd: int) -> None:
-    # O_APPEND: CRIU accepts a file that has changed in size only with it, and truncating in place works.
+    # O_APPEND: CRIU accepts a file that has changed in size only with it, and truncating in place
+    # works.
     try:
         opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
     except OSError as error:
@@ -186,7 +186,8 @@ def _become(
 ) -> NoReturn:
     """Everything between the gate and execve. Raises _Failed."""
     if "stdout" in options:
-        # Opened by us, not inherited: an inherited descriptor may lie on a mount that CRIU cannot see.
+        # Opened by us, not inherited: an inherited descriptor may lie on a mount that CRIU cannot
+        # see.
         null = os.open("/dev/null", os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
@@ -220,7 +221,7 @@ def _become(
     _say("X")
     program = os.fsdecode(argv[0])
     try:
-        os.execve(argv[0], argv, env)
+        os.execve(argv[0], argv, env)  # noqa: S606  # what this program is for
     except OSError as error:
         raise _step(f"cannot execute {program}", error) from error
 
@@ -246,14 +247,15 @@ def _descendants(root: int) -> list[int]:
 
 
 def _kill_all() -> None:
-    """Kill every descendant and see them all gone. As their sub-reaper we inherit each orphan, so the
-    loop ends exactly when nothing is left, however often and in whatever session they had forked."""
+    """Kill every descendant and see them all gone. As their sub-reaper we inherit each orphan, so
+    the loop ends exactly when nothing is left, however often and in whatever session they had
+    forked."""
     while True:
         for pid in _descendants(os.getpid()):
             try:
                 os.kill(pid, SIGKILL)
-            except OSError:
-                pass  # noqa: SIM105  # contextlib costs start-up time; gone, or not ours to kill
+            except OSError:  # gone, or not ours to kill
+                continue
         try:
             os.waitpid(-1, 0)
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -271,8 +273,8 @@ def _guard(engine: int) -> NoReturn:
     os.set_blocking(on_child, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(on_child, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # only the gate decides
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)  # only the gate decides
     poller = select.poll()
     poller.register(GATE_FD, select.POLLIN | select.POLLHUP)
     poller.register(wakeup, select.POLLIN)
@@ -341,7 +343,6 @@ def main() -> NoReturn:
         _say(f"E{error.number} {error}")
     except OSError as error:
         _say(f"E{error.errno or 0} {error}")
-    except BaseException as error:  # noqa: BLE001  # nobody above us: the status pipe is the only way out
+    except BaseException as error:  # noqa: BLE001  # the status pipe is the only way out
         _say(f"E0 internal error in the launcher: {error!r}")
     os._exit(127)
-

@@ -1,7 +1,8 @@
 """sd_notify(3), on the sdnotify package, with what that leaves out.
 
 sdnotify encodes as latin-1 and swallows the error, READY=1 included, when a STATUS holds anything
-else. UTF-8 bytes read as latin-1 go through it unchanged. File descriptors go over its socket directly.
+else. UTF-8 bytes read as latin-1 go through it unchanged. File descriptors go over its socket
+directly.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def listen_fds(first: int = _FIRST_FD) -> dict[str, list[socket.socket]]:
 
 
 def watchdog_interval() -> float | None:
-    """Seconds between pings that keep systemd content (half of what it allows), None without one."""
+    """Seconds between pings that keep systemd content (half of what it allows), None without
+    one."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     try:

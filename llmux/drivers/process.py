@@ -115,7 +115,10 @@ class Process:
         """True when the process has ended within ``timeout`` seconds."""
         if self.ended is None:
             done = asyncio.Event()
-            callback: Callable[[Process], None] = lambda _: done.set()  # noqa: E731  # to remove it below
+
+            def callback(_: Process) -> None:
+                done.set()
+
             self._callbacks.append(callback)
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout):

@@ -1,7 +1,8 @@
 """The one door through which programs are run and waited for.
 
 No shell, stdin closed, a fixed locale, an allow-listed environment, capped output, a deadline; the
-whole process group is killed and reaped when it overruns. Engines do not come this way: see spawn.py.
+whole process group is killed and reaped when it overruns. Engines do not come this way: see
+spawn.py.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class _User:
 
 
 def unit_name(model: str, suffix: str = ".scope") -> str:
-    """``llmux-<model>.scope``; what systemd does not take in a name becomes ``\\xNN``, as systemd-escape
-    does, but a dash stays a dash."""
+    """``llmux-<model>.scope``; what systemd does not take in a name becomes ``\\xNN``, as
+    systemd-escape does, but a dash stays a dash."""
     plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.-"
     escaped = "".join(
         chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(model)
@@ -75,7 +75,8 @@ def prepare_runtime_dir(spec: LaunchSpec) -> None:
     target = f'model "{spec.model}"'
     try:
         os.makedirs(spec.runtime_dir, mode=0o755, exist_ok=True)
-        # O_NOFOLLOW: the directory may belong to the engine's user, who must not redirect our chown.
+        # O_NOFOLLOW: the directory may belong to the engine's user, who must not redirect our
+        # chown.
         fd = os.open(spec.runtime_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if os.geteuid() != 0:
@@ -197,8 +198,8 @@ def _high(fd: int) -> int:
 
 
 def spawn_launcher() -> Launch:
-    """Fork a launcher; it stops at the gate and learns only then what it is to become, so that one can
-    be held ready. Raises UnitFailed. Must run in the event loop."""
+    """Fork a launcher; it stops at the gate and learns only then what it is to become, so that one
+    can be held ready. Raises UnitFailed. Must run in the event loop."""
     kept: list[int] = []
     lent: list[int] = []
     try:

@@ -1,9 +1,9 @@
 """Engine units as transient systemd scopes, made over D-Bus with pystemd.
 
-The child waits at a gate while systemd puts it into ``llmux-<model>.scope``; it goes through only when
-the scope was *seen* to be active around it, so everything that it forks is born in the scope. Scopes
-are in ``llmux.slice`` and tied to no service: they outlive a restart of the supervisor, and ``observe``
-finds them again.
+The child waits at a gate while systemd puts it into ``llmux-<model>.scope``; it goes through only
+when the scope was *seen* to be active around it, so everything that it forks is born in the scope.
+Scopes are in ``llmux.slice`` and tied to no service: they outlive a restart of the supervisor, and
+``observe`` finds them again.
 
 pystemd holds the GIL during its calls (no ``nogil`` in its source) and sd-bus waits up to 25 s. So:
 one thread does all of it, only calls that PID 1 answers at once are made, their limit is
@@ -203,7 +203,9 @@ class _Bus:
         self, destination: bytes, path: bytes, interface: bytes, method: bytes, arguments: Any
     ) -> Any:
         try:
-            return self._connected().call_method(destination, path, interface, method, arguments).body
+            return (
+                self._connected().call_method(destination, path, interface, method, arguments).body
+            )
         except DBusBaseError as error:
             self._check(error)
             raise
@@ -270,9 +272,9 @@ class _Bus:
 class SystemdUnits:
     """UnitManager on transient scopes. Needs root, cgroup v2 and a systemd as PID 1.
 
-    ``cgroup_root``: where cgroup2 is mounted. ``stop_timeout``: seconds that ``systemctl stop`` of a
-    scope gives the engine before SIGKILL. ``spare``: hold one launcher ready at its gate, which takes
-    the start of a Python interpreter, 15 to 40 ms, out of every start and restore.
+    ``cgroup_root``: where cgroup2 is mounted. ``stop_timeout``: seconds that ``systemctl stop`` of
+    a scope gives the engine before SIGKILL. ``spare``: hold one launcher ready at its gate, which
+    takes the start of a Python interpreter, 15 to 40 ms, out of every start and restore.
     """
 
     def __init__(
@@ -541,13 +543,15 @@ class SystemdUnits:
             have = cgroup.cgroup_of(launch.process.pid)
             if state == "active" and path and have == path:
                 return path
-            # systemd#36781 (254 to 255, about one boot in five): a fresh scope is declared dead while
-            # its process lives on in the cgroup. Once more, then.
+            # systemd#36781 (254 to 255, about one boot in five): a fresh scope is declared dead
+            # while its process lives on in the cgroup. Once more, then.
             cause = f"start job {result}, {unit} is {state}, the process is in {have or 'nothing'}"
             log.debug("%s", cause)
             await self._await_name(unit, spec.model, min(end, time.monotonic() + NAME_FREE_TIMEOUT))
         raise UnitFailed(
-            "start", target, f"systemd did not make its scope: {cause}",
+            "start",
+            target,
+            f"systemd did not make its scope: {cause}",
             hint=f"`journalctl -u {unit}` and `journalctl _PID=1` may say why",
         )
 
