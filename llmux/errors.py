@@ -1,4 +1,4 @@
-"""The exception tree. Text is for people; code branches on the class or on ``Reason``, never on text.
+"""The exception tree. Text is for people; code branches on the class or on ``Reason``.
 
 Wording: lower case, "cannot …", names the object, then the cause; ``hint`` is the next step.
 """

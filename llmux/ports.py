@@ -1,15 +1,17 @@
 """Every Protocol through which the supervisor touches the world, and the values they exchange.
 
 Each has a real driver and an in-memory twin (``drivers/memory.py``) that keeps the same rules. All
-methods are coroutines that may be called from one event loop only, take a deadline in seconds where
-they can wait, and return only what was *observed* after acting. Unless said otherwise they are
-idempotent, raise DriverTimeout when the deadline passes (outcome unknown) and DriverError otherwise.
+methods are coroutines that may be called from one event loop only, take a deadline in seconds
+where they can wait, and return only what was *observed* after acting. Unless said otherwise they
+are idempotent, raise DriverTimeout when the deadline passes (outcome unknown) and DriverError
+otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol
 
 from llmux.protocol import Address
@@ -54,12 +56,12 @@ class UnitManager(Protocol):
     """Owns processes: every engine lives in exactly one unit and nothing outlives it."""
 
     async def start(self, spec: LaunchSpec, deadline: float) -> UnitHandle:
-        """A new unit exists, the payload has been exec'ed inside it. Raises UnitFailed (name taken by
-        a live unit, user unknown, exec failed: the message has the cause); then nothing is left."""
+        """A new unit exists, the payload has been exec'ed inside it. Raises UnitFailed (name taken
+        by a live unit, user unknown, exec failed: the cause is in it); then nothing is left."""
 
     async def terminate(self, handle: UnitHandle, deadline: float) -> bool:
-        """SIGTERM to the root process, thawed first; True when the whole unit was seen empty in time.
-        A child that outlives the root is left for kill()."""
+        """SIGTERM to the root process, thawed first; True when the whole unit was seen empty in
+        time. A child that outlives the root is left for kill()."""
 
     async def kill(self, handle: UnitHandle, deadline: float) -> None:
         """Kill everything in the unit (cgroup.kill where there are cgroups) and see it gone, its
@@ -87,7 +89,8 @@ class Freezer(Protocol):
     """cgroup v2 freezer on the ``engine/`` sub-cgroup of a unit."""
 
     async def freeze(self, handle: UnitHandle, deadline: float) -> None:
-        """cgroup.events was seen to say frozen 1. On failure it is thawed again: half-frozen is worse."""
+        """cgroup.events was seen to say frozen 1. On failure it is thawed again: half-frozen is
+        worse."""
 
     async def thaw(self, handle: UnitHandle, deadline: float) -> None:
         """cgroup.events was seen to say frozen 0. Gone is an error."""
@@ -104,7 +107,7 @@ class Canary:
 
 
 class Engine(Protocol):
-    """vLLM's HTTP control API. Raises EngineUnhealthy with status and body excerpt on a bad answer."""
+    """vLLM's HTTP control API. EngineUnhealthy carries status and body excerpt of a bad answer."""
 
     async def healthy(self, address: Address, deadline: float) -> bool:
         """One probe of /health: True on 200. False when nobody listens or it answers otherwise."""
@@ -179,6 +182,13 @@ class DeviceCheckpointer(Protocol):
     async def resume(self, pids: Sequence[int], deadline: float) -> None:
         """Restore all, unlock all, each seen running."""
 
+    async def check_memory(self, pids: Sequence[int], gpu_used_bytes: int) -> None:
+        """CheckpointFailed when host memory (MemAvailable, MemoryMax of their cgroups) cannot take
+        what these processes hold on the GPUs: retained weights and the KV cache."""
+
+    async def close(self) -> None:
+        """Give up helpers; one in the middle of a driver call is left to finish it."""
+
 
 class Notifier(Protocol):
     """sd_notify."""
@@ -195,3 +205,131 @@ class StateStore(Protocol):
 
     def load(self) -> Mapping[str, Any]: ...
     def save(self, document: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A complete checkpoint on disk: CRIU's files and a manifest in ``path``.
+
+    ``identity`` is what must still be so for a restore, by name; ``recipe`` is how the engine was parked
+    and so how it is woken, opaque to the dumper. ``managed``: made by llmux below its images
+    directory; a directory that the user named (``checkpoint_path``) is never changed or removed.
+    """
+
+    model: str
+    path: str
+    identity: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    created: float  # seconds since the epoch
+    dump_seconds: float
+    root_pid: int
+    apparent_bytes: int
+    disk_bytes: int
+    managed: bool = True
+    last_used: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class NoImage:
+    """Why a model has no image to be restored: none there, or which named field differs."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DumpSpec:
+    """What goes into an image besides the processes. ``launch`` is how the engine was started.
+
+    ``cold_seconds``: what starting the model without the image takes; its worth when disk is short.
+    """
+
+    launch: LaunchSpec
+    identity: Mapping[str, str]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    cold_seconds: float = 60.0
+    frozen: bool = False  # the engine's cgroup is frozen now
+
+
+class DumpPhase(StrEnum):
+    """Where a dump is. From RELEASED on the processes are gone: what they held may be given away."""
+
+    CHECK = "check"
+    DUMP = "dump"
+    RELEASED = "released"
+    PACK = "pack"  # zero blocks dropped, checksums
+    SYNC = "sync"
+    DONE = "done"
+
+
+Progress = Callable[[DumpPhase, int, int], None]  # phase, bytes done, bytes in all (0 = unknown)
+
+
+@dataclass(frozen=True, slots=True)
+class CriuFacts:
+    """The CRIU on this machine. ``problems`` is empty when checkpointing can work here."""
+
+    path: str
+    version: str
+    problems: tuple[str, ...]
+    frozen_dump: bool = True  # knows --freeze-cgroup
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A dump or restore that a former supervisor did not finish. Its unit must be killed."""
+
+    model: str
+    unit: str
+    operation: str  # "dump" or "restore"
+
+
+class Dumper(Protocol):
+    """CRIU images of engine trees: made, kept, trusted only when whole, restored into new units."""
+
+    async def check(self) -> CriuFacts:
+        """What there is. Looked up once; raises nothing."""
+
+    async def recover(self) -> Sequence[Interrupted]:
+        """Once at start, before anything else: removes half-made images and what they left in
+        /dev/shm, ends a CRIU that is still at work, and says which units are therefore unusable."""
+
+    async def precheck(self, handle: UnitHandle) -> int:
+        """Bytes that a dump would write now. Raises CheckpointFailed naming process, descriptor and
+        remedy when the tree cannot be dumped, Unsupported when CRIU cannot, or without the disk."""
+
+    async def dump(
+        self,
+        handle: UnitHandle,
+        spec: DumpSpec,
+        deadline: float,
+        progress: Progress | None = None,
+    ) -> Image:
+        """The image is complete on disk, every process of the tree was seen gone, the former image of
+        the model is replaced. Raises CheckpointFailed; its ``fields["tree"]`` is "running" (as before,
+        may serve on), "broken" (must be killed) or "gone". Not interruptible: cancelled, it first
+        ends under its deadline."""
+
+    async def find(
+        self, model: str, identity: Mapping[str, str], path: str | None = None
+    ) -> Image | NoImage:
+        """The model's image when it is whole, safe to use and made for just this; ``path`` is the
+        configured checkpoint_path."""
+
+    async def read_ahead(self, image: Image, progress: Progress | None = None) -> None:
+        """The image is in the page cache and its checksums hold. May be cancelled. A restore begun
+        meanwhile takes over what was verified."""
+
+    async def restore(self, image: Image, launch: LaunchSpec, deadline: float) -> UnitHandle:
+        """The tree lives again in a new unit, every process seen with its old pid and name, the image
+        verified. ``launch`` is the engine's as today: unit properties and output files count. Raises
+        CheckpointFailed, then nothing of it is left; ``fields["blame"]`` is "image" (quarantine it)
+        or "host" (pid or port taken, no memory: the image may serve later)."""
+
+    async def quarantine(self, image: Image, reason: str) -> str:
+        """Never used again, kept with its logs for a look; returns where."""
+
+    async def discard(self, model: str) -> None:
+        """The model has no image."""
+
+    async def images(self) -> Sequence[Image]:
+        """All complete images, whoever made them, without looking into their pages."""

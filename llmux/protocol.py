@@ -1,7 +1,7 @@
 """What supervisor, gateway workers and the command line say to each other.
 
-Newline-delimited JSON over a unix stream socket, one message a line, at most ``MAX_LINE`` bytes. The
-peer's credentials (SO_PEERCRED) decide which verbs it may speak; nothing in a message does.
+Newline-delimited JSON over a unix stream socket, one message a line, at most ``MAX_LINE`` bytes.
+The peer's credentials (SO_PEERCRED) decide which verbs it may speak; nothing in a message does.
 
 A *grant* lets a worker send requests for a model straight to its engine while it holds the grant's
 epoch. *Revoke* ends that: nothing new on that epoch, what runs may finish, then *drained*. A worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmux.config.schema import ModelConfig
 from llmux.core.plans import Plan
 
 
@@ -14,6 +15,7 @@ class RunPlan:
     model: str
     op: int
     plan: Plan
+    config: ModelConfig
     gpus: tuple[int, ...] = ()
 
 
@@ -23,6 +25,7 @@ class Probe:
 
     model: str
     epoch: str
+    config: ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,12 +113,14 @@ def _worker_joined(turn: Turn, event: WorkerJoined) -> None:
         if record is None or record.epoch != epoch:
             turn.hold(event.worker, name, None)
             turn.effects.append(SendRevoke(event.worker, name, epoch))
-        elif isinstance(record.phase, Draining):
-            turn.effects.append(SendRevoke(event.worker, name, epoch))
     for name, record in turn.models.items():
         phase = record.phase
         if isinstance(phase, Serving) and event.holds.get(name) != phase.epoch:
             turn.grant_to(event.worker, name, phase.epoch)
+        elif isinstance(phase, Draining):
+            # whether it holds the epoch or not: its "drained" comes after its present demand
+            turn.hold(event.worker, name, phase.epoch)
+            turn.effects.append(SendRevoke(event.worker, name, phase.epoch))
 
 
 def _demand_changed(turn: Turn, event: DemandChanged) -> None:

@@ -6,6 +6,7 @@ behind it. Nothing is woken on a GPU while what leaves it has not been seen gone
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from llmux.config.schema import Eviction, Process
@@ -34,6 +35,7 @@ def schedule(turn: Turn) -> None:
     waiting = _waiting(turn)
     _forget_reservations(turn, waiting)
     _cancel_drains(turn, waiting)
+    _retry_kills(turn)
     reserved: Load = {}
     for name in turn.policy.order(list(waiting.values())):
         _consider(turn, waiting[name], reserved)
@@ -84,6 +86,17 @@ def _cancel_drains(turn: Turn, waiting: dict[str, Waiting]) -> None:
             turn.undrain(name)
 
 
+def _retry_kills(turn: Turn) -> None:
+    """An engine that could not be killed keeps its GPU from everyone: try again."""
+    for name, record in list(turn.models.items()):
+        phase = record.phase
+        if isinstance(phase, Failed) and phase.held:
+            if turn.now >= phase.until:
+                turn.stop(name, phase.message, grace=False, crashed=True)
+            else:
+                turn.wake_at(phase.until)
+
+
 def _consider(turn: Turn, target: Waiting, reserved: Load) -> None:
     name = target.model
     record = turn.models[name]
@@ -92,9 +105,6 @@ def _consider(turn: Turn, target: Waiting, reserved: Load) -> None:
             if held or name not in turn.wants:
                 turn.refuse(name, Reason.BACKING_OFF, message, until - turn.now)
                 turn.wants.pop(name, None)
-            return
-        case Failed(held=True, message=message):
-            turn.stop(name, message, grace=False, crashed=True)  # try the kill again
             return
         case Stopped() | Failed() | Parked():
             pass
@@ -117,30 +127,23 @@ def _consider(turn: Turn, target: Waiting, reserved: Load) -> None:
         return
     if not _fits(_load(turn, name, share_after), reserved, gpus, share):
         _make_room(turn, target, gpus, share, reserved)
-    for gpu in gpus:
-        reserved[gpu] = reserved.get(gpu, 0.0) + share
+    _add(reserved, gpus, share)
 
 
 def _make_room(
     turn: Turn, target: Waiting, gpus: tuple[int, ...], share: float, reserved: Load
 ) -> None:
     victims = _choose_victims(turn, target.model, gpus, share, reserved)
-    residents = {v: turn.models[v].phase for v in victims}
+    serving = [v for v in victims if isinstance(turn.models[v].phase, Serving)]
     earliest = max(
-        (
-            turn.policy.earliest(target, _resident(turn, v))
-            for v, phase in residents.items()
-            if isinstance(phase, Serving)
-        ),
-        default=turn.now,
+        (turn.policy.earliest(target, _resident(turn, v)) for v in serving), default=turn.now
     )
     if turn.now < earliest:
         turn.wake_at(earliest)
         return
-    for victim, phase in residents.items():
-        record = turn.models[victim]
-        if isinstance(phase, Serving):
-            turn.drain(victim, _eviction_that_frees(record), target.model)
+    for victim, eviction in victims.items():
+        if victim in serving:
+            turn.drain(victim, eviction, target.model)
         else:  # parked, and its residue is in the way
             turn.stop(victim, f'room for model "{target.model}"', grace=True)
     reservation = turn.reservations[target.model]
@@ -149,17 +152,35 @@ def _make_room(
     )
 
 
-def _eviction_that_frees(record: ModelRecord) -> Eviction:
+def _own_way(record: ModelRecord) -> Eviction:
     """The model's own way of parking, or stop when that would leave its memory where it is."""
-    if frees_memory(record.config, record.eviction):
-        return record.eviction
+    return record.eviction if frees_memory(record.config, record.eviction) else _stopped(record)
+
+
+def _stopped(record: ModelRecord) -> Eviction:
     return Eviction(record.eviction.weights, Process.STOP)
 
 
 def _choose_victims(
     turn: Turn, target: str, gpus: tuple[int, ...], share: float, reserved: Load
-) -> list[str]:
-    """The fewest, in the policy's order, whose going makes room; empty when none would do."""
+) -> dict[str, Eviction]:
+    """The fewest, in the policy's order, whose going makes room, and how each is to go. Parked
+    residues may be in the way too: then nothing less than a stop helps. Empty: nothing helps."""
+    for how in (_own_way, _stopped):
+        chosen = _victims_going(turn, target, gpus, share, reserved, how)
+        if chosen:
+            return chosen
+    return {}
+
+
+def _victims_going(
+    turn: Turn,
+    target: str,
+    gpus: tuple[int, ...],
+    share: float,
+    reserved: Load,
+    how: Callable[[ModelRecord], Eviction],
+) -> dict[str, Eviction]:
     load = _load(turn, target, share_after)
     on_these = {
         name: record
@@ -172,33 +193,29 @@ def _choose_victims(
         for n, r in on_these.items()
         if isinstance(r.phase, Parked) and share_now(r) > ROUNDING
     )
-    chosen: list[str] = []
+    gains: dict[str, float] = {}
     for name in [*turn.policy.victims(serving), *(n for _, n in residues)]:
         if _fits(load, reserved, gpus, share):
             break
         record = turn.models[name]
-        gain = share_after(record) - (
-            parked_share(record.config, _eviction_that_frees(record))
-            if isinstance(record.phase, Serving)
-            else 0.0
-        )
-        for gpu in record.gpus:
-            load[gpu] = load.get(gpu, 0.0) - gain
-        chosen.append(name)
+        is_serving = isinstance(record.phase, Serving)
+        kept = parked_share(record.config, how(record)) if is_serving else 0.0
+        gains[name] = share_after(record) - kept
+        _add(load, record.gpus, -gains[name])
     if not _fits(load, reserved, gpus, share):
-        return []
-    for name in list(chosen):  # drop whoever turned out not to be needed
-        record = turn.models[name]
-        serving_now = isinstance(record.phase, Serving)
-        eviction = _eviction_that_frees(record)
-        kept = parked_share(record.config, eviction) if serving_now else 0.0
+        return {}
+    for name in list(gains):  # whoever turned out not to be needed stays
         again = dict(load)
-        for gpu in record.gpus:
-            again[gpu] += share_after(record) - kept
+        _add(again, turn.models[name].gpus, gains[name])
         if _fits(again, reserved, gpus, share):
             load = again
-            chosen.remove(name)
-    return chosen
+            del gains[name]
+    return {name: how(turn.models[name]) for name in gains}
+
+
+def _add(load: Load, gpus: tuple[int, ...], share: float) -> None:
+    for gpu in gpus:
+        load[gpu] = load.get(gpu, 0.0) + share
 
 
 def _resident(turn: Turn, name: str) -> Resident:
@@ -207,15 +224,13 @@ def _resident(turn: Turn, name: str) -> Resident:
     return Resident(name, record.phase.since, turn.view().in_flight(name), record.last_active)
 
 
-def _load(turn: Turn, without: str, share_of: object) -> Load:
+def _load(turn: Turn, without: str, share_of: Callable[[ModelRecord], float]) -> Load:
     """Σ of shares per GPU over all models but ``without``."""
     load: Load = {}
     for name, record in turn.models.items():
         if name == without:
             continue
-        share = share_now(record) if share_of is share_now else share_after(record)
-        for gpu in record.gpus:
-            load[gpu] = load.get(gpu, 0.0) + share
+        _add(load, record.gpus, share_of(record))
     return load
 
 

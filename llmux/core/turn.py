@@ -123,7 +123,8 @@ class Turn:
         return epoch
 
     def run(self, name: str, op: int, plan: Plan) -> None:
-        self.effects.append(RunPlan(name, op, plan, self.models[name].gpus))
+        record = self.models[name]
+        self.effects.append(RunPlan(name, op, plan, record.config, record.gpus))
 
     # ---- bringing up --------------------------------------------------------------------------
 
@@ -208,14 +209,14 @@ class Turn:
         record = self.models[name]
         draining = record.phase
         assert isinstance(draining, Draining)
-        holders = self.holders(name, draining.epoch)
+        holders = self.busy(name, draining.epoch)
         if holders and draining.cut_at is None and self.now >= draining.deadline:
             for worker in holders:
                 self.effects.append(SendCut(worker, name, draining.epoch))
             draining = replace(draining, cut_at=self.now)
             self.update(name, phase=draining)
         if holders and draining.cut_at is not None and self.now >= draining.cut_at + CUT_GRACE_SECS:
-            self.release_holds(name)
+            self.release_holds(name)  # it has no say any more
             holders = []
         if holders:
             cut_at = draining.cut_at
@@ -262,6 +263,16 @@ class Turn:
     def holders(self, name: str, epoch: str) -> list[str]:
         return [w for w, worker in self.workers.items() if worker.holds.get(name) == epoch]
 
+    def busy(self, name: str, epoch: str) -> list[str]:
+        """Workers that may still have requests on the engine: those that hold the epoch, and
+        those with requests in flight from an earlier one."""
+        return [
+            worker_name
+            for worker_name, worker in self.workers.items()
+            if worker.holds.get(name) == epoch
+            or ((demand := worker.demands.get(name)) is not None and demand.in_flight)
+        ]
+
     def hold(self, worker: str, name: str, epoch: str | None) -> None:
         holds = dict(self.workers[worker].holds)
         if epoch is None:
@@ -292,7 +303,7 @@ class Turn:
         if record.probing or record.epoch is None:
             return
         self.update(name, probing=True)
-        self.effects.append(Probe(name, record.epoch))
+        self.effects.append(Probe(name, record.epoch, record.config))
 
     def can_forget(self, name: str) -> bool:
         phase = self.models[name].phase

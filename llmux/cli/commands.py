@@ -1,0 +1,177 @@
+"""The verbs: ask the supervisor or check here, print. ``--json`` for machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmux import __version__
+from llmux.cli.client import ask
+from llmux.errors import ConfigError, LlmuxError
+
+Command = Callable[[argparse.Namespace], int | None]
+
+
+# ---- daemons ------------------------------------------------------------------------------------
+
+
+def supervise(args: argparse.Namespace) -> None:
+    from llmux import daemon
+
+    daemon.setup_logging(args.verbose)
+    _run(daemon.supervise(args.config))
+
+
+def gateway(args: argparse.Namespace) -> None:
+    from llmux import daemon
+
+    daemon.setup_logging(args.verbose)
+    _run(daemon.gateway(args.config))
+
+
+def serve(args: argparse.Namespace) -> None:
+    from llmux import daemon
+
+    daemon.setup_logging(args.verbose)
+    _run(daemon.serve(args.config, port=getattr(args, "port", None)))
+
+
+def _run(work: Any) -> None:
+    from llmux import daemon
+
+    try:
+        daemon.run(work)
+    except OSError as error:
+        raise LlmuxError(f"cannot run: {error}") from error
+
+
+# ---- local --------------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> int:
+    from llmux.config.check import check_host
+    from llmux.config.load import load_marked
+
+    try:
+        marked = load_marked(args.config)
+        host = check_host(marked.config, marked.marks) if args.host else ()
+        if host:
+            raise ConfigError(host)
+    except ConfigError as error:
+        if args.json:
+            print(json.dumps({"ok": False, "problems": [_problem(p) for p in error.problems]}))
+            return 78
+        raise
+    config = marked.config
+    if args.json:
+        print(json.dumps({"ok": True, "models": list(config.models)}))
+    else:
+        count = len(config.models)
+        print(f"{args.config}: good, {count} model{'s' if count != 1 else ''}")
+    return 0
+
+
+def _problem(problem: Any) -> dict[str, Any]:
+    return {name: getattr(problem, name) for name in ("file", "line", "column", "path", "message")}
+
+
+def version(args: argparse.Namespace) -> None:
+    print(json.dumps({"version": __version__}) if args.json else f"llmux {__version__}")
+
+
+# ---- asking the supervisor ----------------------------------------------------------------------
+
+
+def ps(args: argparse.Namespace) -> None:
+    result = ask(args.socket, "status")
+    if args.json:
+        _print_json(result["models"])
+        return
+    rows = [("MODEL", "STATE", "SINCE", "PARKED AS", "WAITING", "IN FLIGHT", "GPUS", "PID", "")]
+    rows += [
+        (
+            name,
+            model["state"],
+            _ago(model["since_secs"]) if model["pid"] else "-",
+            model["parked_as"] or "-",
+            str(model["queue_depth"]),
+            str(model["in_flight"]),
+            ",".join(map(str, model["gpus"])) or "-",
+            str(model["pid"] or "-"),
+            (model["message"] or "").split("\n")[0],
+        )
+        for name, model in sorted(result["models"].items())
+    ]
+    _print_table(rows)
+
+
+def status(args: argparse.Namespace) -> None:
+    result = ask(args.socket, "status")
+    if args.json:
+        _print_json(result)
+        return
+    mode = result["mode"]
+    print(f"state  {result['state']}")
+    print(f"mode   {mode['mode']}" + (f", pinned {mode['pinned']}" if "pinned" in mode else ""))
+    print(f"gateway workers  {result['workers']}")
+
+
+def load(args: argparse.Namespace) -> None:
+    _order(args, "load", {"model": args.model})
+
+
+def unload(args: argparse.Namespace) -> None:
+    _order(args, "unload", {"model": args.model})
+
+
+def sleep(args: argparse.Namespace) -> None:
+    _order(args, "sleep", {"model": args.model, "eviction": args.eviction})
+
+
+def pin(args: argparse.Namespace) -> None:
+    _order(args, "pin", {"model": args.model})
+
+
+def unpin(args: argparse.Namespace) -> None:
+    _order(args, "unpin", {})
+
+
+def reload(args: argparse.Namespace) -> None:
+    _order(args, "reload", {})
+
+
+def logs(args: argparse.Namespace) -> None:
+    result = ask(args.socket, "logs", {"model": args.model, "lines": args.lines})
+    if args.json:
+        _print_json(result)
+    else:
+        print("\n".join(result["lines"]))
+
+
+def _order(args: argparse.Namespace, verb: str, values: dict[str, Any]) -> None:
+    result = ask(args.socket, verb, {k: v for k, v in values.items() if v is not None})
+    if args.json:
+        _print_json(result)
+    else:
+        print(result["message"])
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f}s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f}m"
+    return f"{seconds / 3600:.0f}h"
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())

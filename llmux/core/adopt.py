@@ -1,0 +1,126 @@
+"""What a new supervisor makes of the engines that a former one left running.
+
+Pure: observations and the former one's notes in, a legal state and the operations to go on with
+out. Observation wins over notes; what was under way is taken up where it was, since every step of
+a plan first looks whether it is done already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llmux.config.schema import Eviction, ModelConfig, Process, Weights
+from llmux.core.effects import Effect
+from llmux.core.plans import park_plan, resume_start_plan, stop_plan, wake_plan
+from llmux.core.records import (
+    ModelRecord,
+    Parked,
+    Parking,
+    Serving,
+    Starting,
+    State,
+    Stopping,
+    Waking,
+)
+from llmux.core.schedule import schedule
+from llmux.core.states import ModelState
+from llmux.core.turn import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What the former supervisor had written down of a model."""
+
+    state: ModelState | None = None
+    epoch: str | None = None
+    eviction: Eviction | None = None
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One engine unit as seen now. ``sleeping`` None = it could not be asked."""
+
+    model: str
+    frozen: bool
+    healthy: bool
+    sleeping: bool | None
+    note: Note = Note()
+
+
+def adopt(
+    state: State, observations: Iterable[Observation], now: float
+) -> tuple[State, tuple[Effect, ...]]:
+    """``state`` is the initial one; models without an observation stay stopped."""
+    turn = Turn(state, now)
+    for observation in observations:
+        _adopt_one(turn, observation)
+    schedule(turn)
+    return turn.finish()
+
+
+def _adopt_one(turn: Turn, seen: Observation) -> None:
+    name, note = seen.model, seen.note
+    record = turn.models.get(name)
+    if record is None:
+        # an engine of a model that is configured no longer
+        turn.models[name] = ModelRecord(config=ModelConfig(name, "-"), removed=True)
+        _begin_stop(turn, name, "the model was removed from the configuration")
+        return
+    configured = record.config.gpus
+    placed = configured if isinstance(configured, tuple) else tuple(range(configured))
+    turn.update(name, gpus=note.gpus or placed, last_active=turn.now, progress_at=turn.now)
+    eviction = note.eviction or record.eviction
+    match note.state:
+        case ModelState.STARTING:
+            _begin_start(turn, name)
+        case ModelState.PARKING:
+            op = turn.operation()
+            turn.update(name, phase=Parking(op, turn.now, eviction))
+            turn.run(name, op, park_plan(record.config, eviction))
+        case ModelState.WAKING:
+            op = turn.operation()
+            turn.update(name, phase=Waking(op, turn.now, eviction))
+            turn.run(name, op, wake_plan(record.config, eviction))
+        case ModelState.STOPPING | ModelState.FAILED | ModelState.STOPPED:
+            _begin_stop(turn, name, "it was being stopped when the supervisor ended")
+        case ModelState.PARKED if note.eviction is not None:
+            turn.update(name, phase=Parked(note.eviction, turn.now))
+        case _:
+            _adopt_resting(turn, seen)
+
+
+def _adopt_resting(turn: Turn, seen: Observation) -> None:
+    """Serving, draining, or no note at all: believe what is seen."""
+    name, note = seen.model, seen.note
+    if seen.frozen:
+        # whether it sleeps cannot be asked while it is frozen; the canary decides after the thaw
+        weights = note.eviction.weights if note.eviction else Weights.RETAIN
+        turn.update(name, phase=Parked(Eviction(weights, Process.FREEZE), turn.now))
+    elif seen.sleeping:
+        # level unknown: a reload is right after both
+        parked = Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
+        turn.update(name, phase=Parked(parked, turn.now))
+    elif note.state in (ModelState.SERVING, ModelState.DRAINING) or seen.healthy:
+        # an epoch that was revoked must not be granted again: its "drained" may be on its way
+        keep = note.epoch if note.state is ModelState.SERVING else None
+        turn.update(name, phase=Serving(keep or turn.epoch(), turn.now))
+        if not seen.healthy:
+            turn.suspect(name)
+    else:
+        _begin_start(turn, name)
+
+
+def _begin_start(turn: Turn, name: str) -> None:
+    record = turn.models[name]
+    op = turn.operation()
+    turn.update(name, phase=Starting(op, turn.now, "adopted while starting"))
+    startup = turn.config.startup_timeout(record.config)
+    turn.run(name, op, resume_start_plan(record.config, startup))
+
+
+def _begin_stop(turn: Turn, name: str, reason: str) -> None:
+    op = turn.operation()
+    turn.update(name, phase=Stopping(op, turn.now, reason))
+    turn.run(name, op, stop_plan(turn.models[name].config))

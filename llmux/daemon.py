@@ -1,0 +1,393 @@
+"""The composition root: the only module that knows all others. Builds the three ways to run llmux.
+
+``supervise``: llmux.service, root. ``gateway``: llmux-gateway.service. ``serve``: both in one
+process on plain child processes, for laptops, demos and tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import pwd
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Coroutine
+from time import time
+from typing import Any
+
+from llmux import __version__
+from llmux.config.check import check_embedded, check_host
+from llmux.config.diff import diff_config
+from llmux.config.load import load_config, load_marked
+from llmux.config.schema import Config
+from llmux.core.effects import SwitchFinished
+from llmux.core.events import ConfigChanged
+from llmux.core.records import State
+from llmux.drivers.direct import DirectUnits
+from llmux.drivers.engine import VllmEngine
+from llmux.drivers.freezer import CgroupFreezer
+from llmux.drivers.gpu import find_gpu_observer
+from llmux.drivers.journald import setup_logging
+from llmux.drivers.notify import SdNotifier, listen_fds, watchdog_interval
+from llmux.drivers.output import EngineFiles
+from llmux.drivers.store import FileStateStore
+from llmux.errors import ConfigError, LlmuxError, Reason, Refused, StateFileError
+from llmux.gateway.server import bind_all, serve_gateway
+from llmux.ports import Notifier, StateStore
+from llmux.protocol import Ask
+from llmux.runtime.drivers import Drivers, Places
+from llmux.runtime.executor import Executor
+from llmux.runtime.hub import Hub
+from llmux.runtime.loop import Loop
+from llmux.runtime.reconcile import adopt_engines, first_state
+from llmux.runtime.status import catalog
+from llmux.runtime.verbs import Verbs
+from llmux.runtime.watchdog import StatusLine, feed_watchdog
+
+__all__ = ["gateway", "run", "serve", "setup_logging", "supervise"]
+
+log = logging.getLogger("llmux")
+
+RUNTIME = "/run/llmux"
+SOCKET = f"{RUNTIME}/supervisor.sock"
+GATEWAY_USER = "llmux"
+
+
+class Supervisor:
+    """Loop, executor, hub and verbs around a set of drivers; the same in all modes."""
+
+    def __init__(
+        self,
+        config: Config,
+        drivers: Drivers,
+        store: StateStore,
+        reload: Callable[[], Config],
+        allowed_uids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.drivers = drivers
+        self._config = config
+        self._store = store
+        self._load = reload
+        self._uids = allowed_uids
+        self._began = time()
+        self.loop: Loop
+        self.hub: Hub
+
+    async def start(self) -> None:
+        """Adopt what lives. After this the state is true and the hub may be connected."""
+        try:
+            notes = self._store.load()
+        except StateFileError as error:
+            log.warning("%s; going by what is observed", error)
+            notes = {}
+        state = await first_state(self._config, self.drivers)
+        self.loop = Loop(state, executor=self._executor, store=self._store, send=self._send)
+        verbs = Verbs(self.loop, self.drivers.output, self.reload)
+        self.hub = Hub(
+            post=self.loop.post,
+            ask=lambda ask: self._ask(verbs, ask),
+            catalog=lambda: catalog(self.loop.state, self.loop.executor, self._began),
+            allowed_uids=self._uids,
+        )
+        self.loop.listeners.append(_Catalogue(self))
+        adopted, effects = await adopt_engines(state, self.loop.executor, self.drivers, notes)
+        self.loop.enter(adopted, effects)
+
+    def _executor(self, post: Callable[[Any], None]) -> Executor:
+        return Executor(self.drivers, post, lambda *_: None)
+
+    def _send(self, worker: str, message: Any) -> None:
+        self.hub.send(worker, message)
+
+    @staticmethod
+    async def _ask(verbs: Verbs, ask: Ask) -> object:
+        return await verbs.answer(ask)
+
+    async def reload(self) -> dict[str, Any]:
+        """Read the configuration anew; with a mistake in it the present one stays in force."""
+        old = self.loop.state.config
+        try:
+            new = self._load()
+        except ConfigError as error:
+            log.error("configuration not reloaded, the former one stays in force: %s", error)
+            raise Refused(Reason.BAD_REQUEST, str(error)) from error
+        difference = diff_config(old, new)
+        self.loop.post(ConfigChanged(new))
+        log.info(
+            "configuration reloaded: %d added, %d removed, %d changed",
+            len(difference.added),
+            len(difference.removed),
+            len(difference.changed),
+        )
+        return {
+            "message": "configuration reloaded",
+            "added": list(difference.added),
+            "removed": list(difference.removed),
+            "changed": [change.name for change in difference.changed],
+            "restart_gateway_for": list(difference.gateway_restart),
+            "restart_supervisor_for": list(difference.supervisor_restart),
+        }
+
+    async def close(self) -> None:
+        await self.hub.close()
+        await self.loop.executor.close()
+        await self.drivers.units.close()
+
+
+class _Catalogue:
+    """Tells the workers when a model's state changed."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._last: object = None
+
+    def published(self, old: State, new: State) -> None:
+        supervisor = self._supervisor
+        now = catalog(new, supervisor.loop.executor, supervisor._began)
+        if now != self._last:
+            self._last = now
+            supervisor.hub.broadcast(now)
+
+    def switched(self, switch: SwitchFinished) -> None:
+        victims = ", ".join(switch.victims)
+        total = switch.serving_at - switch.decided_at
+        log.info(
+            "%s serves after %.3f s (%s%s; drain %.3f s, park %.3f s, %s %.3f s)",
+            switch.model,
+            total,
+            "cold" if switch.cold else "woken",
+            f", in place of {victims}" if victims else "",
+            switch.drained_at - switch.decided_at,
+            switch.room_at - switch.drained_at,
+            "start" if switch.cold else "wake",
+            switch.serving_at - switch.room_at,
+            extra={"model": switch.model, "duration_ms": round(total * 1000, 1)},
+        )
+
+
+# ---- shared -------------------------------------------------------------------------------------
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
+async def _until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> None:
+    """Run the works until ``stop``; one that ends before it is an error and ends everything."""
+    tasks = [asyncio.create_task(work) for work in works]
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping}:
+            task.result()
+    finally:
+        for task in (stopping, *tasks):
+            task.cancel()
+        await asyncio.gather(stopping, *tasks, return_exceptions=True)
+
+
+def run(main: Awaitable[None]) -> None:
+    """asyncio.run on uvloop."""
+    import uvloop  # imported late: the CLI's other verbs start faster without it
+
+    async def body() -> None:
+        await main
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(body())
+
+
+def _environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+# ---- llmux supervise ----------------------------------------------------------------------------
+
+
+async def supervise(path: str) -> None:
+    """The root daemon under systemd. Returns on SIGTERM; engines stay for the next one."""
+    from llmux.drivers.systemd import SystemdUnits  # needs pystemd, which embedded mode does not
+
+    marked = load_marked(path)
+    config = marked.config
+    for problem in check_host(config, marked.marks):
+        log.warning("%s", problem)
+    notifier = SdNotifier()
+    output = EngineFiles(config.checkpoint.images_dir)
+    engine_user = None if config.engine_user == "root" else config.engine_user
+    drivers = Drivers(
+        units=SystemdUnits(),
+        freezer=CgroupFreezer(),
+        engine=VllmEngine(),
+        output=output,
+        gpu=find_gpu_observer(),
+        places=Places(RUNTIME, engine_user, config.vllm_command, _environment()),
+    )
+    supervisor = Supervisor(
+        config,
+        drivers,
+        FileStateStore(f"{RUNTIME}/state.json"),
+        reload=lambda: load_config(path),
+        allowed_uids=_uids_of(GATEWAY_USER),
+    )
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    await supervisor.start()
+    try:
+        supervisor.loop.listeners.append(StatusLine(notifier))
+        await supervisor.hub.listen(SOCKET, _gid_of(GATEWAY_USER))
+        _reload_on_hangup(supervisor, notifier)
+        works = [supervisor.loop.run()]
+        if (interval := watchdog_interval()) is not None:
+            works.append(feed_watchdog(supervisor.loop, notifier, interval))
+        log.info("llmux %s supervises %d models", __version__, len(config.models))
+        notifier.ready()
+        await _until(stop, *works)
+        notifier.stopping()
+    finally:
+        await supervisor.close()
+
+
+def _reload_on_hangup(supervisor: Supervisor, notifier: Notifier) -> None:
+    pending: set[asyncio.Task[None]] = set()
+
+    async def reload() -> None:
+        notifier.reloading()
+        try:
+            await supervisor.reload()
+        except LlmuxError:
+            notifier.status("configuration not reloaded: see the journal")
+        finally:
+            notifier.ready()
+
+    def hangup() -> None:
+        task = asyncio.create_task(reload())
+        pending.add(task)
+        task.add_done_callback(pending.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup)
+
+
+def _uids_of(user: str) -> frozenset[int]:
+    try:
+        return frozenset({pwd.getpwnam(user).pw_uid})
+    except KeyError:
+        log.warning("there is no user %s: only root may use the control socket", user)
+        return frozenset()
+
+
+def _gid_of(group: str) -> int | None:
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        return None
+
+
+# ---- llmux gateway ------------------------------------------------------------------------------
+
+
+async def gateway(path: str) -> None:
+    """The front end as a service of its own. Its sockets live in systemd's fd store."""
+    config = load_config(path, check_files=False)
+    notifier = SdNotifier()
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
+    await serve_gateway(
+        config,
+        link=SOCKET,
+        sockets=_kept_sockets(config, notifier),
+        notifier=notifier,
+        stop=stop,
+        watchdog_secs=watchdog_interval(),
+    )
+
+
+def _kept_sockets(config: Config, notifier: SdNotifier) -> list[socket.socket]:
+    """One listening socket per configured address: from the fd store when it is there, else
+    bound and stored. What is stored and configured no longer is dropped."""
+    kept = listen_fds()
+    sockets = []
+    for address in config.listen_addresses():
+        name = "listen-" + address.replace(":", "_").replace("/", "-")
+        stored = kept.pop(name, [])
+        if stored:
+            sockets += stored
+        else:
+            bound = bind_all([address])
+            notifier.store_fds(name, bound)
+            sockets += bound
+    for name, leftover in kept.items():
+        notifier.drop_fds(name)
+        for sock in leftover:
+            sock.close()
+    return sockets
+
+
+# ---- llmux serve --------------------------------------------------------------------------------
+
+
+async def serve(path: str, *, port: int | None = None) -> None:
+    """Supervisor and gateway in one process, engines as children that end with it."""
+    marked = load_marked(path)
+    config = marked.config
+    problems = check_embedded(config, marked.marks)
+    if problems:
+        raise ConfigError(problems)
+    listen = [f"127.0.0.1:{port}"] if port is not None else list(config.listen_addresses())
+    sockets = bind_all(listen)
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    runtime = tempfile.mkdtemp(prefix="llmux-", dir=os.environ.get("XDG_RUNTIME_DIR"))
+    try:
+        await _serve_in(runtime, path, config, sockets, stop)
+    finally:
+        shutil.rmtree(runtime, ignore_errors=True)
+
+
+async def _serve_in(
+    runtime: str, path: str, config: Config, sockets: list[socket.socket], stop: asyncio.Event
+) -> None:
+    notifier = SdNotifier()
+    drivers = Drivers(
+        units=DirectUnits(),
+        freezer=CgroupFreezer(),
+        engine=VllmEngine(),
+        output=EngineFiles(f"{runtime}/logs"),
+        gpu=find_gpu_observer(),
+        places=Places(runtime, None, config.vllm_command, _environment()),
+    )
+    supervisor = Supervisor(
+        config, drivers, FileStateStore(f"{runtime}/state.json"), reload=lambda: load_config(path)
+    )
+    await supervisor.start()
+    ours, theirs = socket.socketpair()
+    try:
+        await supervisor.hub.join(ours)
+        supervisor.loop.listeners.append(StatusLine(notifier))
+        _reload_on_hangup(supervisor, notifier)
+        gateway_stop = asyncio.Event()
+        front = asyncio.create_task(
+            serve_gateway(
+                config, link=theirs, sockets=sockets, notifier=notifier, stop=gateway_stop
+            )
+        )
+        try:
+            await _until(stop, supervisor.loop.run(), _ended_early(front))
+        finally:
+            gateway_stop.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await front
+    finally:
+        await supervisor.close()
+
+
+async def _ended_early(task: asyncio.Task[None]) -> None:
+    await asyncio.shield(task)

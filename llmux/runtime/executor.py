@@ -1,0 +1,350 @@
+"""Runs plans: one operation per model at a time, every step under its deadline.
+
+Owns what is known of the engines' instances (unit, address, canary). Decides nothing: it reports
+how an operation ended, as observed, and the core draws the conclusions. Operations are never
+cancelled half-way by a request or an operator; they end by their deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from llmux.config.schema import ModelConfig
+from llmux.core.effects import Probe, RunPlan
+from llmux.core.events import EngineExited, Event, OperationFinished, ProbeFinished
+from llmux.core.plans import PROBE_SECS, Outcome, Step, StepKind
+from llmux.errors import DriverError, DriverTimeout, EngineUnhealthy, LlmuxError
+from llmux.ports import Canary, UnitHandle
+from llmux.protocol import Address
+from llmux.runtime.drivers import Drivers
+from llmux.runtime.launch import engine_address, launch_spec
+from llmux.runtime.release import verify_release
+
+log = logging.getLogger("llmux")
+
+# A driver keeps the step's deadline itself; this much later it is taken to hang.
+BACKSTOP_SECS = 2.0
+# Ends of the engine that these steps cause, or do not mind.
+MAY_DIE = frozenset(
+    {StepKind.SPAWN, StepKind.TERMINATE, StepKind.KILL, StepKind.VERIFY_RELEASE, StepKind.DUMP}
+)
+LOGPROB_TOLERANCE = 0.05  # kernels chosen anew after a reload may differ in the last digits
+TAIL_LINES = 12
+
+
+@dataclass(slots=True)
+class Instance:
+    """What is known of a model's engine process; empty when there is none."""
+
+    config: ModelConfig
+    handle: UnitHandle | None = None
+    address: Address | None = None
+    canary: Canary | None = None
+    max_model_len: int | None = None
+    version: str | None = None
+    gpus: tuple[int, ...] = ()
+    died: asyncio.Future[str] | None = None  # set while an operation runs
+    used_before: dict[int, int] = field(default_factory=dict)  # pid → bytes, before parking
+    phases: list[tuple[str, float]] = field(default_factory=list)  # of the last operation
+
+
+class Executor:
+    """``post`` takes the events back to the loop; ``on_phase`` is told every finished step."""
+
+    def __init__(
+        self,
+        drivers: Drivers,
+        post: Callable[[Event], None],
+        on_phase: Callable[[str, StepKind, float, str], None],
+    ) -> None:
+        self._drivers = drivers
+        self._post = post
+        self._on_phase = on_phase
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.instances: dict[str, Instance] = {}
+
+    def instance(self, config: ModelConfig) -> Instance:
+        found = self.instances.setdefault(config.name, Instance(config))
+        found.config = config
+        return found
+
+    def run(self, effect: RunPlan) -> None:
+        self._spawn(self._operation(effect), f"{effect.plan.name} {effect.model}")
+
+    def probe(self, effect: Probe) -> None:
+        self._spawn(self._probe(effect), f"probe {effect.model}")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def adopt(self, config: ModelConfig, handle: UnitHandle, address: Address) -> Instance:
+        """An engine that a former supervisor started."""
+        instance = self.instance(config)
+        instance.handle, instance.address = handle, address
+        self._drivers.output.attach(handle)
+        self._drivers.units.watch(handle, self._exited)
+        return instance
+
+    async def close(self) -> None:
+        """Stop working on operations; engines are left as they are, for whoever adopts them."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ---- operations -----------------------------------------------------------------------------
+
+    async def _operation(self, effect: RunPlan) -> None:
+        instance = self.instance(effect.config)
+        instance.gpus = effect.gpus or instance.gpus
+        instance.phases = []
+        loop = asyncio.get_running_loop()
+        instance.died = loop.create_future()
+        if effect.plan.name == "start":
+            log.info(
+                "Starting %s cold (no checkpoint available)",
+                effect.model,
+                extra={"model": effect.model},
+            )
+        outcome, detail = await self._steps(effect, instance)
+        died, instance.died = instance.died, None
+        self._post(OperationFinished(effect.model, effect.op, outcome, detail))
+        if died.done() and outcome in (Outcome.UP, Outcome.PARKED):
+            self._post(EngineExited(effect.model, died.result()))
+        if outcome is Outcome.DOWN:
+            instance.handle = None
+
+    async def _steps(self, effect: RunPlan, instance: Instance) -> tuple[Outcome, str]:
+        plan = effect.plan
+        detail = ""
+        try:
+            for step in plan.steps:
+                await self._step(step, effect, instance)
+        except LlmuxError as error:
+            detail = str(error)
+        except OSError as error:
+            detail = f"cannot {plan.name} model {effect.model!r}: {error}"
+        else:
+            return plan.success, ""
+        log.warning(
+            "cannot %s %s: %s",
+            plan.name,
+            effect.model,
+            detail,
+            extra={"model": effect.model, "reason": detail},
+        )
+        try:
+            # a plan without a way back of its own is itself the last rung: once more, without mercy
+            for step in plan.fallback or plan.steps[-2:]:
+                await self._step(step, effect, instance)
+        except (LlmuxError, OSError) as error:
+            log.error(
+                "cannot clean up %s: %s",
+                effect.model,
+                error,
+                extra={"model": effect.model, "reason": str(error)},
+            )
+            return Outcome.STUCK, f"{detail}; then {error}"
+        return Outcome.DOWN, detail
+
+    async def _step(self, step: Step, effect: RunPlan, instance: Instance) -> None:
+        began = monotonic()
+        result = "ok"
+        try:
+            async with asyncio.timeout(step.deadline + BACKSTOP_SECS):
+                await self._or_death(step, self._do(step, effect, instance), instance)
+        except TimeoutError:
+            result = "timeout"
+            message = f"not done after {step.deadline:g} s, outcome unknown"
+            if not step.optional:
+                raise DriverTimeout(step.kind, effect.model, message) from None
+        except LlmuxError as error:
+            result = "timeout" if isinstance(error, DriverTimeout) else "failed"
+            if not step.optional:
+                raise
+            log.debug("%s %s: %s", step.kind, effect.model, error, extra={"model": effect.model})
+        finally:
+            seconds = monotonic() - began
+            instance.phases.append((step.kind, seconds))
+            self._on_phase(effect.model, step.kind, seconds, result)
+
+    async def _or_death(
+        self, step: Step, work: Coroutine[Any, Any, None], instance: Instance
+    ) -> None:
+        """Do the step, unless the engine dies under it."""
+        died = instance.died
+        if step.kind in MAY_DIE or died is None:
+            await work
+            return
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, died}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                raise EngineUnhealthy(
+                    "use", f'engine of model "{instance.config.name}"', self._death(instance, died)
+                )
+            await task
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def _death(self, instance: Instance, died: asyncio.Future[str]) -> str:
+        tail = self._drivers.output.tail(instance.config.name, TAIL_LINES)
+        text = f"it died: {died.result()}"
+        return text + ("; its last lines:\n" + "\n".join(tail) if tail else "")
+
+    def _exited(self, handle: UnitHandle, description: str) -> None:
+        instance = self.instances.get(handle.model)
+        if instance is None or instance.handle not in (handle, None):
+            return
+        if instance.died is None:
+            self._post(EngineExited(handle.model, description))
+        elif not instance.died.done():
+            instance.died.set_result(description)
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    async def _do(self, step: Step, effect: RunPlan, instance: Instance) -> None:
+        drivers, deadline = self._drivers, step.deadline
+        match step.kind:
+            case StepKind.SPAWN:
+                await self._start_engine(effect, instance, deadline)
+            case StepKind.WAIT_HEALTHY:
+                await drivers.engine.wait_healthy(self._address(instance), deadline)
+            case StepKind.DESCRIBE:
+                about = await drivers.engine.describe(self._address(instance), deadline)
+                instance.max_model_len = about.get("max_model_len")
+                instance.version = about.get("version")
+            case StepKind.CANARY_RECORD:
+                instance.canary = await self._ask_canary(instance, deadline)
+            case StepKind.CANARY_CHECK:
+                await self._check_canary(instance, deadline)
+            case StepKind.SLEEP:
+                await self._note_memory(instance)
+                await drivers.engine.sleep(self._address(instance), step.level, deadline)
+            case StepKind.WAKE_UP:
+                await drivers.engine.wake(self._address(instance), step.tags, deadline)
+            case StepKind.RELOAD_WEIGHTS:
+                await drivers.engine.reload_weights(self._address(instance), deadline)
+            case StepKind.RESET_PREFIX_CACHE:
+                await drivers.engine.reset_prefix_cache(self._address(instance), deadline)
+            case StepKind.FREEZE:
+                await drivers.freezer.freeze(self._handle(instance), deadline)
+            case StepKind.THAW:
+                await drivers.freezer.thaw(self._handle(instance), deadline)
+            case StepKind.TERMINATE:
+                await self._note_memory(instance)
+                if instance.handle is not None:
+                    await drivers.units.terminate(instance.handle, deadline)
+            case StepKind.KILL:
+                await self._kill(instance, deadline)
+            case StepKind.VERIFY_RELEASE:
+                await verify_release(drivers.gpu, effect, instance.used_before, deadline)
+            case _:
+                raise DriverError(step.kind, effect.model, "this build has no driver for it")
+
+    async def _start_engine(self, effect: RunPlan, instance: Instance, deadline: float) -> None:
+        config = effect.config
+        instance.canary = None
+        instance.address = engine_address(config, self._drivers.places)
+        spec = launch_spec(config, instance.address, effect.gpus, self._drivers)
+        log.info("Spawning vLLM process", extra={"model": config.name})
+        handle = await self._drivers.units.start(spec, deadline)
+        instance.handle = handle
+        self._drivers.output.attach(handle)
+        self._drivers.units.watch(handle, self._exited)
+
+    async def _kill(self, instance: Instance, deadline: float) -> None:
+        handle = instance.handle
+        if handle is None:
+            return
+        if not instance.used_before:
+            await self._note_memory(instance)
+        self._drivers.units.unwatch(handle)
+        await self._drivers.units.kill(handle, deadline)
+        self._drivers.output.detach(instance.config.name)
+        instance.handle = None
+
+    async def _note_memory(self, instance: Instance) -> None:
+        """Who of this engine held how much, so that its going can be seen."""
+        instance.used_before = {}
+        if instance.handle is None or not self._drivers.gpu.available:
+            return
+        pids = set(await self._drivers.units.pids(instance.handle))
+        for process in await self._drivers.gpu.processes():
+            if process.pid in pids:
+                so_far = instance.used_before.get(process.pid, 0)
+                instance.used_before[process.pid] = so_far + process.used_bytes
+
+    # ---- verification ---------------------------------------------------------------------------
+
+    async def _ask_canary(self, instance: Instance, deadline: float) -> Canary:
+        return await self._drivers.engine.canary(
+            self._address(instance), instance.config.name, deadline
+        )
+
+    async def _check_canary(self, instance: Instance, deadline: float) -> None:
+        answer = await self._ask_canary(instance, deadline)
+        expected = instance.canary
+        if expected is None:
+            instance.canary = answer  # adopted without one: from here on it can be compared
+            return
+        close = len(answer.logprobs) == len(expected.logprobs) and all(
+            abs(a - b) <= LOGPROB_TOLERANCE
+            for a, b in zip(answer.logprobs, expected.logprobs, strict=True)
+        )
+        if answer.text != expected.text or not close:
+            raise EngineUnhealthy(
+                "trust",
+                f'the woken model "{instance.config.name}"',
+                f"its canary answered {answer.text!r} instead of {expected.text!r}",
+            )
+
+    async def _probe(self, effect: Probe) -> None:
+        instance = self.instance(effect.config)
+        error: str | None = None
+        try:
+            async with asyncio.timeout(PROBE_SECS + BACKSTOP_SECS):
+                await self._ask_canary(instance, PROBE_SECS)
+        except TimeoutError:
+            error = f"no answer to a probe within {PROBE_SECS:g} s"
+        except LlmuxError as failure:
+            error = str(failure)
+        self._post(ProbeFinished(effect.model, effect.epoch, error))
+
+    # ---- small things ---------------------------------------------------------------------------
+
+    def _address(self, instance: Instance) -> Address:
+        if instance.address is None:
+            raise EngineUnhealthy("reach", f'model "{instance.config.name}"', "it has no engine")
+        return instance.address
+
+    def _handle(self, instance: Instance) -> UnitHandle:
+        if instance.handle is None:
+            raise EngineUnhealthy("act on", f'model "{instance.config.name}"', "it has no unit")
+        return instance.handle
+
+    def notes(self, name: str) -> dict[str, Any]:
+        """What a next supervisor needs to know of the instance."""
+        instance = self.instances.get(name)
+        if instance is None or instance.handle is None:
+            return {}
+        canary = instance.canary
+        return {
+            "pid": instance.handle.pid,
+            "start_ticks": instance.handle.start_ticks,
+            "unit": instance.handle.unit,
+            "uds": instance.address.uds if instance.address else None,
+            "port": instance.address.port if instance.address else None,
+            "canary": [canary.text, list(canary.logprobs)] if canary else None,
+            "max_model_len": instance.max_model_len,
+            "version": instance.version,
+        }

@@ -1,0 +1,136 @@
+"""From a model's configuration to the command line, environment and unit of its engine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pwd
+from collections.abc import Mapping
+
+from llmux.config.schema import ModelConfig, Process, Weights
+from llmux.ports import LaunchSpec
+from llmux.protocol import Address
+from llmux.runtime.drivers import Drivers, Places
+
+# sun_path holds 107 bytes; vLLM's own sockets below the same directory need room for a uuid.
+LONGEST_DIRECTORY = 48
+
+# systemd's own variables describe the supervisor's unit, not the engine's.
+PRIVATE = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "LISTEN_PIDFDID",
+    "JOURNAL_STREAM",
+    "INVOCATION_ID",
+    "SYSTEMD_EXEC_PID",
+    "MEMORY_PRESSURE_WATCH",
+    "MEMORY_PRESSURE_WRITE",
+    "MAINPID",
+    "MANAGERPID",
+    "CREDENTIALS_DIRECTORY",
+    "RUNTIME_DIRECTORY",
+    "STATE_DIRECTORY",
+    "CACHE_DIRECTORY",
+    "LOGS_DIRECTORY",
+    "CONFIGURATION_DIRECTORY",
+    "FDSTORE",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+)
+
+ALWAYS = {
+    "NO_COLOR": "1",  # escape sequences do not belong into the journal
+    "PYTHONUNBUFFERED": "1",  # the last lines before a death must not be lost in a buffer
+    "VLLM_NO_USAGE_STATS": "1",  # telemetry keeps a connection open that CRIU cannot dump
+    "DO_NOT_TRACK": "1",
+}
+
+# For an image that can be restored: facts of vLLM, libuv and NCCL.
+CHECKPOINTABLE = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forked children keep /dev/nvidia* descriptors
+    "UV_USE_IO_URING": "0",
+    "USE_LIBUV": "0",
+    "NCCL_IB_DISABLE": "1",
+    "VLLM_LOOPBACK_IP": "127.0.0.1",
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+
+
+def engine_directory(model: str, places: Places) -> str:
+    """The model's directory for sockets; a long name is cut and made unique by its hash."""
+    if len(model) > LONGEST_DIRECTORY:
+        digest = hashlib.sha256(model.encode()).hexdigest()[:12]
+        model = f"{model[: LONGEST_DIRECTORY - 13]}-{digest}"
+    return f"{places.runtime}/engines/{model}"
+
+
+def engine_address(config: ModelConfig, places: Places) -> Address:
+    if config.port is not None:
+        return Address(port=config.port)
+    return Address(uds=f"{engine_directory(config.name, places)}/api.sock")
+
+
+def needs_dev_mode(config: ModelConfig) -> bool:
+    """Sleep and wake are vLLM's development endpoints; they are opened only when they are used."""
+    return config.eviction.weights is not Weights.RETAIN
+
+
+def engine_argv(config: ModelConfig, address: Address, command: tuple[str, ...]) -> tuple[str, ...]:
+    where = ("--uds", address.uds) if address.uds else ("--host", "127.0.0.1", "--port")
+    if address.port is not None:
+        where = (*where, str(address.port))
+    return (
+        *(config.vllm_command or command),
+        "serve",
+        config.model_path,
+        "--served-model-name",
+        config.name,
+        *where,
+        *(("--enable-sleep-mode",) if needs_dev_mode(config) else ()),
+        *config.extra_args,
+    )
+
+
+def engine_environment(
+    config: ModelConfig, gpus: tuple[int, ...], places: Places
+) -> Mapping[str, str]:
+    env = {key: value for key, value in places.environment.items() if key not in PRIVATE}
+    env.update(ALWAYS)
+    if places.engine_user is not None:
+        env["HOME"] = pwd.getpwnam(places.engine_user).pw_dir
+        env["USER"] = env["LOGNAME"] = places.engine_user
+    env["VLLM_RPC_BASE_PATH"] = engine_directory(config.name, places)
+    if needs_dev_mode(config):
+        env["VLLM_SERVER_DEV_MODE"] = "1"
+    if config.eviction.process in (Process.CHECKPOINT, Process.CUDA_SUSPEND):
+        env.update(CHECKPOINTABLE)
+    if gpus:
+        visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        # the operator's own restriction of the unit is respected: our index counts within it
+        chosen = [visible[g] if visible != [""] and g < len(visible) else str(g) for g in gpus]
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+    env.update(config.env)
+    return env
+
+
+def launch_spec(
+    config: ModelConfig, address: Address, gpus: tuple[int, ...], drivers: Drivers
+) -> LaunchSpec:
+    places = drivers.places
+    stdout, stderr = drivers.output.paths(config.name)
+    if address.uds is not None and os.path.lexists(address.uds):
+        os.unlink(address.uds)  # of a killed engine; bind would fail
+    return LaunchSpec(
+        model=config.name,
+        argv=engine_argv(config, address, places.vllm_command),
+        env=engine_environment(config, gpus, places),
+        user=places.engine_user,
+        stdout=stdout,
+        stderr=stderr,
+        runtime_dir=engine_directory(config.name, places),
+    )

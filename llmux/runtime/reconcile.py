@@ -1,0 +1,110 @@
+"""At start: look at what runs, match it with the former supervisor's notes, go on from there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from time import monotonic
+from types import MappingProxyType
+from typing import Any
+
+from llmux.config.schema import Config, ModelConfig
+from llmux.core.adopt import Note, Observation, adopt
+from llmux.core.effects import Effect
+from llmux.core.records import State
+from llmux.core.reducer import initial
+from llmux.errors import DriverError, LlmuxError
+from llmux.ports import UnitHandle
+from llmux.runtime.drivers import Drivers
+from llmux.runtime.executor import Executor
+from llmux.runtime.launch import engine_address
+from llmux.runtime.notes import address_from, canary_from, models_in, note_from, parse_eviction
+
+log = logging.getLogger("llmux")
+
+PROBE_SECS = 2.0  # an engine that is busy or asleep still answers /health
+
+
+async def first_state(config: Config, drivers: Drivers) -> State:
+    """Nothing adopted yet; epochs of this life differ from those of every other."""
+    count = config.gpu_count
+    if count is None:
+        # without a GPU the claims still say who may run beside whom, on an imagined one
+        count = max(1, await drivers.gpu.gpu_count()) if drivers.gpu.available else 1
+    return initial(config, gpu_count=count, epoch_prefix=secrets.token_hex(4))
+
+
+async def adopt_engines(
+    state: State, executor: Executor, drivers: Drivers, document: Mapping[str, Any]
+) -> tuple[State, tuple[Effect, ...]]:
+    """Every engine that lives is in the returned state, or about to be stopped by its effects."""
+    notes = models_in(document)
+    state = restore_orders(state, document)
+    handles = await drivers.units.observe()
+    observations = await asyncio.gather(
+        *(_observe(state, executor, drivers, h, notes.get(h.model, {})) for h in handles)
+    )
+    for seen in observations:
+        log.info(
+            "found %s: %s%s%s",
+            seen.model,
+            "frozen" if seen.frozen else "healthy" if seen.healthy else "not answering",
+            ", asleep" if seen.sleeping else "",
+            f", was {seen.note.state}" if seen.note.state else ", no note of it",
+            extra={"model": seen.model},
+        )
+    return adopt(state, observations, monotonic())
+
+
+def restore_orders(state: State, document: Mapping[str, Any]) -> State:
+    """What operators ordered at run time outlives the supervisor: mode, pin, eviction."""
+    models = dict(state.models)
+    for name, note in models_in(document).items():
+        with suppress(ValueError):
+            if name in models and "override" in note:
+                override = parse_eviction(str(note["override"]))
+                models[name] = replace(models[name], eviction_override=override)
+    pinned = document.get("pinned")
+    return replace(
+        state,
+        models=MappingProxyType(models),
+        manual=document.get("manual") is True,
+        pinned=pinned if pinned in models else None,
+    )
+
+
+async def _observe(
+    state: State,
+    executor: Executor,
+    drivers: Drivers,
+    handle: UnitHandle,
+    document: Mapping[str, Any],
+) -> Observation:
+    record = state.models.get(handle.model)
+    config = record.config if record else ModelConfig(handle.model, "-")
+    same = (document.get("pid"), document.get("start_ticks")) == (handle.pid, handle.start_ticks)
+    # notes written while the engine was being started may not know its pid yet
+    note = note_from(document) if same or document.get("pid") is None else Note()
+    address = (address_from(document) if same else None) or engine_address(config, drivers.places)
+    instance = executor.adopt(config, handle, address)
+    instance.gpus = note.gpus
+    if same:
+        instance.canary = canary_from(document)
+        instance.max_model_len = document.get("max_model_len")
+        instance.version = document.get("version")
+    frozen, healthy, sleeping = False, False, None
+    try:
+        frozen = await drivers.freezer.frozen(handle)
+        if not frozen:
+            healthy = await drivers.engine.healthy(address, PROBE_SECS)
+        if healthy:
+            sleeping = await drivers.engine.sleeping(address, PROBE_SECS)
+    except DriverError as error:
+        log.warning("cannot observe %s: %s", handle.model, error, extra={"model": handle.model})
+    except LlmuxError as error:
+        log.warning("cannot read of %s: %s", handle.model, error, extra={"model": handle.model})
+    return Observation(handle.model, frozen, healthy, sleeping, note)

@@ -1,0 +1,48 @@
+"""Seeing that a parked or killed engine's GPU memory is really free, before anything is woken."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from time import monotonic
+
+from llmux.core.effects import RunPlan
+from llmux.core.plans import Outcome
+from llmux.core.records import parked_share
+from llmux.errors import MemoryNotReleased
+from llmux.ports import GpuObserver
+
+POLL_SECS = 0.02  # NVML answers in well under a millisecond per device
+SLACK_BYTES = 1 << 30  # contexts and graphs differ between versions by some hundred MiB
+
+
+async def verify_release(
+    gpu: GpuObserver, effect: RunPlan, used_before: Mapping[int, int], deadline: float
+) -> None:
+    """Returns when the processes that held memory before hold no more than they may now."""
+    if not gpu.available or not used_before:
+        return
+    allowed = await _allowed(gpu, effect)
+    ends = monotonic() + deadline
+    while True:
+        used = sum(p.used_bytes for p in await gpu.processes() if p.pid in used_before)
+        if used <= allowed:
+            return
+        if monotonic() >= ends:
+            raise MemoryNotReleased(
+                "free",
+                f'GPU memory of model "{effect.model}"',
+                f"{used / 2**30:.1f} GiB still held after {deadline:g} s,"
+                f" {allowed / 2**30:.1f} GiB expected",
+                hint="the driver or the engine keeps it; see `nvidia-smi`",
+            )
+        await asyncio.sleep(POLL_SECS)
+
+
+async def _allowed(gpu: GpuObserver, effect: RunPlan) -> float:
+    eviction = effect.plan.eviction
+    if effect.plan.success is Outcome.DOWN or eviction is None:
+        return 0.0
+    totals = await gpu.totals()
+    share = parked_share(effect.config, eviction)
+    return sum(totals.get(g, 0) * share + SLACK_BYTES for g in effect.gpus)

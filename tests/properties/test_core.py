@@ -1,0 +1,352 @@
+"""Hypothesis drives the core with a small world of workers and engines that follow the protocol.
+
+What must hold after every step: no GPU over its capacity; nothing is parked, stopped or woken under
+a request in flight (unless the cut deadline passed); one operation at a time per model. And at the
+end, when faults stop: everyone who waits is served or refused, and nothing moves any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from llmux.config.schema import Config, Eviction, ModelConfig, PolicyConfig, Process, Weights
+from llmux.core.effects import (
+    Effect,
+    Probe,
+    RunPlan,
+    SendCut,
+    SendGrant,
+    SendRefuse,
+    SendRevoke,
+)
+from llmux.core.events import (
+    ConfigChanged,
+    DemandChanged,
+    EngineExited,
+    Event,
+    LoadAsked,
+    ModeSet,
+    OperationFinished,
+    ParkAsked,
+    ProbeFinished,
+    Tick,
+    WorkerDrained,
+    WorkerJoined,
+    WorkerLeft,
+)
+from llmux.core.plans import Outcome
+from llmux.core.records import ROUNDING, Failed, Parked, Serving, State, Stopped, share_now
+from llmux.core.reducer import initial, reduce
+from llmux.core.states import MOVING
+
+MODELS = ("a", "b", "c", "d")
+EVICTIONS = [
+    Eviction(Weights.RETAIN, Process.STOP),
+    Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING),
+    Eviction(Weights.DISCARD, Process.KEEP_RUNNING),
+    Eviction(Weights.RETAIN, Process.FREEZE),
+    Eviction(Weights.OFFLOAD, Process.FREEZE),
+    Eviction(Weights.RETAIN, Process.KEEP_RUNNING),
+]
+
+
+@dataclass
+class Line:
+    waiting: int = 0
+    oldest: float | None = None
+    in_flight: dict[str, int] = field(default_factory=dict)  # epoch → requests
+    held: str | None = None
+    progress: int = 0
+
+
+@dataclass
+class World:
+    """One gateway worker's side of the protocol, as the gateway implements it."""
+
+    lines: dict[str, Line] = field(default_factory=dict)
+
+    def line(self, model: str) -> Line:
+        return self.lines.setdefault(model, Line())
+
+
+class Core(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.workers: dict[str, World] = {}
+        self.outbox: list[Event] = []  # events the world owes the core
+        self.running: dict[str, RunPlan] = {}
+        self.probes: list[Probe] = []
+        self.state: State = initial(Config(), gpu_count=1, epoch_prefix="t")
+
+    @initialize(
+        gpu_count=st.integers(1, 3),
+        shares=st.lists(st.sampled_from([0.2, 0.45, 0.5, 0.9, 1.0]), min_size=4, max_size=4),
+        gpus=st.lists(st.sampled_from([(0,), (0,), (0, 1), 1, 2, (1,)]), min_size=4, max_size=4),
+        evictions=st.lists(st.sampled_from(EVICTIONS), min_size=4, max_size=4),
+        min_active=st.sampled_from([0.0, 5.0]),
+        drain=st.booleans(),
+    )
+    def configure(
+        self,
+        gpu_count: int,
+        shares: list[float],
+        gpus: list[tuple[int, ...] | int],
+        evictions: list[Eviction],
+        min_active: float,
+        drain: bool,
+    ) -> None:
+        models = {
+            name: ModelConfig(
+                name, "m", gpu_memory=share, gpus=where, eviction=eviction, canary=False
+            )
+            for name, share, where, eviction in zip(MODELS, shares, gpus, evictions, strict=True)
+        }
+        policy = PolicyConfig(min_active_secs=min_active, drain_before_switch=drain)
+        config = Config(models=MappingProxyType(models), policy=policy)
+        self.state = initial(config, gpu_count=gpu_count, epoch_prefix="t")
+        self.join("w0")
+
+    # ---- the machinery --------------------------------------------------------------------------
+
+    def happen(self, event: Event) -> None:
+        self.state, effects = reduce(self.state, event, self.now)
+        for effect in effects:
+            self.perform(effect)
+
+    def perform(self, effect: Effect) -> None:
+        match effect:
+            case RunPlan():
+                assert effect.model not in self.running, "two operations at once"
+                self.running[effect.model] = effect
+                if effect.plan.name == "park":
+                    self.assert_idle(effect.model)
+            case Probe():
+                self.probes.append(effect)
+            case SendGrant(worker, model, epoch):
+                line = self.workers[worker].line(model)
+                line.held = epoch
+                line.in_flight[epoch] = line.in_flight.get(epoch, 0) + line.waiting
+                line.waiting, line.oldest = 0, None
+                self.report(worker, model)
+            case SendRevoke(worker, model, epoch, dead):
+                line = self.workers[worker].line(model)
+                if line.held == epoch:
+                    line.held = None
+                if dead:
+                    line.in_flight.pop(epoch, None)
+                self.drained(worker, model, epoch)
+            case SendCut(worker, model):
+                line = self.workers[worker].line(model)
+                epochs = list(line.in_flight)
+                line.in_flight.clear()
+                for epoch in epochs:
+                    self.drained(worker, model, epoch)
+            case SendRefuse(worker, model):
+                line = self.workers[worker].line(model)
+                line.waiting, line.oldest = 0, None
+                self.report(worker, model)
+            case _:
+                pass
+
+    def assert_idle(self, model: str) -> None:
+        record = self.state.models[model]
+        for world in self.workers.values():
+            line = world.line(model)
+            assert not sum(line.in_flight.values()), f"{model} is parked under a request"
+            assert line.held is None, f"{model} is parked while {line.held} is held"
+        assert record.state in MOVING
+
+    def drained(self, worker: str, model: str, epoch: str) -> None:
+        line = self.workers[worker].line(model)
+        if line.held != epoch and not line.in_flight.get(epoch):
+            line.in_flight.pop(epoch, None)
+            self.report(worker, model)
+            self.outbox.append(WorkerDrained(worker, model, epoch))
+
+    def report(self, worker: str, model: str) -> None:
+        line = self.workers[worker].line(model)
+        age = None if line.oldest is None else self.now - line.oldest
+        self.outbox.append(
+            DemandChanged(
+                worker, model, line.waiting, age, sum(line.in_flight.values()), line.progress
+            )
+        )
+
+    def deliver(self) -> None:
+        while self.outbox:
+            self.happen(self.outbox.pop(0))
+
+    def join(self, worker: str) -> None:
+        world = self.workers.setdefault(worker, World())
+        holds = {m: line.held for m, line in world.lines.items() if line.held is not None}
+        self.happen(WorkerJoined(worker, holds))
+        for model in list(world.lines):
+            self.report(worker, model)
+
+    # ---- what may happen ------------------------------------------------------------------------
+
+    @rule(
+        model=st.sampled_from(MODELS), count=st.integers(1, 3), worker=st.sampled_from(["w0", "w1"])
+    )
+    def request(self, model: str, count: int, worker: str) -> None:
+        if worker not in self.workers:
+            self.join(worker)
+        line = self.workers[worker].line(model)
+        if line.held is not None:
+            line.in_flight[line.held] = line.in_flight.get(line.held, 0) + count
+        else:
+            line.waiting += count
+            line.oldest = self.now if line.oldest is None else line.oldest
+        self.report(worker, model)
+        self.deliver()
+
+    @rule(model=st.sampled_from(MODELS))
+    def request_ends(self, model: str) -> None:
+        for worker, world in self.workers.items():
+            line = world.line(model)
+            for epoch, count in list(line.in_flight.items()):
+                if count:
+                    line.in_flight[epoch] = count - 1
+                    line.progress += 1
+                    self.report(worker, model)
+                    self.drained(worker, model, epoch)
+                    break
+        self.deliver()
+
+    @rule(model=st.sampled_from(MODELS))
+    def waiters_leave(self, model: str) -> None:
+        for worker, world in self.workers.items():
+            line = world.line(model)
+            line.waiting, line.oldest = 0, None
+            self.report(worker, model)
+        self.deliver()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 30.0, 130.0, 400.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        if self.state.wakeup is not None and self.now >= self.state.wakeup:
+            self.happen(Tick())
+        self.deliver()
+
+    @rule(data=st.data(), outcome=st.sampled_from(["success", "success", "down", "stuck"]))
+    @precondition(lambda self: bool(self.running))
+    def operation_ends(self, data: st.DataObject, outcome: str) -> None:
+        model = data.draw(st.sampled_from(sorted(self.running)))
+        effect = self.running.pop(model)
+        result = {"success": effect.plan.success, "down": Outcome.DOWN, "stuck": Outcome.STUCK}
+        self.happen(OperationFinished(model, effect.op, result[outcome], "because"))
+        self.deliver()
+
+    @rule(model=st.sampled_from(MODELS))
+    def engine_dies(self, model: str) -> None:
+        if model in self.running:
+            return  # the operation sees it
+        if isinstance(self.state.models[model].phase, (Stopped, Failed)):
+            return
+        self.happen(EngineExited(model, "exit status 1"))
+        self.deliver()
+
+    @rule(ok=st.booleans())
+    @precondition(lambda self: bool(self.probes))
+    def probe_ends(self, ok: bool) -> None:
+        probe = self.probes.pop()
+        self.happen(ProbeFinished(probe.model, probe.epoch, None if ok else "silence"))
+        self.deliver()
+
+    @rule(worker=st.sampled_from(["w0", "w1"]))
+    def worker_reconnects(self, worker: str) -> None:
+        if worker in self.workers:
+            self.happen(WorkerLeft(worker))
+            self.join(worker)
+            self.deliver()
+
+    @rule(worker=st.sampled_from(["w0", "w1"]))
+    def worker_dies(self, worker: str) -> None:
+        if self.workers.pop(worker, None) is not None:
+            self.happen(WorkerLeft(worker))
+            self.deliver()
+
+    @rule(model=st.sampled_from(MODELS), eviction=st.sampled_from([None, *EVICTIONS]))
+    def operator_parks(self, model: str, eviction: Eviction | None) -> None:
+        self.happen(ParkAsked(model, eviction))
+        self.deliver()
+
+    @rule(model=st.sampled_from(MODELS))
+    def operator_loads(self, model: str) -> None:
+        self.happen(LoadAsked(model))
+        self.deliver()
+
+    @rule(manual=st.booleans(), pinned=st.sampled_from([None, *MODELS]))
+    def operator_sets_mode(self, manual: bool, pinned: str | None) -> None:
+        self.happen(ModeSet(manual, pinned if manual else None))
+        self.deliver()
+
+    @rule()
+    def configuration_is_reloaded(self) -> None:
+        self.happen(ConfigChanged(self.state.config))
+        self.deliver()
+
+    # ---- what must hold -------------------------------------------------------------------------
+
+    @invariant()
+    def no_gpu_is_over_its_capacity(self) -> None:
+        for gpu in range(self.state.gpu_count):
+            load = sum(
+                share_now(record) for record in self.state.models.values() if gpu in record.gpus
+            )
+            assert load <= 1.0 + 10 * ROUNDING, f"GPU {gpu} holds {load}"
+
+    @invariant()
+    def operations_and_states_agree(self) -> None:
+        for name, record in self.state.models.items():
+            op = getattr(record.phase, "op", None)
+            running = self.running.get(name)
+            assert op == (running.op if running else None), (name, record.phase, running)
+
+    @invariant()
+    def only_serving_epochs_are_held(self) -> None:
+        for world in self.workers.values():
+            for name, line in world.lines.items():
+                if line.held is not None:
+                    assert self.state.models[name].epoch == line.held
+
+    def teardown(self) -> None:
+        """When nothing goes wrong any more everyone who waits is answered and all comes to rest."""
+        self.happen(ModeSet(False, None))
+        self.deliver()
+        for _ in range(200):
+            for model in sorted(self.running):
+                effect = self.running.pop(model)
+                self.happen(OperationFinished(model, effect.op, effect.plan.success, ""))
+                self.deliver()
+            while self.probes:
+                self.probe_ends(ok=True)
+            for model in MODELS:
+                self.request_ends(model)
+            self.time_passes(10.0)
+            waiting = sum(w.line(m).waiting for w in self.workers.values() for m in MODELS)
+            flying = sum(
+                sum(w.line(m).in_flight.values()) for w in self.workers.values() for m in MODELS
+            )
+            if not waiting and not flying and not self.running and not self.state.wants:
+                break
+        else:
+            raise AssertionError(f"does not come to rest: {self.state}")
+        for record in self.state.models.values():
+            assert isinstance(record.phase, (Stopped, Parked, Serving, Failed)), record.phase
+
+
+TestCore = Core.TestCase
+TestCore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
