@@ -1,0 +1,180 @@
+"""The few parts of CRIU's image files that we must understand: pure functions over bytes.
+
+An image file is two 32-bit magic numbers, then entries of a 32-bit length and a protobuf message
+(criu/include/magic.h, criu/protobuf.c). Messages are read field by field and unknown fields are passed
+through unchanged, so newer CRIU versions do not disturb us.
+
+Why we rewrite one: CRIU gives a deleted file that still has another name (every named semaphore of
+Python's multiprocessing) a hard link ``link_remap.N`` beside it, and N is counted from the start in
+every dump. Two images that are restored in turns would use the same names in /dev/shm (criu#2681).
+So each image's links get names of their own right after the dump.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+FILES: Final = "files.img"
+PAGE_SIZE: Final = 4096
+_LINK: Final = re.compile(rb"(?:^|/)link_remap\.[0-9]+$")
+_PE_PRESENT: Final = 1 << 2  # criu/include/pagemap.h: the page's bytes are in the pages file
+
+# protobuf wire types
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+class BadImage(ValueError):
+    """Not a CRIU image file, or cut short."""
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise BadImage("a number is cut short")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _encode_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """(field number, value, raw bytes of the whole field) of a protobuf message, in order."""
+    at = 0
+    while at < len(message):
+        start = at
+        key, at = _varint(message, at)
+        number, wire = key >> 3, key & 7
+        value: int | bytes
+        if wire == _VARINT:
+            value, at = _varint(message, at)
+        elif wire == _BYTES:
+            length, at = _varint(message, at)
+            value, at = message[at : at + length], at + length
+        elif wire in (_FIXED64, _FIXED32):
+            width = 8 if wire == _FIXED64 else 4
+            value, at = message[at : at + width], at + width
+        else:
+            raise BadImage(f"unknown wire type {wire}")
+        if at > len(message):
+            raise BadImage("a field is cut short")
+        yield number, value, message[start:at]
+
+
+def entries(data: bytes) -> Iterator[bytes]:
+    """The messages of an image file."""
+    if len(data) < 8:
+        raise BadImage("no magic number")
+    at = 8
+    while at < len(data):
+        if at + 4 > len(data):
+            raise BadImage("a length is cut short")
+        (length,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + length > len(data):
+            raise BadImage("an entry is cut short")
+        yield data[at : at + length]
+        at += length
+
+
+def _with_bytes(message: bytes, number: int, value: bytes) -> bytes:
+    """``message`` with the bytes of one field replaced."""
+    out = bytearray()
+    for have, _, raw in fields(message):
+        if have == number:
+            raw = _encode_varint(number << 3 | _BYTES) + _encode_varint(len(value)) + value
+        out += raw
+    return bytes(out)
+
+
+def _first(message: bytes, number: int) -> int | bytes | None:
+    return next((value for have, value, _ in fields(message) if have == number), None)
+
+
+# file_entry.reg = 3, reg_file_entry.name = 6 (criu/images/fdinfo.proto, regfile.proto)
+_REG, _NAME = 3, 6
+
+
+def rename_links(data: bytes, token: str) -> tuple[bytes, dict[str, str]]:
+    """files.img with ``link_remap.N`` called ``link_remap.N.<token>``; returns old → new paths.
+
+    Paths are absolute, though CRIU stores them without the leading slash.
+    """
+    out = bytearray(data[:8])
+    renamed: dict[str, str] = {}
+    for entry in entries(data):
+        reg = _first(entry, _REG)
+        name = _first(reg, _NAME) if isinstance(reg, bytes) else None
+        if isinstance(reg, bytes) and isinstance(name, bytes) and _LINK.search(name):
+            new = name + b"." + token.encode()
+            old_path, new_path = (
+                "/" + part.decode("utf-8", "surrogateescape").lstrip("/") for part in (name, new)
+            )
+            renamed[old_path] = new_path
+            entry = _with_bytes(entry, _REG, _with_bytes(reg, _NAME, new))
+        out += struct.pack("<I", len(entry)) + entry
+    return bytes(out), renamed
+
+
+def stored_pages(pagemap: bytes) -> tuple[int, int]:
+    """(number N of the pages-N.img, bytes that it must have) for a pagemap-PID.img.
+
+    pagemap_head.pages_id = 1; pagemap_entry: nr_pages = 2 (32 bits) or 5 (64 bits, CRIU 4.2), flags = 4
+    (criu/images/pagemap.proto).
+    """
+    messages = list(entries(pagemap))
+    if not messages or not isinstance(number := _first(messages[0], 1), int):
+        raise BadImage("no pagemap head")
+    pages = 0
+    for message in messages[1:]:
+        values = {key: value for key, value, _ in fields(message) if isinstance(value, int)}
+        flags = values.get(4)
+        # Very old images have no flags and mean "present unless in the parent image".
+        if (flags is not None and flags & _PE_PRESENT) or (flags is None and not values.get(3)):
+            pages += values.get(5) or values.get(2, 0)
+    return number, pages * PAGE_SIZE
+
+
+def dumped_processes(pstree: bytes) -> dict[int, tuple[int, ...]]:
+    """pid → thread ids, as CRIU dumped them (pstree_entry: pid = 1, threads = 5, packed or not)."""
+    found = {}
+    for entry in entries(pstree):
+        pid = _first(entry, 1)
+        if not isinstance(pid, int):
+            raise BadImage("a process without pid")
+        threads: list[int] = []
+        for number, value, _ in fields(entry):
+            if number != 5:
+                continue
+            if isinstance(value, int):
+                threads.append(value)
+            else:
+                at = 0
+                while at < len(value):
+                    thread, at = _varint(value, at)
+                    threads.append(thread)
+        found[pid] = tuple(sorted({pid, *threads}))
+    return found
+
+
+def dumped_name(core: bytes) -> str:
+    """The name of a process (core_entry.tc = 3, task_core_entry.comm = 6; criu/images/core.proto)."""
+    tc = _first(next(entries(core)), 3)
+    comm = _first(tc, 6) if isinstance(tc, bytes) else None
+    if not isinstance(comm, bytes):
+        raise BadImage("a process without a name")
+    return comm.decode(errors="replace")

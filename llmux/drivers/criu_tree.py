@@ -1,0 +1,271 @@
+"""What a process tree holds, read from /proc: everything that a dump must know or must refuse.
+
+Blocks for about a millisecond a process; runs in a worker thread. Changes nothing. ``proc`` and ``shm`` are
+arguments so that tests can give directories of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+PROC: Final = "/proc"
+SHM: Final = "/dev/shm"  # noqa: S108  # where glibc keeps POSIX semaphores and shared memory
+
+_SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
+_TCP_ESTABLISHED: Final = frozenset({"01", "02", "03", "04", "05", "08", "09", "0B"})
+_TCP_LISTEN: Final = "0A"
+_ACCEPTING: Final = 0x10000  # __SO_ACCEPTCON in /proc/net/unix: a listener
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why CRIU cannot dump the tree, and what to do about it."""
+
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class TreeProcess:
+    pid: int
+    comm: str
+    tids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFacts:
+    """A tree as it was seen. ``shm`` has the (device, inode) of its files in /dev/shm."""
+
+    root: int
+    processes: tuple[TreeProcess, ...]
+    problems: tuple[Problem, ...]
+    resident_bytes: int
+    shm: frozenset[tuple[int, int]]
+    unix_paths: tuple[str, ...]
+    tcp_ports: tuple[int, ...]
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(process.pid for process in self.processes)
+
+
+@dataclass(slots=True)
+class _Found:
+    problems: list[Problem] = field(default_factory=list)
+    sockets: dict[str, tuple[int, int]] = field(default_factory=dict)  # inode → (pid, fd)
+    shm: set[tuple[int, int]] = field(default_factory=set)
+
+    def refuse(self, text: str, remedy: str) -> None:
+        self.problems.append(Problem(text, remedy))
+
+
+def _read(path: str) -> str:
+    with open(path, errors="replace") as file:
+        return file.read()
+
+
+def read_status(pid: int, proc: str = PROC) -> dict[str, str] | None:
+    """/proc/PID/status as a mapping, None when there is no such process or thread."""
+    try:
+        text = _read(f"{proc}/{pid}/status")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+def find_tids(pid: int, proc: str = PROC) -> tuple[int, ...]:
+    try:
+        return tuple(sorted(int(name) for name in os.listdir(f"{proc}/{pid}/task")))
+    except (FileNotFoundError, ProcessLookupError):
+        return ()
+
+
+def _kilobytes(status: Mapping[str, str], *keys: str) -> int:
+    return sum(int(status[key].split()[0]) * 1024 for key in keys if key in status)
+
+
+def _session(pid: int, proc: str) -> int:
+    return int(_read(f"{proc}/{pid}/stat").rpartition(")")[2].split()[3])
+
+
+_FORBIDDEN: Final = (
+    (
+        "anon_inode:[io_uring]",
+        "an io_uring, which CRIU cannot dump",
+        "start the engine through llmux, which denies io_uring_setup to it",
+    ),
+    (
+        "/dev/nvidia",
+        "a GPU device, which CRIU cannot dump",
+        "the CUDA state must be suspended first; for a process without CUDA set"
+        " VLLM_WORKER_MULTIPROC_METHOD=spawn, so that it inherits no GPU descriptors",
+    ),
+    (
+        "anon_inode:[userfaultfd]",
+        "a userfaultfd, which CRIU cannot dump",
+        "find out what in the engine uses it and switch that off",
+    ),
+    (
+        "/dev/infiniband",
+        "an InfiniBand device, which CRIU cannot dump",
+        "set NCCL_IB_DISABLE=1 in the model's env",
+    ),
+)
+
+
+def _scan_fds(pid: int, comm: str, proc: str, shm: str, found: _Found) -> None:
+    directory = f"{proc}/{pid}/fd"
+    for name in os.listdir(directory):
+        try:
+            target = os.readlink(f"{directory}/{name}")
+        except OSError:
+            continue  # closed since
+        if match := _SOCKET.fullmatch(target):
+            found.sockets.setdefault(match[1], (pid, int(name)))
+            continue
+        for prefix, what, remedy in _FORBIDDEN:
+            if target.startswith(prefix):
+                found.refuse(f"process {pid} ({comm}) holds {what}: fd {name}, {target}", remedy)
+        if target.startswith(f"{shm}/"):
+            with suppress(OSError):
+                status = os.stat(f"{directory}/{name}")
+                found.shm.add((status.st_dev, status.st_ino))
+
+
+def _scan_maps(pid: int, comm: str, proc: str, shm: str, found: _Found) -> None:
+    devices = set()
+    with open(f"{proc}/{pid}/maps", errors="replace") as file:
+        for line in file:
+            fields = line.split(maxsplit=5)
+            if len(fields) < 6:
+                continue
+            path = fields[5].rstrip("\n")
+            if path.startswith(f"{shm}/"):
+                major, minor = (int(part, 16) for part in fields[3].split(":"))
+                found.shm.add((os.makedev(major, minor), int(fields[4])))
+            elif path.startswith("/dev/nvidia"):
+                devices.add(path)
+    for path in sorted(devices):
+        found.refuse(f"process {pid} ({comm}) maps {path}", _FORBIDDEN[1][2])
+
+
+def _tcp_rows(root: int, proc: str) -> Iterator[tuple[str, str, str, str]]:
+    """(local, remote, state, inode) of all TCP sockets in the tree's network namespace."""
+    for name in ("tcp", "tcp6"):
+        with suppress(FileNotFoundError):
+            for line in _read(f"{proc}/{root}/net/{name}").splitlines()[1:]:
+                fields = line.split()
+                yield fields[1], fields[2], fields[3], fields[9]
+
+
+def decode_address(text: str) -> str:
+    """``0100007F:1F90`` of /proc/net/tcp as ``127.0.0.1:8080``."""
+    host, _, port = text.partition(":")
+    words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
+    data = b"".join(words)  # each 32-bit word is in host order, little-endian on what CRIU runs on
+    if data.startswith(bytes(10) + b"\xff\xff"):
+        data = data[12:]
+    if len(data) == 4:
+        return f"{'.'.join(map(str, data))}:{int(port, 16)}"
+    return f"[{':'.join(data[i : i + 2].hex() for i in range(0, 16, 2))}]:{int(port, 16)}"
+
+
+def _scan_tcp(root: int, comms: Mapping[int, str], proc: str, found: _Found) -> tuple[int, ...]:
+    """Refuse connections that leave the tree; returns the ports it listens on."""
+    rows = list(_tcp_rows(root, proc))
+    inside = {decode_address(local) for local, _, _, inode in rows if inode in found.sockets}
+    ports = set()
+    for local, remote, state, inode in rows:
+        if inode not in found.sockets:
+            continue
+        pid, fd = found.sockets[inode]
+        if state == _TCP_LISTEN:
+            ports.add(int(local.rpartition(":")[2], 16))
+        elif state in _TCP_ESTABLISHED and decode_address(remote) not in inside:
+            found.refuse(
+                f"process {pid} ({comms[pid]}) has a TCP connection that leaves the engine: fd {fd},"
+                f" {decode_address(local)} to {decode_address(remote)}",
+                "let clients close their connections to the engine before it is parked",
+            )
+    return tuple(sorted(ports))
+
+
+def read_unix(root: int, proc: str = PROC) -> dict[str, tuple[str, bool]]:
+    """inode → (path, listening) of the unix sockets with a name in a process's network namespace."""
+    sockets = {}
+    for line in _read(f"{proc}/{root}/net/unix").splitlines()[1:]:
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8:
+            sockets[fields[6]] = (fields[7], bool(int(fields[3], 16) & _ACCEPTING))
+    return sockets
+
+
+def _check_process(pid: int, status: Mapping[str, str], found: _Found) -> None:
+    name = f"process {pid} ({status.get('Name', '?')})"
+    state = status.get("State", "?")[:1]
+    if state == "Z":
+        found.refuse(
+            f"{name} is a zombie: its parent {status.get('PPid')} has not reaped it",
+            "wait until the engine has reaped it; if it never does, restart the engine",
+        )
+    elif state in "Tt":
+        found.refuse(f"{name} is stopped", f"`kill -CONT {pid}` lets it go on")
+    if status.get("TracerPid", "0") != "0":
+        found.refuse(
+            f"{name} is traced by process {status['TracerPid']}",
+            "end the debugger or strace that is attached to it",
+        )
+
+
+def inspect(
+    root: int, members: Sequence[int], *, proc: str = PROC, shm: str = SHM
+) -> TreeFacts | None:
+    """The tree at ``root``; ``members`` are the processes of its unit. None when the root is gone."""
+    found = _Found()
+    statuses = {pid: status for pid in members if (status := read_status(pid, proc))}
+    if root not in statuses:
+        return None
+    parents = {pid: int(status["PPid"]) for pid, status in statuses.items()}
+    comms = {pid: status["Name"] for pid, status in statuses.items()}
+    processes = []
+    resident = 0
+    for pid in sorted(statuses, key=lambda pid: (pid != root, pid)):
+        _check_process(pid, statuses[pid], found)
+        above = pid
+        while above != root and above in parents:
+            above = parents[above]
+        if above != root:
+            found.refuse(
+                f"process {pid} ({comms[pid]}) is in the unit but not below its root process {root}:"
+                f" its parent is {parents[pid]}",
+                "an engine must not start daemons; find out which part of it detached itself",
+            )
+        with suppress(FileNotFoundError, ProcessLookupError):
+            _scan_fds(pid, comms[pid], proc, shm, found)
+            _scan_maps(pid, comms[pid], proc, shm, found)
+        resident += _kilobytes(statuses[pid], "RssAnon", "RssShmem", "VmSwap")
+        processes.append(TreeProcess(pid, comms[pid], find_tids(pid, proc)))
+    if _session(root, proc) != root:
+        found.refuse(
+            f"process {root} ({comms[root]}) is not the leader of its session",
+            "start the engine through llmux's launcher",
+        )
+    ports = _scan_tcp(root, comms, proc, found)
+    unix = read_unix(root, proc)
+    paths = {
+        unix[inode][0] for inode in found.sockets if inode in unix and unix[inode][0][:1] == "/"
+    }
+    return TreeFacts(
+        root=root,
+        processes=tuple(processes),
+        problems=tuple(found.problems),
+        resident_bytes=resident,
+        shm=frozenset(found.shm),
+        unix_paths=tuple(sorted(paths)),
+        tcp_ports=ports,
+    )

@@ -1,0 +1,407 @@
+"""The checkpoint store: ``<images_dir>/<model>/images/`` and what leads to and from it.
+
+::
+
+    <images_dir>/<model>/images/             complete, has a manifest: may be restored
+                         .dump-<token>/      being made, or left by a crash: removed at start
+                         .old-<token>/       replaced, being removed
+                         quarantine-<time>-<n>/   failed, kept for a look
+                         restore/            CRIU's log and pid file of the last restore
+                         last-failure.log    CRIU's log of the last dump that failed
+
+A directory becomes ``images`` only by rename, after everything in it was synced. All methods block and
+are called from one worker thread at a time; the owner of the state is the file system.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import quote, unquote
+
+from llmux.drivers.images_files import (
+    sizes_on_disk,
+    sync_directory,
+    sync_tree,
+    unsafe_directory,
+    unsafe_file,
+)
+from llmux.drivers.images_identity import BOOT_ID
+from llmux.drivers.images_manifest import (
+    NAME,
+    Manifest,
+    ManifestError,
+    first_mismatch,
+    load_manifest,
+)
+from llmux.errors import CheckpointFailed
+from llmux.ports import Image, NoImage
+
+log = logging.getLogger(__name__)
+
+IMAGES: Final = "images"
+RESTORE: Final = "restore"
+FAILURE_LOG: Final = "last-failure.log"
+RESTORING: Final = "restoring.json"
+_TEMPORARY: Final = ".dump-"
+_OLD: Final = ".old-"
+_QUARANTINE: Final = "quarantine-"
+_LAST_USED: Final = "last-used"
+_FREE_RESERVE: Final = 1.05  # metadata, and what else grows on that disk meanwhile
+
+
+def _target(model: str) -> str:
+    return f'model "{model}"'
+
+
+class ImageStore:
+    """``max_bytes``: budget for all images together, on disk. ``keep_quarantined``: failed images kept per
+    model. ``across_reboot``: use an image of an earlier boot."""
+
+    def __init__(
+        self,
+        images_dir: str,
+        *,
+        max_bytes: int | None = None,
+        keep_quarantined: int = 1,
+        across_reboot: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._root = os.path.abspath(images_dir)
+        self._max_bytes = max_bytes
+        self._keep_quarantined = keep_quarantined
+        self._ignore = frozenset({BOOT_ID}) if across_reboot else frozenset()
+        self._clock = clock
+        # Directories of the user's that failed: they are not ours to move.
+        self._condemned: dict[str, str] = {}
+
+    def directory(self, model: str) -> str:
+        """The model's own directory. A name that is no plain file name is percent-encoded."""
+        name = quote(model, safe=" +,=@:~!")
+        return os.path.join(self._root, "%2E" + name[1:] if name.startswith(".") else name)
+
+    def _models(self) -> list[tuple[str, str]]:
+        try:
+            names = sorted(os.listdir(self._root))
+        except FileNotFoundError:
+            return []
+        return [(unquote(name), os.path.join(self._root, name)) for name in names]
+
+    def _make(self, path: str) -> None:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+    # ---- making ---------------------------------------------------------------------------------
+
+    def check_room(self, model: str, needed: int) -> None:
+        """Raises CheckpointFailed when an image of ``needed`` bytes has no place."""
+        if self._max_bytes is not None and needed > self._max_bytes:
+            raise CheckpointFailed(
+                "checkpoint",
+                _target(model),
+                f"its image may take {needed} bytes, more than all images may ({self._max_bytes})",
+                hint="raise checkpoint.max_bytes, or park with discard so that the image is smaller",
+                tree="running",
+            )
+        self._make(self._root)
+        space = os.statvfs(self._root)
+        free = space.f_bavail * space.f_frsize
+        if free < needed * _FREE_RESERVE:
+            raise CheckpointFailed(
+                "checkpoint",
+                _target(model),
+                f"its image may take {needed} bytes and {self._root} has {free} free",
+                hint="free some space there, or park with discard so that the image is smaller",
+                tree="running",
+            )
+
+    def begin(self, model: str) -> str:
+        """A new private directory for a dump. The way from it to the top was seen to be safe."""
+        self._make(self._root)
+        home = self.directory(model)
+        self._make(home)
+        if reason := unsafe_directory(home):
+            raise CheckpointFailed(
+                "checkpoint",
+                _target(model),
+                f"its images directory is not safe: {reason}",
+                hint="images become processes with any user's rights: make it root's alone",
+                tree="running",
+            )
+        path = os.path.join(home, _TEMPORARY + secrets.token_hex(4))
+        os.mkdir(path, 0o700)
+        return path
+
+    def abandon(self, temporary: str, log_name: str) -> None:
+        """A dump came to nothing: only its log stays."""
+        with suppress(OSError):
+            os.replace(
+                os.path.join(temporary, log_name),
+                os.path.join(os.path.dirname(temporary), FAILURE_LOG),
+            )
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def publish(self, temporary: str, manifest: Manifest) -> Image:
+        """From now on this is the model's image, also after a power cut. Replaces the former one."""
+        sync_tree(temporary)
+        path = os.path.join(temporary, NAME)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(fd)
+        sync_directory(temporary)
+        home = os.path.dirname(temporary)
+        final = os.path.join(home, IMAGES)
+        old = os.path.join(home, _OLD + secrets.token_hex(4))
+        try:
+            os.rename(final, old)
+        except FileNotFoundError:
+            old = ""
+        os.rename(temporary, final)
+        sync_directory(home)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
+        return self._image(manifest, final, managed=True)
+
+    # ---- finding --------------------------------------------------------------------------------
+
+    def load(self, path: str) -> Manifest:
+        """The manifest of an image that is safe and whole as far as names and sizes tell.
+
+        Raises ManifestError.
+        """
+        try:
+            if not os.path.isdir(path) or os.path.islink(path):
+                raise ManifestError(f"{path} is not a directory")
+            if reason := unsafe_directory(path):
+                raise ManifestError(f"it is not safe: {reason}")
+            manifest = load_manifest(path)
+            known = {file.name for file in manifest.files} | {NAME}
+            for root, _, files in os.walk(path):
+                for name in files:
+                    full = os.path.join(root, name)
+                    if reason := unsafe_file(full):
+                        raise ManifestError(f"it is not safe: {reason}")
+                    if name.endswith(".img") and os.path.relpath(full, path) not in known:
+                        raise ManifestError(f"{full} is not part of it")
+            for file in manifest.files:
+                if os.path.normpath(file.name) != file.name or file.name.startswith(("/", "..")):
+                    raise ManifestError(f"the file name {file.name!r} leads out of it")
+                size = os.lstat(os.path.join(path, file.name)).st_size
+                if size != file.size:
+                    raise ManifestError(
+                        f"{file.name} has {size} bytes and should have {file.size}: it was cut or changed"
+                    )
+        except FileNotFoundError as error:
+            raise ManifestError(f"{error.filename} is missing") from error
+        except OSError as error:
+            raise ManifestError(f"it cannot be read: {error}") from error
+        return manifest
+
+    def find(
+        self, model: str, identity: Mapping[str, str], path: str | None = None
+    ) -> Image | NoImage:
+        """The model's own image if it fits, else the one that the user named, else why not."""
+        reasons = []
+        own = os.path.join(self.directory(model), IMAGES)
+        places = (
+            [own]
+            if path is None or os.path.realpath(path) == os.path.realpath(own)
+            else [own, path]
+        )
+        for place in places:
+            if place is own and not os.path.isdir(own):
+                reasons.append("no checkpoint available")
+                continue
+            if (condemned := self._condemned.get(os.path.realpath(place))) is not None:
+                reasons.append(f"{place} failed before: {condemned}")
+                continue
+            try:
+                manifest = self.load(place)
+            except ManifestError as error:
+                reasons.append(f"the image in {place} cannot be used: {error}")
+                continue
+            if reason := first_mismatch(manifest.identity, identity, self._ignore):
+                reasons.append(f"the image in {place} does not fit: {reason}")
+                continue
+            return self._image(manifest, place, managed=place is own)
+        return NoImage("; ".join(reasons))
+
+    def _image(self, manifest: Manifest, path: str, *, managed: bool) -> Image:
+        used = manifest.created
+        with suppress(OSError):
+            used = os.stat(os.path.join(self.directory(manifest.model), _LAST_USED)).st_mtime
+        return Image(
+            model=manifest.model,
+            path=path,
+            identity=manifest.identity,
+            recipe=manifest.recipe,
+            created=manifest.created,
+            dump_seconds=manifest.dump_seconds,
+            root_pid=manifest.root_pid,
+            apparent_bytes=manifest.apparent_bytes,
+            disk_bytes=manifest.disk_bytes,
+            managed=managed,
+            last_used=max(used, manifest.created),
+        )
+
+    def images(self) -> Sequence[Image]:
+        return [image for image, _ in self._with_manifests()]
+
+    def _with_manifests(self) -> list[tuple[Image, Manifest]]:
+        found = []
+        for _, home in self._models():
+            path = os.path.join(home, IMAGES)
+            with suppress(ManifestError):
+                manifest = load_manifest(path)
+                found.append((self._image(manifest, path, managed=True), manifest))
+        return found
+
+    # ---- using and losing -----------------------------------------------------------------------
+
+    def used(self, model: str) -> None:
+        """The model's image was just restored."""
+        path = os.path.join(self.directory(model), _LAST_USED)
+        with suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            now = self._clock()
+            os.utime(path, (now, now))
+
+    def restore_directory(self, model: str) -> str:
+        """An empty directory for the log and the pid file of a restore: the pid file must not exist, and
+        the image stays as it is."""
+        home = self.directory(model)
+        self._make(self._root)
+        self._make(home)
+        path = os.path.join(home, RESTORE)
+        shutil.rmtree(path, ignore_errors=True)
+        os.mkdir(path, 0o700)
+        return path
+
+    def quarantine(self, image: Image, reason: str) -> str:
+        """The image is never found again; its files stay for a look, of ours the newest few."""
+        if not image.managed:
+            self._condemned[os.path.realpath(image.path)] = reason
+            return image.path
+        home = self.directory(image.model)
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock()))
+        for number in range(1000):
+            path = os.path.join(home, f"{_QUARANTINE}{stamp}-{number}")
+            if not os.path.lexists(path):
+                break
+        try:
+            os.rename(image.path, path)
+        except FileNotFoundError:
+            return path
+        with suppress(OSError):  # the log of the restore that failed is what one wants to read
+            shutil.copytree(os.path.join(home, RESTORE), os.path.join(path, RESTORE))
+        with suppress(OSError), open(os.path.join(path, "reason"), "w", encoding="utf-8") as file:
+            file.write(reason + "\n")
+        sync_directory(home)
+        names = sorted(name for name in os.listdir(home) if name.startswith(_QUARANTINE))
+        for name in names[: max(len(names) - self._keep_quarantined, 0)]:
+            shutil.rmtree(os.path.join(home, name), ignore_errors=True)
+        return path
+
+    def discard(self, model: str) -> None:
+        """Renamed first: a removal cut short must not look like an image."""
+        home = self.directory(model)
+        old = os.path.join(home, _OLD + secrets.token_hex(4))
+        try:
+            os.rename(os.path.join(home, IMAGES), old)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(old, ignore_errors=True)
+
+    def enforce_budget(self, spare: frozenset[str]) -> list[str]:
+        """Remove the least valuable images until all fit into ``max_bytes``; ``spare`` (just made, or in use)
+        go last, or never. Returns the models that lost theirs.
+
+        Value: seconds that the image saves, by how recently it was used, per byte.
+        """
+        if self._max_bytes is None:
+            return []
+        rows = self._with_manifests()
+        now = self._clock()
+
+        def value(row: tuple[Image, Manifest]) -> tuple[bool, float]:
+            image, manifest = row
+            hours = max(now - image.last_used, 0.0) / 3600
+            worth = manifest.cold_seconds / (1 + hours) / max(image.disk_bytes, 1)
+            return image.model in spare, worth
+
+        total = sum(image.disk_bytes for image, _ in rows)
+        removed = []
+        for image, _ in sorted(rows, key=value):
+            if total <= self._max_bytes:
+                break
+            self.discard(image.model)
+            total -= image.disk_bytes
+            removed.append(image.model)
+        return removed
+
+    # ---- after a crash --------------------------------------------------------------------------
+
+    def sweep(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """What was begun and never ended: (model, directory, note) for each. Incomplete images are out
+        of use at once; the caller removes the directories with ``forget`` after it has cleaned up."""
+        begun = []
+        for model, home in self._models():
+            if not os.path.isdir(home):
+                continue
+            for name in sorted(os.listdir(home)):
+                path = os.path.join(home, name)
+                if name.startswith(_OLD):
+                    shutil.rmtree(path, ignore_errors=True)
+                elif name.startswith(_TEMPORARY):
+                    begun.append((model, path, read_note(os.path.join(path, "dumping.json"))))
+                elif name == RESTORING:
+                    begun.append((model, path, read_note(path)))
+                elif name == IMAGES and not os.path.exists(os.path.join(path, NAME)):
+                    # Not by us: we rename only what is complete. Out of the way, not destroyed.
+                    os.rename(
+                        path, os.path.join(home, f"{_QUARANTINE}incomplete-{secrets.token_hex(4)}")
+                    )
+        return begun
+
+    def forget(self, path: str) -> None:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def write_note(path: str, body: Mapping[str, Any]) -> None:
+    """A note for the next supervisor, should this one die now."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
+        json.dump(body, file)
+
+
+def read_note(path: str) -> dict[str, Any]:
+    """Empty when there is none or it was cut short: then nothing had been begun."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            body = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def measure(directory: str) -> tuple[int, int]:
+    return sizes_on_disk(directory)
