@@ -91,8 +91,28 @@ def find_start_time(pid: int | str) -> int | None:
             fields = stat.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    gone = fields[0] in (b"Z", b"X") or int(fields[6]) & _PF_EXITING
-    return None if gone else int(fields[19])
+    if fields[0] in (b"Z", b"X") or int(fields[6]) & _PF_EXITING:
+        return None
+    return int(fields[19]) - _time_namespace_offset()
+
+
+def _time_namespace_offset() -> int:
+    """What the kernel adds to the start times this process reads, in clock ticks.
+
+    CRIU restores a tree into a time namespace of its own, in which the clocks go on from the moment
+    of the dump; so a restored engine and everybody else read different start times of the same
+    process unless each takes its own offset off.
+    """
+    try:
+        with open("/proc/self/timens_offsets", encoding="ascii") as offsets:
+            for line in offsets:
+                clock, secs, nanosecs = line.split()
+                if clock == "boottime":
+                    nanos = int(secs) * 10**9 + int(nanosecs)
+                    return nanos // (10**9 // os.sysconf("SC_CLK_TCK"))
+    except FileNotFoundError:
+        pass  # a kernel without time namespaces
+    return 0
 
 
 class Ledger:
@@ -243,7 +263,8 @@ def _empty() -> dict[str, Any]:
 def _live(data: dict[str, Any]) -> list[Row]:
     rows = [Row.from_json(raw) for raw in data["rows"]]
     starts = {pid: find_start_time(pid) for pid in {row.pid for row in rows}}
-    return [row for row in rows if starts[row.pid] == row.start]
+    # one tick of tolerance: both sides round after adding the offset of their time namespace
+    return [row for row in rows if abs((starts[row.pid] or 0) - row.start) <= 1]
 
 
 def out_of_memory_text(gpu: int, wanted: int, capacity: int, free: int, own: int) -> str:

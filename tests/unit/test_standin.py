@@ -61,10 +61,12 @@ class Engine:
             start_new_session=True,
         )
         self.lines: list[str] = []
+        self.files: set[str] = set()
         self._connections: list[http.client.HTTPConnection] = []
 
     def wait_ready(self) -> Engine:
         assert self.read_until("Application startup complete."), "".join(self.lines)
+        self.files = shared_files(self.process.pid)
         return self
 
     def read_until(self, text: str) -> bool:
@@ -148,14 +150,13 @@ class Engine:
         """As a cgroup kill does: everything at once; what it left in /dev/shm goes too."""
         for connection in self._connections:
             connection.close()
-        left = shared_files(self.process.pid) if self.process.poll() is None else set()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         if self.process.stderr is not None:
             self.process.stderr.read()
             self.process.stderr.close()
-        for path in left:
+        for path in self.files:
             Path(path).unlink(missing_ok=True)
 
 
@@ -261,7 +262,7 @@ def test_tree_has_vllms_processes_and_goes_without_a_trace(start: Start, ledger:
     engine = start()
     children = engine.children()
     assert set(children) == {"vllm", "VLLM::EngineCor", "VLLM::Worker_TP", "resource_tracke"}
-    files = shared_files(engine.process.pid)
+    files = engine.files
     assert sorted(Path(path).name.split("-")[0].split("_")[0] for path in files) == [
         "psm",
         "sem.mp",
@@ -279,19 +280,17 @@ def test_tree_has_vllms_processes_and_goes_without_a_trace(start: Start, ledger:
 
 def test_killed_tree_frees_gpu_memory_and_leaves_files_behind(start: Start, ledger: Ledger) -> None:
     engine = start()
-    files = shared_files(engine.process.pid)
+    files = engine.files
     assert ledger.usage_by_model() == {"alpha": 72 * GIB}
     os.killpg(engine.process.pid, signal.SIGKILL)
     engine.wait_exit()
     assert ledger.usage_by_model() == {}
     assert all(os.path.exists(path) for path in files)
-    for path in files:
-        os.unlink(path)
 
 
 def test_killed_root_takes_its_children_along(start: Start, ledger: Ledger) -> None:
     engine = start()
-    files = shared_files(engine.process.pid)
+    files = engine.files
     engine.process.kill()
     engine.wait_exit()  # the log ends when the last child is gone
     assert ledger.rows() == []
@@ -404,6 +403,8 @@ def test_errors_have_vllms_shape(alpha: Engine) -> None:
         ("/v1/chat/completions", {}, 400),
         ("/v1/completions", {"prompt": "x", "max_tokens": 0}, 400),
         ("/v1/completions", {"prompt": "x" * 9000}, 400),
+        ("/v1/completions", {"prompt": "x", "stop": [1]}, 400),
+        ("/v1/completions", {"prompt": "x", "stream_options": 7, "stream": True}, 500),
         ("/nothing", {}, 404),
         ("/health", {}, 405),
     ):
@@ -632,7 +633,6 @@ def test_dies_at_start_with_last_lines(start: Start) -> None:
 
 def test_whole_tree_dies_in_mid_stream(start: Start, orders: Path) -> None:
     engine = start("alpha", "--standin-faults", str(orders))
-    files = shared_files(engine.process.pid)
     fault_orders.order(orders, die_mid_stream={"after_chunks": 3})
     stream = engine.open_stream()
     stream.read()
@@ -640,8 +640,6 @@ def test_whole_tree_dies_in_mid_stream(start: Start, orders: Path) -> None:
     assert not stream.done
     assert len(stream.events) == 1 + 3
     assert engine.wait_exit() == -signal.SIGKILL
-    for path in files:
-        Path(path).unlink()
 
 
 @pytest.mark.parametrize("who", ["core", "worker"])

@@ -104,7 +104,11 @@ class Completion:
         self.prompt_tokens = sum(text.count_tokens(prompt) for prompt in prompts)
         self.sequences: list[Sequence] = []
         choices = _integer(body, "n", 1)
+        seed = None if body.get("seed") is None else _integer(body, "seed", 0, least=-(2**63))
         stop = body.get("stop") or []
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list) or not all(isinstance(one, str) and one for one in stops):
+            raise bad_request("stop must be a string or a list of strings", "stop")
         for prompt in prompts:
             limit = _output_limit(kind, body, text.count_tokens(prompt), options.max_model_len)
             for _ in range(choices):
@@ -116,10 +120,9 @@ class Completion:
                     "min_tokens": _integer(body, "min_tokens", 0, least=0),
                     "ignore_eos": bool(body.get("ignore_eos")),
                     "temperature": _number(body, "temperature", 1.0),
-                    "seed": body.get("seed"),
+                    "seed": seed,
                     "logprobs": self._logprobs,
                 }
-                stops = [stop] if isinstance(stop, str) else list(stop)
                 self.sequences.append(Sequence(index, request, stops))
 
     # the whole answer

@@ -102,7 +102,7 @@ class Core:
             hanging = self._faults.get("hang", False)
             if hanging is True:
                 continue
-            if find_start_time("self") != self._start:
+            if held_back and find_start_time("self") != self._start:
                 # restored: the GPU memory must be taken again before anything is computed
                 self._start = find_start_time("self")
                 self._ask({"op": "check"})

@@ -180,6 +180,7 @@ class Connection(asyncio.Protocol):
     async def _run(self, request: Request) -> None:
         self._keep_alive = request.keep_alive
         self._chunked = not request.http10
+        self.status = 0
         await self._answer(request, self)
         self._task = None
         if self._transport is None:

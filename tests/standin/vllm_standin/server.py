@@ -218,6 +218,12 @@ class Server:
             connection.respond_json(500, error_body(500, str(error), "InternalServerError"))
         except CallFailedError as error:
             connection.respond_json(500, error_body(500, str(error), "InternalServerError"))
+        except Exception as error:  # noqa: BLE001  # vLLM too makes a 500 of whatever it is
+            log(WHO, f"Exception in ASGI application: {error!r}", "ERROR")
+            if connection.status:
+                connection.abort()  # in mid-answer there is no other way to say so
+            else:
+                connection.respond_json(500, error_body(500, str(error), "InternalServerError"))
         if self._options.access_log:
             line = f'"{request.method} {request.path} HTTP/1.1" {connection.status}'
             log(WHO, line)
