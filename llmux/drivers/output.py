@@ -162,9 +162,8 @@ class EngineFiles:
         for file in entry.files:
             self._drain_all(entry, file)
         last = list(entry.lines)
-        for file in entry.files:
-            if file.partial and (text := clean(file.partial.decode(errors="replace"))):
-                last.append(text)
+        unfinished = (clean(file.partial.decode(errors="replace")) for file in entry.files)
+        last += [text for text in unfinished if text]
         return last[-lines:]
 
     async def close(self) -> None:
