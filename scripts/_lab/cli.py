@@ -12,7 +12,8 @@ import sys
 import time
 
 from . import host, image, state, vllm
-from .guest import SUITES, Guest, Options, sweep
+from .guest import Guest, sweep
+from .launch import SUITES, Options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +107,9 @@ def do_run(arguments: argparse.Namespace) -> int:
     pairs = [item.partition("=") for item in arguments.env]
     wrong = [key for key, equals, _ in pairs if not equals]
     if wrong:
-        raise host.LabError(f"--env {wrong[0]}: no value\n  next step: write --env {wrong[0]}=VALUE")
+        raise host.LabError(
+            f"--env {wrong[0]}: no value\n  next step: write --env {wrong[0]}=VALUE"
+        )
     guest = Guest.attach(arguments.name)
     began = time.monotonic()
     running = guest.popen(
@@ -160,7 +163,8 @@ def do_list(arguments: argparse.Namespace) -> int:
         facts = record.facts
         age = f"{time.time() - facts['started']:.0f}s"
         owner, pid1 = facts["owner_pid"] or "-", facts.get("pid1", "-")
-        print(f"{record.name:20} {facts['kind']:8} {facts['suite']:9} {age:>7} {owner:>8} {pid1:>8}")
+        line = f"{record.name:20} {facts['kind']:8} {facts['suite']:9}"
+        print(f"{line} {age:>7} {owner:>8} {pid1:>8}")
     return 0
 
 

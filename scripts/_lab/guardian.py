@@ -1,8 +1,8 @@
 """The guardian: the init of a guest's own pid and mount namespaces.
 
-Started by guest.py as ``unshare --mount --pid --fork --kill-child … python guardian.py SPEC``. It
-mounts what the guest needs, starts it (systemd-nspawn or qemu), tells the starter when the guest has
-booted, and then only waits: for the guest's end or for the death of the guest's owner.
+Started by launch.py as ``unshare --mount --pid --fork --kill-child … python guardian.py SPEC``.
+It mounts what the guest needs, starts it (systemd-nspawn or qemu), tells the starter when the guest
+has booted, and then only waits: for the guest's end or for the death of the guest's owner.
 
 Why namespaces: everything here must vanish whatever is killed, kill -9 of this process included.
 The kernel kills a pid namespace together with its init, and drops the mounts with the last process

@@ -12,37 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 import secrets
-import select
 import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, Self
 
-from . import host, image, nspawn, state, vllm, vm
-
-SUITES = ("trixie", "bookworm")
-BOOT_TIMEOUT = 90.0  # seconds; a boot takes one, the rest is for a machine that others keep busy
-PROJECT_IN_GUEST = "/srv/llmux"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a guest is made. `bind` and `bind_ro` are "SRC" or "SRC:DST"."""
-
-    suite: str = "trixie"
-    machine: bool = False  # a whole virtual machine instead of a container
-    bind_ro: tuple[str, ...] = ()
-    bind: tuple[str, ...] = ()
-    debs: tuple[str, ...] = ()
-    with_vllm: bool = False
-    owner_pid: int | None = None
-    memory_mib: int = 2048  # machine only
-    cpus: int = 2  # machine only
+from . import host, launch, nspawn, state, vllm, vm
 
 
 @dataclasses.dataclass
@@ -92,7 +69,7 @@ class Guest:
         memory_mib: int = 2048,
     ) -> Self:
         """Start a guest that lives no longer than this process; returns when it has booted."""
-        options = Options(
+        options = launch.Options(
             suite=suite,
             machine=machine,
             bind_ro=tuple(bind_ro),
@@ -105,11 +82,11 @@ class Guest:
         return cls.start(name, options)
 
     @classmethod
-    def start(cls, name: str | None, options: Options) -> Self:
+    def start(cls, name: str | None, options: launch.Options) -> Self:
         """As up(), with all options; without an owner the guest lives until down()."""
         name = name or f"g-{secrets.token_hex(3)}"
         directory = state.directory_of(name)
-        plan = _plan(name, directory, options)
+        plan = launch.plan(name, directory, options)
         with contextlib.ExitStack() as stack:
             with state.registry():
                 state.sweep()
@@ -123,10 +100,12 @@ class Guest:
                 stack.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             console = stack.enter_context(open(directory / "console.log", "a+b"))
-            process, status = _spawn_guardian(directory, plan, options.owner_pid, lock)
+            if options.machine:
+                launch.pack_shares(directory, plan.shares)
+            process, status = launch.spawn_guardian(directory, plan, options.owner_pid, lock)
             stack.callback(os.close, status)
             try:
-                facts = _wait_until_booted(plan, directory, process, status, console)
+                facts = launch.wait_until_booted(plan, directory, process, status, console)
                 state.save(directory, facts)
                 guest = cls(state.Record(directory, facts), process)
                 guest._furnish(plan, options)
@@ -253,7 +232,7 @@ class Guest:
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            env=_clean_environment(),
+            env=host.clean_environment(),
             text=True,
         )
         return RunningCommand(process, unit, self)
@@ -264,7 +243,7 @@ class Guest:
         *,
         check: bool = True,
         timeout: float | None = 60,
-        input: str | None = None,  # noqa: A002 (the name that subprocess.run has)
+        input: str | None = None,
         env: Mapping[str, str] | None = None,
         user: str | None = None,
         cwd: str | None = None,
@@ -287,9 +266,7 @@ class Guest:
         except BaseException:
             command.stop()
             raise
-        done = subprocess.CompletedProcess(
-            list(argv), command.process.returncode, stdout, stderr
-        )
+        done = subprocess.CompletedProcess(list(argv), command.process.returncode, stdout, stderr)
         if check and done.returncode != 0:
             raise GuestCommandError(self.name, done)
         return done
@@ -301,7 +278,7 @@ class Guest:
             [*prefix, *(vm.remote_command(stop) if self.is_machine else stop)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=_clean_environment(),
+            env=host.clean_environment(),
             timeout=120,
             check=False,
         )
@@ -349,7 +326,7 @@ class Guest:
         if done.returncode != 0:
             raise host.LabError(
                 f"guest {self.name}: installing {source.name} failed with status "
-                f"{done.returncode}\n{_indented(done.stdout + done.stderr)}\n"
+                f"{done.returncode}\n{host.indented(done.stdout + done.stderr)}\n"
                 "  next step: a missing dependency belongs in LLMUX_DEPENDENCIES in "
                 "scripts/_lab/image.py"
             )
@@ -363,21 +340,16 @@ class Guest:
         key, port = pathlib.Path(self.facts["ssh_key"]), int(self.facts["port"])
         return vm.ssh_argv(self.directory, key, port, tty=tty)
 
-    def _furnish(self, plan: Plan, options: Options) -> None:
+    def _furnish(self, plan: launch.Plan, options: launch.Options) -> None:
         for index, share in enumerate(plan.shares if options.machine else ()):
-            access = "ro" if share.read_only else "rw"
             self.run(["mkdir", "-p", share.target])
-            self.run(
-                ["mount", "-t", "9p", "-o", f"trans=virtio,version=9p2000.L,msize=262144,{access}",
-                 f"share{index}", share.target],
-                properties=["PrivateMounts=no"],
-            )  # fmt: skip
+            self.run(["mount", "-o", "ro", vm.share_device(index), share.target])
         for share in plan.shares if not options.machine else ():
             # The mount point's parents may be closed to others (/root is): engines of another user
             # must get through. These directories are the guest's own layer, not the host's.
             for parent in list(pathlib.PurePosixPath(share.target).parents)[:-1]:
                 inside = self._inside(str(parent))
-                if not _is_shared(str(parent), plan.shares):
+                if not launch.is_shared(str(parent), plan.shares):
                     inside.chmod(inside.stat().st_mode | 0o111)
         if plan.vllm is not None:
             self.write("/usr/local/bin/vllm", vllm.wrapper(plan.vllm), mode=0o755)
@@ -392,241 +364,13 @@ class GuestCommandError(host.LabError):
         self.done = done
         super().__init__(
             f"guest {name}: {' '.join(done.args)}: status {done.returncode}\n"
-            f"{_indented(done.stdout + done.stderr)}"
+            f"{host.indented(done.stdout + done.stderr)}"
         )
-
-
-# --- starting ---------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """A host directory or file that the guest sees."""
-
-    source: str
-    target: str
-    read_only: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is decided before anything is started."""
-
-    argv: list[str]
-    environment: dict[str, str]
-    lower: str | None
-    shares: list[Share]
-    facts: dict[str, Any]
-    vllm: vllm.Environment | None
-    name: str
-
-
-def _plan(name: str, directory: pathlib.Path, options: Options) -> Plan:
-    host.need_root(f"start the guest {name}")
-    if options.suite not in SUITES:
-        raise host.LabError(f"suite {options.suite!r}: unknown; one of {', '.join(SUITES)}")
-    shares = [Share(str(host.PROJECT), PROJECT_IN_GUEST, read_only=True)]
-    shares += [_share(spec, read_only=True) for spec in options.bind_ro]
-    shares += [_share(spec, read_only=False) for spec in options.bind]
-    facts = {
-        "suite": options.suite,
-        "owner_pid": options.owner_pid,
-        "shares": [dataclasses.asdict(share) for share in shares],
-    }
-    if options.machine:
-        return _plan_machine(name, options, shares, facts)
-    host.need_tools(host.NSPAWN_TOOLS)
-    environment = None
-    if options.with_vllm:
-        environment = vllm.environment()
-        shares += [Share(path, path, read_only=True) for path in vllm.shared_paths(environment)]
-    argv = nspawn.boot_argv(
-        name,
-        directory,
-        [_bind(share) for share in shares if share.read_only],
-        [_bind(share) for share in shares if not share.read_only],
-    )
-    return Plan(
-        argv=argv,
-        environment=dict(nspawn.ENVIRONMENT),
-        lower=str(image.container_root(options.suite)),
-        shares=shares,
-        facts={**facts, "kind": "nspawn"},
-        vllm=environment,
-        name=name,
-    )
-
-
-def _plan_machine(
-    name: str, options: Options, shares: list[Share], facts: dict[str, Any]
-) -> Plan:
-    if options.with_vllm:
-        raise host.LabError(
-            "--vllm with --vm: vLLM takes many minutes to start under emulation\n"
-            "  next step: use the stand-in engine in the machine, or --vllm without --vm"
-        )
-    files = [share.source for share in shares if not os.path.isdir(share.source)]
-    if files:
-        raise host.LabError(f"{files[0]}: only directories can be shared with a virtual machine")
-    vm.need()
-    built = image.machine_image(options.suite)
-    port = vm.free_port()
-    argv = vm.boot_argv(
-        name,
-        built,
-        port,
-        [(share.source, share.read_only) for share in shares],
-        memory_mib=options.memory_mib,
-        cpus=options.cpus,
-    )
-    return Plan(
-        argv=argv,
-        environment={"PATH": host.SEARCH_PATH, "TMPDIR": "/var/tmp"},
-        lower=None,
-        shares=shares,
-        facts={**facts, "kind": "machine", "port": port, "ssh_key": str(built.ssh_key)},
-        vllm=None,
-        name=name,
-    )
-
-
-def _share(spec: str, *, read_only: bool) -> Share:
-    source, _, target = spec.partition(":")
-    path = os.path.abspath(source)
-    if not os.path.exists(path):
-        raise host.LabError(
-            f"bind {spec!r}: {path} does not exist on the host\n  next step: create it first"
-        )
-    return Share(path, target or path, read_only)
-
-
-def _bind(share: Share) -> str:
-    return ":".join(part.replace(":", "\\:") for part in (share.source, share.target))
-
-
-def _is_shared(path: str, shares: Sequence[Share]) -> bool:
-    return any(path == share.target or path.startswith(share.target + "/") for share in shares)
-
-
-def _spawn_guardian(
-    directory: pathlib.Path, plan: Plan, owner_pid: int | None, lock: int
-) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the guardian; returns it and the pipe on which it tells how the boot went."""
-    status_read, status_write = os.pipe()
-    # Opened here and handed over: inside its pid namespace the guardian cannot see the owner.
-    owner_fd = None if owner_pid is None else _pidfd(owner_pid)
-    inherited = [fd for fd in (status_write, lock, owner_fd) if fd is not None]
-    spec = {
-        "directory": str(directory),
-        "cgroup": state.cgroup_name(plan.name),
-        "lower": plan.lower,
-        "argv": plan.argv,
-        "environment": plan.environment,
-        "notifies": plan.facts["kind"] == "nspawn",
-        "ready_fd": status_write,
-        "owner_fd": owner_fd,
-        "inherited_fds": inherited,
-    }
-    (directory / "spec.json").write_text(json.dumps(spec))
-    argv = ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
-    argv += [sys.executable, "-I", str(pathlib.Path(__file__).with_name("guardian.py"))]
-    argv += [str(directory / "spec.json")]
-    if os.path.isdir("/run/systemd/system"):
-        # Where a systemd rules the host, a cgroup of our own is asked of it, with its controllers.
-        scope = ["systemd-run", "--scope", "--quiet", "--collect", "--property=Delegate=yes"]
-        argv = [*scope, f"--unit=llmux-lab-{plan.name}", *argv]
-    try:
-        with open(directory / "guardian.log", "wb") as log:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env={**_clean_environment(), "PATH": host.SEARCH_PATH},
-                pass_fds=inherited,
-                start_new_session=True,  # a Ctrl-C at the terminal is not for the guest
-            )
-    finally:
-        os.close(status_write)
-        if owner_fd is not None:
-            os.close(owner_fd)
-    return process, status_read
-
-
-def _pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise host.LabError(
-            f"owner pid {pid}: no such process\n  next step: give the pid of a living process"
-        ) from None
-
-
-def _wait_until_booted(
-    plan: Plan,
-    directory: pathlib.Path,
-    process: subprocess.Popen[bytes],
-    status: int,
-    console: IO[bytes],
-) -> dict[str, Any]:
-    """The facts of a guest that has booted; raises with its console when it does not."""
-    began = time.monotonic()
-    told = b""
-    while not told.endswith(b"\n"):
-        left = began + BOOT_TIMEOUT - time.monotonic()
-        if left <= 0 or not select.select([status], [], [], left)[0]:
-            told = f"failed: not booted after {BOOT_TIMEOUT:.0f} s\n".encode()
-            break
-        chunk = os.read(status, 4096)
-        if not chunk:
-            told = b"failed: the guardian ended\n"
-            break
-        told += chunk
-    facts = {**plan.facts, "started": time.time()}
-    booted = not told.startswith(b"failed")
-    if booted:
-        guardian = nspawn.children(process.pid)
-        facts["guardian"] = [*guardian, process.pid]
-        if plan.facts["kind"] == "machine":
-            key = pathlib.Path(facts["ssh_key"])
-            ssh = vm.ssh_argv(directory, key, facts["port"], tty=False)
-            booted = vm.wait_for_ssh(ssh, facts["port"], process, directory / "console.log")
-            told = b"failed: the machine did not boot\n"
-        else:
-            facts["pid1"] = nspawn.find_pid1(guardian[0]) if guardian else None
-            booted = facts["pid1"] is not None
-            told = b"failed: its PID 1 is gone\n"
-    if booted:
-        facts["boot_seconds"] = round(time.monotonic() - began, 2)
-        return facts
-    console.seek(0)
-    said = console.read().decode(errors="replace")
-    with contextlib.suppress(OSError):
-        said += (directory / "guardian.log").read_text(errors="replace")
-    reason = told.decode(errors="replace").removeprefix("failed: ").strip()
-    raise host.LabError(
-        f"guest {plan.name}: {reason}; its console said:\n{_indented(said, 60)}\n"
-        "  next step: the last lines above name the unit or the mount that failed"
-    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     state.kill_and_wait([*nspawn.children(process.pid), process.pid], 30)
     process.wait()
-
-
-def _clean_environment() -> dict[str, str]:
-    """For what enters the guest: the host's PATH would decide what a bare command name means."""
-    return {
-        "PATH": host.SEARCH_PATH,
-        "LC_ALL": "C.UTF-8",
-        "TERM": os.environ.get("TERM", "dumb"),
-    }
-
-
-def _indented(text: str, lines: int = 30) -> str:
-    return "\n".join("  | " + line for line in text.splitlines()[-lines:]) or "  | (nothing)"
 
 
 def sweep() -> list[str]:

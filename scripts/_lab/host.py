@@ -59,7 +59,7 @@ def cache_dir() -> pathlib.Path:
 
 
 def state_dir() -> pathlib.Path:
-    """Where running guests keep their throw-away layers: a disk, since CRIU images are gigabytes."""
+    """Where running guests keep their throw-away layers: on disk, CRIU images are gigabytes."""
     return pathlib.Path(os.environ.get("LLMUX_LAB_STATE") or "/var/tmp/llmux-lab").absolute()
 
 
@@ -157,6 +157,19 @@ def run_logged(
             f"{what} failed with status {result.returncode}: {' '.join(argv[:4])} …\n{tail}\n"
             "  next step: read the lines above; the same command can be run by hand"
         )
+
+
+def clean_environment() -> dict[str, str]:
+    """For what enters the guest: the host's PATH would decide what a bare command name means."""
+    return {
+        "PATH": SEARCH_PATH,
+        "LC_ALL": "C.UTF-8",
+        "TERM": os.environ.get("TERM", "dumb"),
+    }
+
+
+def indented(text: str, lines: int = 30) -> str:
+    return "\n".join("  | " + line for line in text.splitlines()[-lines:]) or "  | (nothing)"
 
 
 # --- the mirror -----------------------------------------------------------------------------

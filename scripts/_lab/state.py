@@ -51,7 +51,7 @@ def directory_of(name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def registry() -> Iterator[None]:
-    """Serialise creating and sweeping, so that a directory being made is not taken for a dead one."""
+    """Serialise creating and sweeping: a directory being made must not be taken for a dead one."""
     host.state_dir().mkdir(parents=True, exist_ok=True)
     with host.locked(host.state_dir() / ".registry", "starting or removing a guest"):
         yield
@@ -113,19 +113,19 @@ def remove(directory: pathlib.Path) -> None:
 
 
 def kill_and_wait(pids: list[int], timeout: float) -> bool:
-    """SIGKILL processes and wait for their end; for a guardian that is the end of its namespace."""
+    """SIGKILL a guardian and wait for its end and its parent's; `pids` begins with the guardian.
+
+    The end of the guardian, init of its pid namespace, is the end of all in it.
+    """
     fds = []
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             fds.append(os.pidfd_open(pid))
     try:
-        for fd in fds:
+        for fd in fds[:1]:  # its parent reaps it and then ends by itself
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
-        for fd in fds:
-            if not select.select([fd], [], [], timeout)[0]:
-                return False
+        return all(select.select([fd], [], [], timeout)[0] for fd in fds)
     finally:
         for fd in fds:
             os.close(fd)
-    return True

@@ -1,6 +1,7 @@
-"""Make tiny random Llama models that a real vLLM serves: `python tiny_models.py DIR '{"name": seed}'`.
+"""Make tiny random Llama models that a real vLLM serves.
 
-Run with the Python of the vLLM environment (vllm.py), which has transformers and torch.
+``python tiny_models.py DIR '{"name": seed, …}'``, run with the Python of the vLLM environment
+(vllm.py), which has transformers and torch.
 """
 
 from __future__ import annotations
@@ -9,9 +10,20 @@ import json
 import pathlib
 import sys
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+# Only in the vLLM environment, which no type checker sees.
+import torch  # type: ignore[import-not-found,unused-ignore]
+from tokenizers import (  # type: ignore[import-not-found,unused-ignore]
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import (  # type: ignore[import-not-found,unused-ignore]
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

