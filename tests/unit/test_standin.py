@@ -150,6 +150,8 @@ class Engine:
         """As a cgroup kill does: everything at once; what it left in /dev/shm goes too."""
         for connection in self._connections:
             connection.close()
+        if self.process.poll() is None:
+            self.files |= shared_files(self.process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
