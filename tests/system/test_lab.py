@@ -96,7 +96,7 @@ def test_stdin_environment_user_and_directory_are_passed(guest: Guest) -> None:
 def test_timeout_stops_the_command_in_the_guest_too(guest: Guest) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         guest.run(["sleep", "4711"], timeout=0.5)
-    assert guest.run(["pgrep", "-f", "sleep 4711"], check=False).stdout == ""
+    assert guest.run(["pgrep", "-x", "sleep"], check=False).stdout == ""
 
 
 def test_network_is_a_loopback_of_its_own(guest: Guest) -> None:
@@ -135,7 +135,7 @@ def test_two_guests_do_not_see_each_other() -> None:
         marker = one.popen(["sleep", "815"])
         try:
             one.write("/var/lib/marker", "one")
-            assert other.run(["pgrep", "-f", "sleep 815"], check=False).stdout == ""
+            assert other.run(["pgrep", "-x", "sleep"], check=False).stdout == ""
             assert other.run(["test", "-e", "/var/lib/marker"], check=False).returncode == 1
             assert other.run(["hostname"]).stdout.strip() == other.name
             listed = other.run(["systemctl", "list-units", "lab-*", "--plain", "--no-legend"])
