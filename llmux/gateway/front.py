@@ -4,8 +4,8 @@ Measured before this was written (2 cores, Python 3.11, uvloop; CPU of the proce
 spends 79 µs on a POST with a 90-byte JSON body that its handler answers at once, 12,700/s per core,
 before any engine is asked. The goal for a whole relayed request is 15,000/s. So this subclass of
 Sanic's protocol parses heads with httptools, takes the few inference routes itself without a task
-or a coroutine, and hands every other request to Sanic, one at a time and in one canonical form: Sanic
-never sees a client's raw bytes, so no two parsers can disagree about where a request ends.
+or a coroutine, and hands every other request to Sanic, one at a time and in one canonical form:
+Sanic never sees a client's raw bytes, so no two parsers can disagree about where a request ends.
 
 Requests of one connection are answered in order, one at a time; pipelined ones wait in ``_queue``.
 """
@@ -21,7 +21,7 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 
 from llmux.errors import Reason, Refused
 from llmux.gateway import openai, problems
-from llmux.gateway.incoming import Incoming
+from llmux.gateway.incoming import Incoming, new_request_id
 from llmux.gateway.relay import Exchange
 
 if TYPE_CHECKING:
@@ -125,19 +125,19 @@ class FrontProtocol(HttpProtocol):
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._count_head(len(url))
+        self._head_bytes += len(url)
+        if self._head_bytes > MAX_HEAD:
+            self._reject_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._current is not None and not self._current.method:  # else a trailer: dropped
             self._current.headers.append((name, value))
-            self._count_head(len(name) + len(value) + 4)
+            self._head_bytes += len(name) + len(value) + 4
+            if self._head_bytes > MAX_HEAD:
+                self._reject_head()
 
-    def _count_head(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEAD:
-            self._reject(
-                problems.HttpRefused(431, f"the request head is larger than {MAX_HEAD} bytes")
-            )
+    def _reject_head(self) -> None:
+        self._reject(problems.HttpRefused(431, f"the request head is larger than {MAX_HEAD} bytes"))
 
     def on_headers_complete(self) -> None:
         incoming = self._current
@@ -150,10 +150,10 @@ class FrontProtocol(HttpProtocol):
         incoming.method = parser.get_method()
         self._body = []
         self._size = 0
-        framing = incoming.framing()
-        if isinstance(framing, str):
-            self._reject(problems.HttpRefused(400, framing))
-        elif framing > self.gateway.max_body_bytes:
+        wrong = incoming.read_head()
+        if wrong is not None:
+            self._reject(problems.HttpRefused(400, wrong))
+        elif incoming.length > self.gateway.max_body_bytes:
             self._reject(self._too_large())
         elif incoming.expects_continue and not self._busy():
             # A busy connection gets no 100: it would land inside the answer before it. The client
@@ -175,7 +175,6 @@ class FrontProtocol(HttpProtocol):
             return
         body, self._body = self._body, []
         incoming.body = body[0] if len(body) == 1 else b"".join(body)
-        incoming.take_request_id()
         self._queue.append(incoming)
 
     # ---- what cannot be received ----------------------------------------------------------------
@@ -195,7 +194,7 @@ class FrontProtocol(HttpProtocol):
         incoming = self._current or Incoming()
         incoming.problem = problem
         incoming.keep_alive = False
-        incoming.take_request_id()
+        incoming.request_id = incoming.request_id or new_request_id()
         self._queue.append(incoming)
         self._stop_receiving()
 
@@ -239,7 +238,7 @@ class FrontProtocol(HttpProtocol):
     def _answer_problem(self, incoming: Incoming, problem: Refused) -> None:
         self.gateway.observer.answered("", problems.status_of(problem))
         close = not incoming.keep_alive or self.gateway.draining
-        extra = b"x-request-id: %b\r\n" % incoming.request_id.encode("ascii")
+        extra = b"x-request-id: %b\r\n" % incoming.request_id
         self.write(problems.error_response(problem, extra=extra, close=close))
         self._answered(close=close)
 

@@ -6,6 +6,7 @@ client's transport is written to directly with the engine's own bytes; only the 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ class Exchange(Ticket):
 
     __slots__ = (
         "_chunked", "_close", "_event_stream", "_front", "_gateway", "_incoming", "_status",
-        "_wait_ms", "connection",
+        "_transport", "_wait_ms", "connection",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +54,7 @@ class Exchange(Ticket):
         self._gateway = gateway
         self._front: FrontProtocol | None = front
         self._incoming: Incoming | None = incoming
+        self._transport: asyncio.Transport | None = None  # the client's, once an answer is begun
         self._status = 0  # of the answer begun; 0 = none yet
         self._chunked = False
         self._event_stream = False
@@ -117,7 +119,7 @@ class Exchange(Ticket):
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.abort()
-        self._front = None
+        self._front = self._transport = None
         self._incoming = None
         self._gateway.admission.leave(self, completed=completed)
 
@@ -137,6 +139,10 @@ class Exchange(Ticket):
         if self.connection is not None:
             self.connection.resume()
 
+    def unsent(self) -> int:
+        """Bytes of the answer that the client has not taken yet."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
     # ---- the engine's answer (upstream.Sink) ----------------------------------------------------
 
     def payload(self) -> tuple[bytes, bytes]:
@@ -146,7 +152,7 @@ class Exchange(Ticket):
     def wants_connection(self) -> bool:
         return self.stage is Stage.IN_FLIGHT and self.connection is None and self._status == 0
 
-    def response_head(self, head: ResponseHead) -> None:
+    def response_head(self, head: ResponseHead, first: bytes) -> None:
         incoming, front = self._incoming, self._front
         assert incoming is not None and front is not None, "an answer is for a request"
         self.repeatable = False
@@ -165,29 +171,30 @@ class Exchange(Ticket):
         if self._chunked:
             lines.append(b"transfer-encoding: chunked")
         lines.append(self._own_headers(incoming.request_id, incoming.version_1_0, self._close))
-        front.write(b"\r\n".join(lines) + b"\r\n")
+        lines.append(first)
+        self._transport = front.transport
+        front.write(b"\r\n".join(lines))
         if front.writing_paused:
             self.pause()
+        if first and self.lease is not None:
+            self.lease.line.progress += 1
         self._gateway.observer.answered(self.model, head.status)
 
-    def _own_headers(self, request_id: str, version_1_0: bool, close: bool) -> bytes:
+    def _own_headers(self, request_id: bytes, version_1_0: bool, close: bool) -> bytes:
         connection = b""
         if close:
             connection = b"connection: close\r\n"
         elif version_1_0:
             connection = b"connection: keep-alive\r\n"
         return b"x-request-id: %b\r\nx-llmux-wait-ms: %d\r\n%b" % (
-            request_id.encode("ascii"), self._wait_ms, connection,
+            request_id, self._wait_ms, connection,
         )  # fmt: skip
 
     def response_bytes(self, data: bytes) -> None:
-        front = self._front
-        if front is None:
-            return
-        front.write(data)
-        lease = self.lease
-        if lease is not None:
-            lease.line.progress += 1
+        # The hot path of every stream: one call per chunk.
+        if self._transport is not None and self.lease is not None:
+            self._transport.write(data)
+            self.lease.line.progress += 1
 
     def response_end(self) -> None:
         front = self._front

@@ -19,6 +19,7 @@ from llmux.protocol import Address
 
 MAX_HEAD = 64 * 1024  # h11's and uvicorn's own bound for a head
 MAX_IDLE = 256  # idle connections kept per engine; more streams than that at once is rare
+COPY_BYTES = 64 * 1024
 CONNECT_SECS = 5.0  # an engine on the same machine that does not accept for so long is not well
 
 
@@ -51,7 +52,7 @@ class Sink(Protocol):
 
     def payload(self) -> tuple[bytes, bytes]: ...
     def wants_connection(self) -> bool: ...
-    def response_head(self, head: ResponseHead) -> None: ...
+    def response_head(self, head: ResponseHead, first: bytes) -> None: ...
     def response_bytes(self, data: bytes) -> None: ...
     def response_end(self) -> None: ...
     def response_failed(self, failure: EngineFailure) -> None: ...
@@ -67,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
     poolable = True
     __slots__ = (
         "_between", "_broken", "_complete", "_head", "_head_done", "_headers", "_keep_alive",
-        "_parser", "_until_close", "pool", "served", "sink", "transport",
+        "_parser", "_pieces", "_until_close", "pool", "served", "sink", "transport",
     )  # fmt: skip
 
     def __init__(self, pool: EnginePool) -> None:
@@ -76,6 +77,7 @@ class EngineConnection(asyncio.Protocol):
         self.sink: Sink | None = None
         self.served = 0
         self._parser: Any = httptools.HttpResponseParser(self)
+        self._pieces: list[bytes] | None = None  # collected by the subclass that unchunks
         self._head = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._reset()
@@ -95,10 +97,11 @@ class EngineConnection(asyncio.Protocol):
         self._headers = []
         self._reset()
         head, body = sink.payload()
-        # Two writes, one system call: uvloop gathers what is written in one turn of the loop.
-        self.transport.write(head)
-        if body:
-            self.transport.write(body)
+        # Every write() is a system call at once (uvloop >= 0.18): copying a small body is cheaper.
+        if len(body) <= COPY_BYTES:
+            self.transport.write(head + body)
+        else:
+            self.transport.writelines((head, body))
 
     def abort(self) -> None:
         """Close now; whoever listened hears nothing more. vLLM then ends the request."""
@@ -137,7 +140,10 @@ class EngineConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._fail(f"the engine's answer is not HTTP: {error}")
             return
-        self._pass_on(sink, data)
+        if self._broken is None:
+            sink.response_bytes(self._passed(data) if self._pieces is not None else data)
+        if self._complete or self._broken:
+            self._after_bytes(sink)
 
     def connection_lost(self, exc: Exception | None) -> None:
         sink, self.sink = self.sink, None
@@ -145,15 +151,14 @@ class EngineConnection(asyncio.Protocol):
         self.pool.lost(self)
         if sink is None:
             return
+        sink.connection = None
         if self._until_close and exc is None:
-            sink.connection = None
             sink.response_end()
         elif self.served and not self._head_done and not self._head and sink.wants_connection():
             # The engine closed an idle connection just as we used it: no answer was begun, and a
             # fresh connection tells whether there is an engine.
             self.pool.send_fresh(sink)
         else:
-            sink.connection = None
             cause = f": {exc}" if exc else ""
             sink.response_failed(
                 EngineFailure(f"the engine closed the connection{cause}", True, self._between)
@@ -181,11 +186,12 @@ class EngineConnection(asyncio.Protocol):
             return
         sink = self.sink
         assert sink is not None, "an answer is parsed for somebody"
-        sink.response_head(self._response_head(data[9 : data.find(b"\r\n")], status))
-        if rest and not self._broken:
+        parsed = self._response_head(data[9 : data.find(b"\r\n")], status)
+        if rest:
             self._parser.feed_data(rest)
-        if self.sink is sink:  # the client may have left while its head was written
-            self._pass_on(sink, rest)
+        if self._broken is None:
+            sink.response_head(parsed, self._passed(rest))
+        self._after_bytes(sink)
 
     def _response_head(self, status_line: bytes, status: int) -> ResponseHead:
         headers, self._headers = self._headers, []
@@ -199,13 +205,18 @@ class EngineConnection(asyncio.Protocol):
         self._until_close = not (chunked or sized or self._complete)
         return ResponseHead(status_line, status, headers, chunked, self._until_close)
 
-    def _pass_on(self, sink: Sink, data: bytes) -> None:
+    def _passed(self, data: bytes) -> bytes:
+        """What of these bytes of the body the client gets."""
+        if self._pieces is None:
+            return data
+        body = b"".join(self._pieces)
+        self._pieces.clear()
+        return body
+
+    def _after_bytes(self, sink: Sink) -> None:
         if self._broken is not None:
             self._fail(self._broken)
-            return
-        if data:
-            sink.response_bytes(data)
-        if self._complete and self.sink is sink:
+        elif self._complete and self.sink is sink:  # else the client left meanwhile
             self.sink = sink.connection = None
             self.served += 1
             reusable = self._keep_alive and not self.transport.get_write_buffer_size()
@@ -248,19 +259,15 @@ class UnchunkingConnection(EngineConnection):
     """For HTTP/1.0 clients, which do not know chunks: passes on the body alone. Never reused."""
 
     poolable = False
-    __slots__ = ("_pieces",)
+    __slots__ = ()
 
     def __init__(self, pool: EnginePool) -> None:
-        self._pieces: list[bytes] = []
         super().__init__(pool)
+        self._pieces = []
 
     def on_body(self, body: bytes) -> None:
+        assert self._pieces is not None, "set for as long as this object lives"
         self._pieces.append(body)
-
-    def _pass_on(self, sink: Sink, data: bytes) -> None:
-        body = b"".join(self._pieces)
-        self._pieces.clear()
-        super()._pass_on(sink, body)
 
 
 class EnginePool:

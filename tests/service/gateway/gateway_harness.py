@@ -1,4 +1,4 @@
-"""What the gateway's service tests stand on: a supervisor, engines and clients, all on real sockets.
+"""What the gateway's service tests stand on: a supervisor, engines, clients, on real sockets.
 
 Nothing here sleeps: every wait is for something to be seen, under the test's own deadline.
 """
@@ -6,8 +6,10 @@ Nothing here sleeps: every wait is for something to be seen, under the test's ow
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
+import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -53,8 +55,8 @@ async def soon(awaitable: Awaitable[Any]) -> Any:
 async def until(condition: Callable[[], bool]) -> None:
     """Turn the loop until something in this same process is true."""
     async with asyncio.timeout(SECONDS):
-        while not condition():
-            await asyncio.sleep(0)  # noqa: ASYNC110  # the condition has no event of its own
+        while not condition():  # noqa: ASYNC110  # the condition has no event of its own
+            await asyncio.sleep(0)
 
 
 # ---- the supervisor -----------------------------------------------------------------------------
@@ -81,7 +83,8 @@ class FakeSupervisor:
         """As a crash: the socket file goes and every connection with it."""
         assert self._server is not None
         self._server.close()
-        Path(self.path).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
         for writer in list(self._writers):
             writer.transport.abort()
         await until(lambda: not self._writers)

@@ -1,0 +1,495 @@
+"""What clients get when engines die, grants are revoked, or nobody grants anything."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from gateway_harness import (
+    Client,
+    EngineRequest,
+    a_config,
+    echo,
+    eof_watch,
+    in_loop,
+    soon,
+    stage,
+    until,
+)
+
+from llmux.gateway.relay import Exchange
+from llmux.protocol import Cut, Demand, Drained, EngineLost, Grant, Refuse, Revoke
+
+
+async def hang(request: EngineRequest) -> None:
+    await eof_watch(request)
+
+
+async def start_and_hang(request: EngineRequest) -> None:
+    request.start_stream()
+    request.event("one")
+    await eof_watch(request)
+
+
+# ---- waiting ------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_waiters_are_admitted_all_at_once_and_counted_before_a_revoke_is_read() -> None:
+    async with stage() as s:
+        engine = await s.engine(hang)
+        clients = [await s.client() for _ in range(5)]
+        for client in clients:
+            client.chat()
+        demand = await s.supervisor.hear(Demand, lambda d: d.waiting == 5)
+        assert demand.in_flight == 0
+        assert demand.oldest_age is not None
+        # In one write, so that the gateway reads them together.
+        s.supervisor.say(Grant("alpha", "e1", uds=engine.address.uds), Revoke("alpha", "e1"))
+        await engine.next_request(5)
+        demand = await s.supervisor.hear(Demand, lambda d: d.in_flight == 5)
+        assert demand.waiting == 0
+        for request in engine.requests:
+            request.json({})
+        for client in clients:
+            assert (await client.answer()).status == 200
+        await s.supervisor.hear(Drained, lambda d: d.epoch == "e1")
+        await until(lambda: not engine.connections)
+
+
+@in_loop
+async def test_a_client_that_leaves_while_waiting_is_out_of_demand() -> None:
+    async with stage() as s:
+        client = await s.client()
+        client.chat()
+        await s.supervisor.hear(Demand, lambda d: d.waiting == 1)
+        client.leave()
+        demand = await s.supervisor.hear(Demand, lambda d: d.waiting == 0)
+        assert demand.in_flight == 0
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        other = await s.client()
+        other.chat()
+        assert (await other.answer()).status == 200
+        assert len(engine.requests) == 1
+
+
+@in_loop
+async def test_a_wait_that_takes_too_long_is_a_504() -> None:
+    async with stage(a_config(wait_secs=0.05)) as s:
+        client = await s.client()
+        client.chat()
+        answer = await client.answer()
+        assert answer.status == 504
+        assert answer.code == "wait_expired"
+        assert "alpha" in answer.json()["error"]["message"]
+        client.send("/health", method="GET")
+        assert (await client.answer()).status == 200
+        await s.supervisor.hear(Demand, lambda d: d.waiting == 0)
+
+
+@in_loop
+async def test_refuse_answers_all_who_wait_for_that_model() -> None:
+    async with stage() as s:
+        clients = [await s.client() for _ in range(3)]
+        for client in clients[:2]:
+            client.chat("alpha")
+        clients[2].chat("beta")
+        await until(lambda: s.waiting("alpha") == 2 and s.waiting("beta") == 1)
+        text = "engine of alpha exited with status 1\nCUDA out of memory"
+        s.supervisor.say(Refuse("alpha", "model_start_failed", text, retry_after=7.2))
+        for client in clients[:2]:
+            answer = await client.answer()
+            assert answer.status == 503
+            assert answer.headers["retry-after"] == "8"
+            assert answer.code == "model_start_failed"
+            assert answer.json()["error"]["message"] == text
+        assert s.waiting("beta") == 1
+
+
+@in_loop
+async def test_the_queue_is_bounded() -> None:
+    async with stage(a_config(max_waiting=2)) as s:
+        clients = [await s.client() for _ in range(3)]
+        for client in clients[:2]:
+            client.chat()
+        await until(lambda: s.waiting() == 2)
+        clients[2].chat()
+        answer = await clients[2].answer()
+        assert (answer.status, answer.code) == (503, "queue_full")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+@in_loop
+async def test_two_models_do_not_mix() -> None:
+    async with stage() as s:
+        first = await s.engine(name="first")
+        second = await s.engine(name="second")
+        client = await s.client()
+        other = await s.client()
+        client.chat("alpha")
+        other.chat("beta")
+        await until(lambda: s.waiting("alpha") + s.waiting("beta") == 2)
+        s.supervisor.grant(second, "beta", "b1")
+        assert (await other.answer()).json()["model"] == "beta"
+        assert s.waiting("alpha") == 1
+        s.supervisor.grant(first, "alpha", "a1")
+        assert (await client.answer()).json()["model"] == "alpha"
+        assert [json.loads(r.body)["model"] for r in first.requests] == ["alpha"]
+        assert [json.loads(r.body)["model"] for r in second.requests] == ["beta"]
+
+
+# ---- clients that leave -------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_client_that_leaves_mid_stream_ends_the_engines_work() -> None:
+    async with stage() as s:
+        engine = await s.engine(start_and_hang)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat(stream=True)
+        await client.head()
+        assert await client.chunk() == b"data: one\n\n"
+        client.leave()
+        await soon(engine.requests[0].gone.wait())
+        await s.supervisor.hear(Demand, lambda d: d.in_flight == 0 and d.progress > 0)
+
+
+@in_loop
+async def test_a_client_that_leaves_before_the_first_byte_ends_the_engines_work() -> None:
+    async with stage() as s:
+        engine = await s.engine(hang)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat()
+        request = await engine.next_request(1)
+        client.leave()
+        await soon(request.gone.wait())
+        await until(lambda: s.in_flight() == 0)
+
+
+# ---- engines that die ---------------------------------------------------------------------------
+
+
+@in_loop
+async def test_engine_dies_before_the_first_byte_then_the_request_goes_to_the_next_engine() -> None:
+    async def die(request: EngineRequest) -> None:
+        request.die()
+
+    async with stage() as s:
+        engine = await s.engine(die)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat()
+        lost = await s.supervisor.hear(EngineLost)
+        assert (lost.model, lost.epoch) == ("alpha", "e1")
+        await s.supervisor.hear(Demand, lambda d: d.waiting == 1)
+        s.supervisor.say(Revoke("alpha", "e1", dead=True))
+        await s.supervisor.hear(Drained)
+        again = await s.engine(name="again")
+        s.supervisor.grant(again, epoch="e2")
+        assert (await client.answer()).status == 200
+        assert len(engine.requests) == len(again.requests) == 1
+
+
+@in_loop
+async def test_a_request_that_kills_two_engines_is_a_502() -> None:
+    async def die(request: EngineRequest) -> None:
+        request.die()
+
+    async with stage() as s:
+        engine = await s.engine(die)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat()
+        await s.supervisor.hear(EngineLost)
+        s.supervisor.say(Revoke("alpha", "e1", dead=True))
+        s.supervisor.grant(engine, epoch="e2")
+        answer = await client.answer()
+        assert (answer.status, answer.code) == (502, "engine_died")
+        assert len(engine.requests) == 2
+
+
+@in_loop
+async def test_engine_dies_mid_stream_then_the_stream_ends_with_an_error_event() -> None:
+    async def die(request: EngineRequest) -> None:
+        request.start_stream()
+        request.event("one")
+        await request.writer.drain()
+        request.writer.close()
+
+    async with stage() as s:
+        engine = await s.engine(die)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat(stream=True)
+        answer = await client.answer()
+        one, error = [part for part in answer.body.decode().split("\n\n") if part]
+        assert one == "data: one"
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_died"
+        assert await client.ended() == b""
+        await s.supervisor.hear(EngineLost)
+        await until(lambda: s.in_flight() == 0)
+
+
+@pytest.mark.parametrize("cut_short", [b"40\r\ndata: half", b"10\r\n"])
+def test_engine_dies_inside_a_chunk_then_the_connection_breaks(cut_short: bytes) -> None:
+    async def die(request: EngineRequest) -> None:
+        request.start_stream()
+        request.writer.write(cut_short)
+        await request.writer.drain()
+        request.writer.close()
+
+    @in_loop
+    async def run() -> None:
+        async with stage() as s:
+            engine = await s.engine(die)
+            s.supervisor.grant(engine)
+            client = await s.client()
+            client.chat(stream=True)
+            await client.head()
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                await client.chunk()
+
+    run()
+
+
+@in_loop
+async def test_engine_dies_inside_a_plain_body_then_the_connection_breaks() -> None:
+    async def die(request: EngineRequest) -> None:
+        request.writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+        await request.writer.drain()
+        request.writer.close()
+
+    async with stage() as s:
+        engine = await s.engine(die)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await client.answer()
+        await until(lambda: s.in_flight() == 0)
+
+
+@in_loop
+async def test_a_revoke_of_a_dead_engine_sends_back_who_had_no_byte_and_ends_the_rest() -> None:
+    async def half(request: EngineRequest) -> None:
+        if b'"stream"' in request.body:
+            request.start_stream()
+            request.event("one")
+        await eof_watch(request)
+
+    async with stage() as s:
+        engine = await s.engine(half)
+        s.supervisor.grant(engine)
+        streaming, silent = await s.client(), await s.client()
+        streaming.chat(stream=True)
+        await streaming.head()
+        await streaming.chunk()
+        silent.chat()
+        await engine.next_request(2)
+        s.supervisor.say(Revoke("alpha", "e1", dead=True))
+        assert b"engine_died" in await streaming.chunk()
+        await s.supervisor.hear(Drained)
+        await s.supervisor.hear(Demand, lambda d: d.waiting == 1 and d.in_flight == 0)
+        again = await s.engine(echo, name="again")
+        s.supervisor.grant(again, epoch="e2")
+        assert (await silent.answer()).status == 200
+
+
+@in_loop
+async def test_an_engine_that_refuses_connections_with_the_supervisor_away_is_a_502() -> None:
+    async with stage() as s:
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        await until(lambda: s.gateway.admission.held("alpha") is not None)
+        await engine.stop()
+        await s.supervisor.stop()
+        client = await s.client()
+        client.chat()
+        answer = await client.answer()
+        assert (answer.status, answer.code) == (502, "engine_unreachable")
+        await s.supervisor.start()
+        s.engines.clear()
+
+
+@in_loop
+async def test_an_idle_connection_that_the_engine_closed_costs_nothing() -> None:
+    async def once(request: EngineRequest) -> None:
+        if request.number == 2:
+            request.die()  # the keep-alive timeout hit just as the second request arrived
+        else:
+            await echo(request)
+
+    async with stage() as s:
+        engine = await s.engine(once)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        for _ in range(2):
+            client.chat()
+            assert (await client.answer()).status == 200
+        assert engine.accepted == 2
+        assert not any(isinstance(message, EngineLost) for message in s.supervisor.heard)
+
+
+# ---- revoke and cut -----------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_revoke_lets_streams_finish_and_sends_new_requests_to_wait() -> None:
+    async with stage() as s:
+        engine = await s.engine(start_and_hang)
+        s.supervisor.grant(engine)
+        streaming = await s.client()
+        streaming.chat(stream=True)
+        await streaming.head()
+        await streaming.chunk()
+        s.supervisor.say(Revoke("alpha", "e1"))
+        late = await s.client()
+        await until(lambda: s.gateway.admission.held("alpha") is None)
+        late.chat()
+        await s.supervisor.hear(Demand, lambda d: d.waiting == 1 and d.in_flight == 1)
+        assert not any(isinstance(message, Drained) for message in s.supervisor.heard)
+        engine.requests[0].end_stream()
+        assert await streaming.chunk() == b"data: [DONE]\n\n"
+        assert await streaming.chunk() == b""
+        drained = await s.supervisor.hear(Drained)
+        assert drained.epoch == "e1"
+        await until(lambda: not engine.connections)
+        assert len(engine.requests) == 1
+        assert s.waiting() == 1
+
+
+@in_loop
+async def test_a_revoke_of_nothing_is_drained_at_once() -> None:
+    async with stage() as s:
+        s.supervisor.say(Revoke("alpha", "never-held"))
+        drained = await s.supervisor.hear(Drained)
+        assert drained.epoch == "never-held"
+
+
+@in_loop
+async def test_cut_ends_streams_with_an_event_and_unanswered_requests_with_503() -> None:
+    async def half(request: EngineRequest) -> None:
+        if b'"stream"' in request.body:
+            request.start_stream()
+            request.event("one")
+        await eof_watch(request)
+
+    async with stage() as s:
+        engine = await s.engine(half)
+        s.supervisor.grant(engine)
+        streaming, silent = await s.client(), await s.client()
+        streaming.chat(stream=True)
+        await streaming.head()
+        await streaming.chunk()
+        silent.chat()
+        await engine.next_request(2)
+        s.supervisor.say(
+            Revoke("alpha", "e1"), Cut("alpha", "e1", "cut_by_switch", "drain deadline of 1 s")
+        )
+        assert b"cut_by_switch" in await streaming.chunk()
+        assert await streaming.chunk() == b""
+        answer = await silent.answer()
+        assert (answer.status, answer.code) == (503, "cut_by_switch")
+        assert "retry-after" in answer.headers
+        await s.supervisor.hear(Drained)
+        await until(lambda: not engine.connections)
+
+
+# ---- the supervisor goes away -------------------------------------------------------------------
+
+
+@in_loop
+async def test_grants_waiters_and_streams_outlive_the_supervisor() -> None:
+    async with stage() as s:
+        engine = await s.engine(start_and_hang)
+        s.supervisor.grant(engine)
+        streaming, waiting = await s.client(), await s.client()
+        streaming.chat(stream=True)
+        await streaming.head()
+        await streaming.chunk()
+        waiting.chat("beta")
+        await until(lambda: s.waiting("beta") == 1)
+        await s.supervisor.stop()
+        engine.requests[0].event("two")
+        assert await streaming.chunk() == b"data: two\n\n"
+        engine.handler = echo
+        fresh = await s.client()
+        fresh.chat()
+        assert (await fresh.answer()).status == 200
+        fresh.send("/health/ready", method="GET")
+        assert (await fresh.answer()).json()["supervisor"] == "away"
+        s.supervisor.heard.clear()
+        s.supervisor._read = 0
+        await s.supervisor.start()
+        await s.supervisor.hear(Demand, lambda d: d.model == "beta" and d.waiting == 1)
+        assert s.supervisor.hellos[-1].holds == {"alpha": "e1"}
+        demand = next(m for m in s.supervisor.heard if isinstance(m, Demand) and m.model == "alpha")
+        assert demand.in_flight == 1
+        second = await s.engine(name="second")
+        s.supervisor.grant(second, "beta", "b1")
+        assert (await waiting.answer()).json()["model"] == "beta"
+        engine.requests[0].end_stream()
+        assert await streaming.chunk() == b"data: [DONE]\n\n"
+
+
+# ---- slow readers, big bodies -------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_slow_reader_stops_the_engine_instead_of_filling_memory() -> None:
+    written = 0
+    stuck = asyncio.Event()
+
+    async def flood(request: EngineRequest) -> None:
+        nonlocal written
+        request.start_stream()
+        request.writer.transport.set_write_buffer_limits(high=65536)
+        for _ in range(64):
+            request.event("x" * (1 << 20))
+            written += 1
+            drain = asyncio.ensure_future(request.writer.drain())
+            done, _ = await asyncio.wait([drain], timeout=0.3)
+            if not done:
+                stuck.set()
+                await drain
+        request.end_stream()
+
+    async with stage() as s:
+        engine = await s.engine(flood)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat(stream=True)
+        await client.head()
+        await soon(stuck.wait())
+        (exchange,) = s.gateway.admission.in_flight_on("alpha", "e1")
+        assert isinstance(exchange, Exchange)
+        assert exchange.unsent() < 1 << 20
+        assert written < 32
+        assert await _count(client) > 64 << 20
+
+
+async def _count(client: Client) -> int:
+    total = 0
+    while data := await client.chunk():
+        total += len(data)
+    return total
+
+
+@in_loop
+async def test_big_bodies_go_both_ways() -> None:
+    async def big(request: EngineRequest) -> None:
+        request.json({"size": len(request.body), "pad": "y" * (5 << 20)})
+
+    async with stage() as s:
+        engine = await s.engine(big)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        for _ in range(2):
+            client.chat(pad="x" * (7 << 20))
+            answer = await client.answer()
+            assert answer.json()["size"] > 7 << 20
+            assert len(answer.json()["pad"]) == 5 << 20
