@@ -11,7 +11,7 @@ from llmux.core.plans import Outcome
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """A gateway worker connected; ``holds`` maps model to the epoch it still holds."""
+    """A gateway worker connected, perhaps again; ``holds``: model → the epoch it still holds."""
 
     worker: str
     holds: Mapping[str, str]
@@ -19,6 +19,8 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
+    """Its process has ended, and its requests with it (or it has been away too long to wait)."""
+
     worker: str
 
 

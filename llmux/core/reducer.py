@@ -107,7 +107,9 @@ def _apply(turn: Turn, event: Event) -> None:
 
 def _worker_joined(turn: Turn, event: WorkerJoined) -> None:
     """Make what the worker holds and what is true agree."""
-    turn.workers[event.worker] = Worker(holds=MappingProxyType(dict(event.holds)))
+    former = turn.workers.get(event.worker, Worker())
+    # one that comes back on a new connection has what it had in flight until it says otherwise
+    turn.workers[event.worker] = replace(former, holds=MappingProxyType(dict(event.holds)))
     for name, epoch in event.holds.items():
         record = turn.models.get(name)
         if record is None or record.epoch != epoch:

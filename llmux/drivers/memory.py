@@ -360,11 +360,12 @@ class MemoryEngine:
         return engine is not None and self._answers(engine) and self._is_ready(engine)
 
     async def wait_healthy(self, address: Address, deadline: float) -> None:
-        engine = await self._reach("engine.wait_healthy", "wait for", address)
-        if not self._is_ready(engine):
-            raise DriverTimeout(
-                "wait for", f"the engine at {address}", engine.dying or "/health did not say 200"
-            )
+        engine = self._world.at(address)
+        await self._world.act("engine.wait_healthy", engine.handle.model if engine else "")
+        engine = self._world.at(address)
+        if engine is None or not self._answers(engine) or not self._is_ready(engine):
+            last = (engine.dying if engine else None) or "/health did not say 200"
+            raise DriverTimeout("wait for", f"the engine at {address}", last)
 
     async def sleep(self, address: Address, level: int, deadline: float) -> None:
         if (engine := self._world.at(address)) is not None:

@@ -43,6 +43,9 @@ log = logging.getLogger("llmux")
 # A peer that reads nothing for so much is broken: it reconnects and is told everything anew.
 MAX_UNSENT = 4 * MAX_LINE
 
+# How long a worker that lives may be away. Its link's longest pause between two tries is 1 s.
+RECONNECT_SECS = 3.0
+
 Verb = Callable[[Ask], Awaitable[object]]
 
 
@@ -113,7 +116,7 @@ class Hub:
     # ---- receiving ------------------------------------------------------------------------------
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        uid = _peer_uid(writer)
+        uid = _peer(writer)[1]
         if uid not in self._uids:
             log.warning("user %s may not use the control socket", _user_name(uid))
             writer.close()
@@ -127,6 +130,7 @@ class Hub:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         worker: str | None = None
+        pid = _peer(writer)[0]
         try:
             hello = await self._hello(reader)
             if hello.role == "gateway":
@@ -138,11 +142,20 @@ class Hub:
         except (ConnectionError, asyncio.LimitOverrunError, ValueError) as error:
             log.debug("control connection ended: %s", error)
         finally:
+            writer.close()
             # a worker that came back on a new connection has replaced this one already
             if worker is not None and self._workers.get(worker) is writer:
                 del self._workers[worker]
+                await self._see_off(worker, pid)
+
+    async def _see_off(self, worker: str, pid: int) -> None:
+        """Its requests end with its process; one that lives goes on with them and comes back."""
+        try:
+            if pid != os.getpid() and _alive(pid):
+                await asyncio.sleep(RECONNECT_SECS)
+        finally:
+            if worker not in self._workers:
                 self._post(WorkerLeft(worker))
-            writer.close()
 
     async def _hello(self, reader: asyncio.StreamReader) -> Hello:
         line = await reader.readline()
@@ -160,7 +173,6 @@ class Hub:
     def _joined(self, hello: Hello, writer: asyncio.StreamWriter) -> str:
         if (former := self._workers.pop(hello.worker, None)) is not None:
             former.transport.abort()
-            self._post(WorkerLeft(hello.worker))
         self._workers[hello.worker] = writer
         self._write(writer, self._catalog())
         self._post(WorkerJoined(hello.worker, hello.holds))
@@ -201,11 +213,20 @@ class Hub:
             self._write(writer, answer)
 
 
-def _peer_uid(writer: asyncio.StreamWriter) -> int:
+def _peer(writer: asyncio.StreamWriter) -> tuple[int, int]:
+    """(pid, uid) of whoever connected, as the kernel noted them."""
     sock = writer.get_extra_info("socket")
     size = struct.calcsize("3i")
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return int(uid)
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return int(pid), int(uid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def _user_name(uid: int) -> str:

@@ -268,7 +268,6 @@ class Core(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(["w0", "w1"]))
     def worker_reconnects(self, worker: str) -> None:
         if worker in self.workers:
-            self.happen(WorkerLeft(worker))
             self.join(worker)
             self.deliver()
 
