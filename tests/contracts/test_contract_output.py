@@ -1,0 +1,191 @@
+"""EngineOutput: the rules that the files and the twin keep alike."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmux.drivers.memory import MemoryOutput, World
+from llmux.drivers.output import KEEP_LINES, EngineFiles
+from llmux.drivers.process import start_ticks
+from llmux.ports import EngineOutput, UnitHandle
+
+Say = Callable[[str], None]
+
+
+def handle_of(model: str = "alpha", ticks: int = 0) -> UnitHandle:
+    own = os.getpid()
+    return UnitHandle(model, f"llmux-{model}", own, ticks or start_ticks(own) or 1)
+
+
+def with_output(kind: str, directory: Path, body: Callable[[EngineOutput, Say], None]) -> None:
+    async def main() -> None:
+        if kind == "memory":
+            world = World()
+            body(MemoryOutput(world), lambda line: world.output.setdefault("alpha", []).append(line))
+            return
+        output = EngineFiles(str(directory))
+        path = output.paths("alpha")[0]
+
+        def say(line: str) -> None:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+
+        body(output, say)
+        await output.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+class TestEngineOutput:
+    def test_two_files_for_each_model(self, kind: str, tmp_path: Path) -> None:
+        def body(output: EngineOutput, _: Say) -> None:
+            stdout, stderr = output.paths("alpha")
+            assert stdout.endswith("/alpha/stdout.log")
+            assert stderr.endswith("/alpha/stderr.log")
+
+        with_output(kind, tmp_path, body)
+
+    def test_an_unknown_model_has_said_nothing(self, kind: str, tmp_path: Path) -> None:
+        def body(output: EngineOutput, _: Say) -> None:
+            assert output.tail("alpha") == []
+            output.detach("alpha")
+
+        with_output(kind, tmp_path, body)
+
+    def test_the_last_lines_oldest_first_even_after_the_end(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        def body(output: EngineOutput, say: Say) -> None:
+            output.attach(handle_of())
+            for number in range(30):
+                say(f"line {number}")
+            assert output.tail("alpha", 2) == ["line 28", "line 29"]
+            assert len(output.tail("alpha")) == 20
+            assert output.tail("alpha", 0) == []
+            output.detach("alpha")
+            assert output.tail("alpha", 1) == ["line 29"]
+
+        with_output(kind, tmp_path, body)
+
+
+class TestTheFiles:
+    def follow(self, directory: Path, script: Callable[[EngineFiles, str], None]) -> list[str]:
+        """Lines that were passed on while the script ran and the files were closed."""
+        seen: list[str] = []
+
+        async def main() -> None:
+            output = EngineFiles(str(directory), on_line=lambda _, line: seen.append(line))
+            script(output, output.paths("alpha")[0])
+            await output.close()
+
+        asyncio.run(main())
+        return seen
+
+    def append(self, path: str, data: bytes) -> None:
+        with open(path, "ab") as file:
+            file.write(data)
+
+    def test_what_is_said_before_attach_counts(self, tmp_path: Path) -> None:
+        def script(output: EngineFiles, path: str) -> None:
+            self.append(path, b"early\n")
+            output.attach(handle_of())
+            assert output.tail("alpha") == ["early"]
+
+        assert self.follow(tmp_path, script) == ["early"]
+
+    def test_the_next_supervisor_goes_on_where_the_former_stopped(self, tmp_path: Path) -> None:
+        def first(output: EngineFiles, path: str) -> None:
+            output.attach(handle_of())
+            self.append(path, b"one\ntw")
+            assert output.tail("alpha") == ["one", "tw"]
+            # As after SIGKILL: the unfinished line is not passed on, nothing more is written down.
+            for file in output._models["alpha"].files:
+                file.close()
+            output._models.clear()
+
+        def second(output: EngineFiles, path: str) -> None:
+            self.append(path, b"o\nthree\n")
+            output.attach(handle_of())
+            assert output.tail("alpha") == ["one", "two", "three"]
+
+        assert self.follow(tmp_path, first) == ["one"]
+        assert self.follow(tmp_path, second) == ["two", "three"]
+
+    def test_a_new_run_begins_with_an_empty_tail(self, tmp_path: Path) -> None:
+        def first(output: EngineFiles, path: str) -> None:
+            output.attach(handle_of(ticks=1))
+            self.append(path, b"old\n")
+
+        def second(output: EngineFiles, path: str) -> None:
+            output.attach(handle_of(ticks=2))
+            assert output.tail("alpha") == []
+            self.append(path, b"new\n")
+            assert output.tail("alpha") == ["new"]
+
+        assert self.follow(tmp_path, first) == ["old"]
+        assert self.follow(tmp_path, second) == ["new"]
+
+    def test_escapes_progress_bars_and_unfinished_lines(self, tmp_path: Path) -> None:
+        def script(output: EngineFiles, path: str) -> None:
+            output.attach(handle_of())
+            self.append(path, b"\x1b[1;31mred\x1b[0m \x1b]0;title\x07end\n")
+            self.append(path, b" 0%|   |\r 50%|#  |\r100%|###|\n\xff\xfe\nunfinished")
+            assert output.tail("alpha")[-1] == "unfinished"
+
+        seen = self.follow(tmp_path, script)
+        assert seen == ["red end", "100%|###|", "\ufffd\ufffd", "unfinished"]
+
+    def test_a_huge_line_comes_in_pieces_and_does_not_stay_in_memory(self, tmp_path: Path) -> None:
+        def script(output: EngineFiles, path: str) -> None:
+            output.attach(handle_of())
+            self.append(path, b"x" * 1_000_000)
+            output.tail("alpha")
+            assert sum(len(file.partial) for file in output._models["alpha"].files) <= 16 * 1024
+
+        assert sum(map(len, self.follow(tmp_path, script))) == 1_000_000
+
+    def test_a_file_too_big_is_cut_once_passed_on(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            seen: list[str] = []
+            output = EngineFiles(
+                str(tmp_path), max_file=1000, on_line=lambda _, line: seen.append(line)
+            )
+            path = output.paths("alpha")[0]
+            output.attach(handle_of())
+            lines = [f"line {number}" for number in range(500)]
+            self.append(path, "\n".join(lines).encode() + b"\n")
+            output.tail("alpha")
+            assert os.path.getsize(path) == 0
+            self.append(path, b"after\n")
+            assert output.tail("alpha", 1) == ["after"]
+            assert seen == [*lines, "after"]
+            await output.close()
+
+        asyncio.run(main())
+
+    def test_lines_are_seen_by_the_loop_without_being_asked_for(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            told = asyncio.Event()
+            output = EngineFiles(str(tmp_path), on_line=lambda *_: told.set())
+            path = output.paths("alpha")[1]
+            output.attach(handle_of())
+            self.append(path, b"hello\n")
+            async with asyncio.timeout(5):
+                await told.wait()
+            await output.close()
+
+        asyncio.run(main())
+
+    def test_only_so_many_lines_are_kept(self, tmp_path: Path) -> None:
+        def script(output: EngineFiles, path: str) -> None:
+            output.attach(handle_of())
+            self.append(path, b"x\n" * (KEEP_LINES + 50))
+            assert len(output.tail("alpha", 10_000)) == KEEP_LINES
+
+        self.follow(tmp_path, script)
