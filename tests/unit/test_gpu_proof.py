@@ -1,0 +1,122 @@
+"""scripts/gpu-proof without a GPU: the whole of it with a pretended engine and driver."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "fake_libcuda")]
+
+# ruff: noqa: E402  # the two folders have to be on the path first
+from _gpu_proof.client import same
+from _gpu_proof.matrix import ROWS, Row
+from _gpu_proof.report import exit_status, table
+from fake_cuda import COMPILER, FakeCuda
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda")
+
+
+def proof(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "gpu-proof"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=55)
+
+
+@needs_compiler
+def test_the_pretended_matrix_is_measured_compared_and_written(tmp_path: Path) -> None:
+    out = tmp_path / "proof.json"
+    done = proof("--fake", "--gib", "4", "--cache-gib", "2", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(out.read_text())
+    rows = {(row["weights"], row["process"]): row for row in document["rows"]}
+    assert set(rows) == set(ROWS)
+    whole = 4096 + 2048 + 512
+    for (weights, process), row in rows.items():
+        if row["outcome"] == "not measured":
+            # Only what this host lacks, and with the reason.
+            assert process in ("freeze", "checkpoint")
+            assert row["why"] in done.stdout
+            continue
+        assert row["outcome"] == "ok", row
+        assert row["equal"] is True
+        assert (row["before_mib"], row["woken_mib"]) == (whole, whole)
+        kept = whole if weights == "retain" else 512
+        gone = process in ("cuda_suspend", "checkpoint", "stop")
+        assert row["parked_mib"] == (0 if gone else kept)
+    assert "no number here says anything about a GPU" in done.stdout
+
+
+def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is an NVIDIA driver here")
+    done = proof("--rows", "retain+freeze")
+    assert done.returncode == 3
+    assert "not measured: PyTorch, retain + freeze: no NVML" in done.stdout
+
+
+def test_an_unknown_row_is_refused_with_the_list() -> None:
+    done = proof("--rows", "retain+nap")
+    assert done.returncode == 2
+    assert "no row retain+nap; there are: " in done.stderr
+
+
+@needs_compiler
+def test_an_engine_that_wakes_without_its_weights_answers_differently(tmp_path: Path) -> None:
+    from _gpu_proof.tensors import FakeBackend
+
+    backend = FakeBackend(FakeCuda(tmp_path).directory, 1.0, 1.0, 7)
+    before = backend.generate((1, 2), 4)
+    backend.discard()
+    backend.wake_weights()
+    backend.wake_cache()
+    assert backend.generate((1, 2), 4) != before
+    backend.reload_weights()
+    backend.reset_prefix_cache()
+    assert backend.generate((1, 2), 4) == before
+
+
+@pytest.mark.parametrize(
+    ("now", "tolerance", "expected"),
+    [
+        ([("a", [-1.0, None])], 0.0, True),
+        ([("a", [-1.01, None])], 0.0, False),
+        ([("a", [-1.01, None])], 0.05, True),
+        ([("b", [-1.0, None])], 0.05, False),
+    ],
+)
+def test_answers_are_compared_by_words_and_log_probs(
+    now: list[Any], tolerance: float, expected: bool
+) -> None:
+    assert same(now, [("a", [-1.0, None])], tolerance) is expected
+
+
+def test_the_table_and_the_status_tell_right_wrong_and_unmeasured_apart() -> None:
+    good = Row("e", "retain", "stop", park_s=1.0, wake_s=2.5, equal=True)
+    wrong = Row("e", "discard", "freeze", equal=False, outcome="failed")
+    unknown = Row("e", "retain", "freeze", outcome="not measured")
+    assert exit_status([good, unknown]) == 0
+    assert exit_status([good, wrong]) == 1
+    assert exit_status([unknown]) == 3
+    lines = table([good, wrong, unknown]).splitlines()
+    assert "2.50" in lines[2]
+    assert "NO" in lines[3]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_vllm_is_started_without_io_uring() -> None:
+    from _gpu_proof.main import deny_io_uring
+
+    pid = os.fork()
+    if pid == 0:
+        deny_io_uring()
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.syscall(425, 1, None)  # io_uring_setup
+        os._exit(ctypes.get_errno())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 38  # ENOSYS
