@@ -96,7 +96,7 @@ class Guest:
                         f"  next step: choose another name, or 'scripts/lab down {name}'"
                     )
                 directory.mkdir(mode=0o755)
-                lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+                lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 stack.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             console = stack.enter_context(open(directory / "console.log", "a+b"))
@@ -317,7 +317,7 @@ class Guest:
         source = pathlib.Path(deb)
         self.write(f"/var/cache/lab/{source.name}", source.read_bytes())
         done = self.run(
-            ["apt-get", "-q", "-y", "--no-download", "--no-install-recommends", "install",
+            ["apt-get", "-q", "-y", "--no-install-recommends", "install",
              f"/var/cache/lab/{source.name}"],
             env={"DEBIAN_FRONTEND": "noninteractive"},
             timeout=600,

@@ -90,7 +90,7 @@ def need_root(purpose: str) -> None:
     if os.geteuid() != 0:
         raise LabError(
             f"cannot {purpose}: this needs root, and the user id is {os.geteuid()}\n"
-            f"  next step: run it as root, for example 'sudo {sys.argv[0]} …'"
+            f"  next step: run it as root, for example with 'sudo scripts/lab …'"
         )
 
 

@@ -99,7 +99,7 @@ def container_recipe(suite: str) -> Recipe:
 def machine_recipe(suite: str) -> Recipe:
     """The whole machine has the distribution's own kernel and its own CRIU, as a customer has."""
     packages = tuple(sorted(LLMUX_DEPENDENCIES + TOOLS + VM_PACKAGES))
-    return Recipe(suite, packages, criu_from_forky=False, bootable=True)
+    return Recipe(suite, packages, criu_from_forky=False, bootable=True, revision=4)
 
 
 def container_root(suite: str) -> pathlib.Path:
@@ -257,7 +257,6 @@ def _build_machine(recipe: Recipe, scratch: pathlib.Path) -> None:
     network = root / "etc/systemd/network/80-lab.network"
     network.write_text(_VM_NETWORK)
     _enable(root, "multi-user.target", "systemd-networkd.service")
-    (root / "etc/fstab").write_text("/dev/vda / ext4 defaults,noatime 0 1\n")
     for kind in ("vmlinuz", "initrd.img"):
         newest = sorted((root / "boot").glob(f"{kind}-*"))[-1]
         shutil.copyfile(newest, image / kind)

@@ -59,7 +59,7 @@ def registry() -> Iterator[None]:
 
 def is_alive(directory: pathlib.Path) -> bool:
     try:
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
