@@ -28,11 +28,11 @@ from llmux.config.schema import Config
 from llmux.core.effects import SwitchFinished
 from llmux.core.events import ConfigChanged
 from llmux.core.records import State
+from llmux.drivers import journald
 from llmux.drivers.direct import DirectUnits
 from llmux.drivers.engine import VllmEngine
 from llmux.drivers.freezer import CgroupFreezer
 from llmux.drivers.gpu import find_gpu_observer
-from llmux.drivers.journald import setup_logging
 from llmux.drivers.notify import SdNotifier, listen_fds, watchdog_interval
 from llmux.drivers.output import EngineFiles
 from llmux.drivers.store import FileStateStore
@@ -168,6 +168,12 @@ class _Catalogue:
             switch.serving_at - switch.room_at,
             extra={"model": switch.model, "duration_ms": round(total * 1000, 1)},
         )
+
+
+def setup_logging(verbose: bool) -> None:
+    journald.setup_logging(verbose)
+    for name in ("sanic", "sanic.root", "sanic.server"):  # its banner says nothing to an operator
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 # ---- shared -------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Loop:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._waiters: set[tuple[Callable[[State], bool], asyncio.Future[State]]] = set()
         self.listeners: list[Listeners] = []
+        self.last_switches: dict[str, SwitchFinished] = {}  # by the model made resident
         self.turned = 0  # events handled; the watchdog is fed by this
 
     def post(self, event: Event) -> None:
@@ -120,6 +121,7 @@ class Loop:
             case SendRefuse(worker, model, reason, message, retry_after):
                 self._send(worker, Refuse(model, reason, message, retry_after))
             case SwitchFinished():
+                self.last_switches[effect.model] = effect
                 for listener in self.listeners:
                     listener.switched(effect)
 

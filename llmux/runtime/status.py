@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import monotonic, time
 from typing import Any
 
+from llmux.core.effects import SwitchFinished
 from llmux.core.records import (
     Draining,
     Failed,
@@ -59,7 +61,9 @@ def active_models(state: State) -> list[str]:
     return [name for _, name in sorted(serving)]
 
 
-def status(state: State, executor: Executor) -> dict[str, Any]:
+def status(
+    state: State, executor: Executor, switches: Mapping[str, SwitchFinished]
+) -> dict[str, Any]:
     active = active_models(state)
     mode: dict[str, Any] = {"mode": "manual" if state.manual else "auto"}
     if state.pinned is not None:
@@ -72,7 +76,24 @@ def status(state: State, executor: Executor) -> dict[str, Any]:
         "generation": state.generation,
         "gpu_count": state.gpu_count,
         "workers": len(state.workers),
-        "models": {name: _model(name, state, executor) for name in state.models},
+        "models": {
+            name: _model(name, state, executor) | {"last_switch": _switch(switches.get(name))}
+            for name in state.models
+        },
+    }
+
+
+def _switch(switch: SwitchFinished | None) -> dict[str, Any] | None:
+    """How the model last became resident; seconds."""
+    if switch is None:
+        return None
+    return {
+        "victims": list(switch.victims),
+        "cold": switch.cold,
+        "drain_secs": round(switch.drained_at - switch.decided_at, 4),
+        "park_secs": round(switch.room_at - switch.drained_at, 4),
+        "start_secs" if switch.cold else "wake_secs": round(switch.serving_at - switch.room_at, 4),
+        "total_secs": round(switch.serving_at - switch.decided_at, 4),
     }
 
 

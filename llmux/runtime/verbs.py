@@ -74,7 +74,7 @@ class Verbs:
     # ---- verbs ----------------------------------------------------------------------------------
 
     async def _status(self, args: Mapping[str, Any]) -> Any:
-        return status(self._loop.state, self._loop.executor)
+        return status(self._loop.state, self._loop.executor, self._loop.last_switches)
 
     async def _load(self, args: Mapping[str, Any]) -> Any:
         name = self._model(args)
