@@ -1,7 +1,6 @@
 """The Sanic application: everything that is not an inference request. One table of routes.
 
-Inference requests never arrive here (front.py takes them off the connection); what else Sanic needs
-to know of their paths is that other methods are not allowed on them.
+Inference requests never arrive here: front.py takes them off the connection.
 """
 
 from __future__ import annotations
@@ -42,12 +41,11 @@ CONTROL_VERBS: Mapping[tuple[str, str], tuple[str, bool]] = {
     ("POST", "wake"): ("wake", True),
 }
 _number = itertools.count(1)
-METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 def build_app(config: Config, gateway: Gateway, link: Link) -> App:
     # Sanic keeps its apps in a table by name; a process (the tests') may have several gateways.
-    app: App = Sanic(f"llmux-gateway-{next(_number)}", configure_logging=False)
+    app: App = Sanic(f"llmux-gateway-{next(_number)}", configure_logging=False, strict_slashes=True)
     app.ctx.gateway = gateway
     app.ctx.link = link
     app.config.update(
@@ -77,9 +75,6 @@ def _add_routes(app: App) -> None:
     app.add_route(_ready, "/health/ready", methods=["GET", "HEAD"], name="ready")
     app.add_route(_models, "/v1/models", methods=["GET"], name="models")
     app.add_route(_model, "/v1/models/<model:path>", methods=["GET"], name="model")
-    for path in openai.INFERENCE_PATHS:
-        others = [method for method in METHODS if method != "POST"]
-        app.add_route(_post_only, path.decode(), methods=others, name=path.decode())
     for method, name in CONTROL_VERBS:
         app.add_route(
             _control, f"/control/<name:{name}>", methods=[method], name=f"{method}-{name}"
@@ -126,14 +121,6 @@ async def _model(request: Request, model: str) -> HTTPResponse:
             param="model",
         )
     return json_response(openai.model_object(info))
-
-
-async def _post_only(request: Request) -> HTTPResponse:
-    raise Refused(
-        Reason.METHOD_NOT_ALLOWED,
-        f"cannot {request.method} {request.path}: only POST is allowed",
-        allow="POST",
-    )
 
 
 async def _control(request: Request, name: str) -> HTTPResponse:
@@ -187,6 +174,12 @@ def _problem(request: Request, exception: Exception) -> Refused:
             Reason.METHOD_NOT_ALLOWED,
             f"cannot {request.method} {request.path}: only {allowed or 'other methods'} allowed",
             allow=allowed,
+        )
+    if request.path.encode() in openai.INFERENCE_PATHS:  # POST never arrives here
+        return Refused(
+            Reason.METHOD_NOT_ALLOWED,
+            f"cannot {request.method} {request.path}: only POST is allowed",
+            allow="POST",
         )
     if isinstance(exception, SanicException) and exception.status_code == 404:
         return Refused(Reason.NOT_FOUND, f"there is no {request.method} {request.path[:200]}")

@@ -67,6 +67,7 @@ class FrontProtocol(HttpProtocol):
         transport.set_write_buffer_limits(low=16384, high=65536)
         self.transport = transport
         self.connections.add(self)
+        self.gateway.clients += 1
         self.deadline = self.gateway.clock() + KEEP_ALIVE_SECS
 
     def data_received(self, data: bytes) -> None:
@@ -87,6 +88,7 @@ class FrontProtocol(HttpProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
+        self.gateway.clients -= 1
         self.gateway.client_left.set()
         self.deadline = 0.0
         self._parser = None  # parser and protocol refer to each other

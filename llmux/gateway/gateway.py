@@ -44,12 +44,13 @@ class Gateway:
         self.max_body_bytes = config.gateway.max_body_bytes
         self.observer = Observer()
         self.draining = False
+        self.clients = 0  # connections open
         self.client_left = asyncio.Event()  # set whenever a client's connection ends
         self.models: dict[str, ModelInfo] = {
             name: ModelInfo(name=name, state="unknown") for name in config.models
         }
         self._worker = worker
-        self._link = link
+        self.link = link
         self._loop = asyncio.get_running_loop()
         self.clock: Callable[[], float] = self._loop.time
         self._timer: asyncio.TimerHandle | None = None
@@ -94,7 +95,7 @@ class Gateway:
             # Broken mid-answer: its other requests may be well. Not even begun: nobody else tries.
             news = not lease.revoked if not exchange.repeatable else self.admission.suspect(lease)
             if news:
-                self._link.send(EngineLost(lease.model, lease.epoch, failure.error))
+                self.link.send(EngineLost(lease.model, lease.epoch, failure.error))
                 self._set_timer()
         problem = exchange.failure_problem(failure)
         self._again_or_fail(exchange, problem, between_chunks=failure.between_chunks)
@@ -128,7 +129,7 @@ class Gateway:
 
     def _check_drained(self, lease: Lease) -> None:
         if self._pool(lease).empty and self.admission.forget(lease):
-            self._link.send(Drained(lease.model, lease.epoch))
+            self.link.send(Drained(lease.model, lease.epoch))
 
     # ---- what the supervisor says ---------------------------------------------------------------
 
@@ -163,7 +164,7 @@ class Gateway:
     def _revoke(self, message: Revoke) -> None:
         lease = self.admission.revoke(message.model, message.epoch)
         if lease is None:
-            self._link.send(Drained(message.model, message.epoch))
+            self.link.send(Drained(message.model, message.epoch))
             return
         self._pool(lease).close()
         if not message.dead:

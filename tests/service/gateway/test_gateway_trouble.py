@@ -293,7 +293,7 @@ async def test_a_revoke_of_a_dead_engine_sends_back_who_had_no_byte_and_ends_the
         s.supervisor.say(Revoke("alpha", "e1", dead=True))
         assert b"engine_died" in await streaming.chunk()
         await s.supervisor.hear(Drained)
-        await s.supervisor.hear(Demand, lambda d: d.waiting == 1 and d.in_flight == 0)
+        assert (s.waiting(), s.in_flight()) == (1, 0)
         again = await s.engine(echo, name="again")
         s.supervisor.grant(again, epoch="e2")
         assert (await silent.answer()).status == 200

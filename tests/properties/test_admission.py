@@ -1,0 +1,214 @@
+"""Admission against a plain model of its rules, under any order of events."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from llmux.errors import Reason, Refused
+from llmux.gateway.admission import SUSPECT_SECS, Admission, Lease, Stage, Ticket
+from llmux.protocol import Address
+
+MODELS = ("a", "b")
+WAIT = 10.0
+MAX_WAITING = 4
+
+models = st.sampled_from(MODELS)
+
+
+class Gateway(RuleBasedStateMachine):
+    """Plays the gateway: every ticket handed out is answered, exactly as gateway.py would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 100.0
+        self.epochs = 0
+        self.tickets: list[Ticket] = []
+        self.answers: Counter[Ticket] = Counter()
+        self.drained: list[Lease] = []
+        self.closed = False
+        self.admission = Admission(
+            clock=lambda: self.now,
+            max_waiting=MAX_WAITING,
+            wait_secs=WAIT,
+            models=MODELS,
+            on_idle=self.on_idle,
+        )
+
+    def on_idle(self, lease: Lease) -> None:
+        assert lease.revoked
+        assert not lease.in_flight
+        if self.admission.forget(lease):
+            self.drained.append(lease)
+
+    def answer(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            assert ticket.stage is Stage.ENDED
+            self.answers[ticket] += 1
+
+    def in_stage(self, stage: Stage) -> list[Ticket]:
+        return [ticket for ticket in self.tickets if ticket.stage is stage]
+
+    def check_admitted(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            assert ticket.stage is Stage.IN_FLIGHT
+            assert ticket.lease is not None
+            assert ticket in ticket.lease.in_flight
+            assert not ticket.lease.revoked
+        assert tickets == sorted(tickets, key=lambda ticket: ticket.arrived)
+
+    # ---- clients --------------------------------------------------------------------------------
+
+    @rule(model=models)
+    def submit(self, model: str) -> None:
+        ticket = Ticket(model, self.now, self.now + WAIT)
+        held = self.admission.held(model)
+        usable = held is not None and held.suspect_until is None
+        waiting = self.admission.demand(model).waiting
+        try:
+            lease = self.admission.submit(ticket)
+        except Refused as refused:
+            assert not usable
+            expected = Reason.SHUTTING_DOWN if self.closed else Reason.QUEUE_FULL
+            assert refused.reason is expected
+            assert self.closed or waiting >= MAX_WAITING
+            return
+        self.tickets.append(ticket)
+        assert (lease is held) if usable else (lease is None)
+        if lease is not None:
+            self.check_admitted([ticket])
+
+    @rule()
+    def unknown_model(self) -> None:
+        try:
+            self.admission.submit(Ticket("nobody", self.now, self.now + WAIT))
+        except Refused as refused:
+            assert refused.reason is Reason.UNKNOWN_MODEL
+        else:
+            raise AssertionError("an unknown model was let in")
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data(), completed=st.booleans())
+    def leave(self, data: st.DataObject, completed: bool) -> None:
+        ticket = data.draw(st.sampled_from(self.tickets))
+        over = ticket.stage is Stage.ENDED
+        self.admission.leave(ticket, completed=completed)
+        assert ticket.stage is Stage.ENDED
+        if not over:
+            self.answers[ticket] += 1
+
+    @precondition(lambda self: self.in_stage(Stage.IN_FLIGHT))
+    @rule(data=st.data())
+    def first_byte(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.in_stage(Stage.IN_FLIGHT))).repeatable = False
+
+    # ---- the supervisor -------------------------------------------------------------------------
+
+    @rule(model=models, again=st.booleans())
+    def grant(self, model: str, again: bool) -> None:
+        held = self.admission.held(model)
+        if again and held is not None:
+            epoch = held.epoch
+        else:
+            self.epochs += 1
+            epoch = f"e{self.epochs}"
+        admitted = self.admission.grant(model, epoch, Address(uds=f"/{model}"))
+        self.check_admitted(admitted)
+        assert self.admission.demand(model).waiting == 0
+
+    @rule(model=models)
+    def revoke(self, model: str) -> None:
+        held = self.admission.held(model)
+        lease = self.admission.revoke(model, held.epoch if held else "never")
+        assert lease is held
+        assert self.admission.held(model) is None
+
+    @rule(model=models)
+    def dead(self, model: str) -> None:
+        held = self.admission.held(model)
+        if held is None:
+            return
+        self.admission.revoke(model, held.epoch)
+        self.fail(list(held.in_flight))
+        assert held in self.drained
+
+    def fail(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            may = ticket.repeatable and not ticket.retried and not self.closed
+            assert self.admission.wait_again(ticket) is may
+            if may:
+                self.check_admitted(self.admission.admit_waiting(ticket.model))
+            else:
+                self.admission.leave(ticket)
+                self.answers[ticket] += 1
+
+    @rule(model=models)
+    def engine_refuses(self, model: str) -> None:
+        held = self.admission.held(model)
+        if held is None or not held.in_flight:
+            return
+        self.admission.suspect(held)
+        self.fail([next(iter(held.in_flight))])
+
+    @rule(model=models)
+    def refuse(self, model: str) -> None:
+        self.answer(self.admission.refuse(model))
+        assert self.admission.demand(model).waiting == 0
+
+    @rule(seconds=st.floats(0.01, WAIT))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        expired, admitted = self.admission.tick()
+        self.answer(expired)
+        assert all(ticket.deadline <= self.now for ticket in expired)
+        for ticket in admitted:
+            self.check_admitted([ticket])
+
+    @precondition(lambda self: not self.closed)
+    @rule(really=st.integers(0, 20))
+    def close(self, really: int) -> None:
+        if really == 0:
+            self.closed = True
+            self.answer(self.admission.close())
+
+    # ---- what holds at all times ----------------------------------------------------------------
+
+    @invariant()
+    def everyone_is_answered_once_and_counted_once(self) -> None:
+        for ticket in self.tickets:
+            assert self.answers[ticket] == (ticket.stage is Stage.ENDED)
+        for model in MODELS:
+            demand = self.admission.demand(model)
+            mine = [ticket for ticket in self.tickets if ticket.model == model]
+            waiting = [ticket for ticket in mine if ticket.stage is Stage.WAITING]
+            assert demand.waiting == len(waiting)
+            assert demand.in_flight == sum(t.stage is Stage.IN_FLIGHT for t in mine)
+            if waiting:
+                assert demand.oldest_age == self.now - min(t.arrived for t in waiting)
+            held = self.admission.held(model)
+            assert not (held and held.suspect_until is None and waiting)
+
+    @invariant()
+    def nothing_is_late_and_the_clock_is_asked_in_time(self) -> None:
+        wake_at = self.admission.wake_at
+        for ticket in self.in_stage(Stage.WAITING):
+            assert wake_at is not None
+            assert wake_at <= ticket.deadline
+        for model in MODELS:
+            held = self.admission.held(model)
+            if held is not None and held.suspect_until is not None:
+                assert wake_at is not None
+                assert wake_at <= held.suspect_until <= self.now + SUSPECT_SECS
+
+    @invariant()
+    def a_drained_lease_is_empty_and_stays_so(self) -> None:
+        for lease in self.drained:
+            assert lease.revoked
+            assert not lease.in_flight
+
+
+TestAdmission = Gateway.TestCase
+TestAdmission.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,80 @@
+"""Heads as they come in and as they go on."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmux.errors import Refused
+from llmux.gateway import openai
+from llmux.gateway.incoming import Incoming
+
+
+def incoming(*headers: tuple[bytes, bytes], version_1_0: bool = False) -> Incoming:
+    made = Incoming()
+    made.method, made.target = b"POST", b"/v1/completions?x=1"
+    made.headers = list(headers)
+    made.version_1_0 = version_1_0
+    return made
+
+
+def test_the_engine_gets_one_length_and_nothing_about_the_clients_connection() -> None:
+    request = incoming(
+        (b"Host", b"h"), (b"Content-Length", b"99"), (b"Connection", b"close, X-Hop"),
+        (b"X-Hop", b"1"), (b"TE", b"trailers"), (b"X-Keep", b"2"), (b"X-Request-ID", b"r1"),
+    )  # fmt: skip
+    assert request.read_head() is None
+    request.body = b"{}"
+    assert request.length == 99
+    assert request.engine_head() == (
+        b"POST /v1/completions?x=1 HTTP/1.1\r\nHost: h\r\nX-Keep: 2\r\nx-request-id: r1\r\n"
+        b"content-length: 2\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize("given", [b"", b"x" * 129, b"caf\xc3\xa9", b"a\x07b"])
+def test_an_unusable_request_id_is_replaced(given: bytes) -> None:
+    request = incoming((b"x-request-id", given))
+    request.read_head()
+    assert request.request_id.startswith(b"req-")
+
+
+def test_request_ids_differ() -> None:
+    first, second = incoming(), incoming()
+    first.read_head()
+    second.read_head()
+    assert first.request_id != second.request_id
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"content-length", b"1"), (b"Content-Length", b"1")],
+        [(b"content-length", b"1"), (b"transfer-encoding", b"chunked")],
+        [(b"content-length", b"-1")],
+        [(b"content-length", b"0x1")],
+        [(b"content-length", b"")],
+        [(b"transfer-encoding", b"gzip, chunked")],
+        [(b"x", b"a\r\ny: b")],
+        [(b"x", b"a\nb")],
+        [(b"x", b"a\0b")],
+    ],
+)
+def test_ambiguous_heads_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
+    assert incoming(*headers).read_head()
+
+
+def test_http_1_0_knows_no_chunks_and_no_continue() -> None:
+    assert incoming((b"transfer-encoding", b"chunked"), version_1_0=True).read_head()
+    request = incoming((b"expect", b"100-continue"), version_1_0=True)
+    assert request.read_head() is None
+    assert not request.expects_continue
+
+
+def test_the_last_of_two_model_keys_counts_as_in_the_engine() -> None:
+    assert openai.model_of(b'{"model": "a", "x": {"model": "c"}, "model": "b"}') == "b"
+
+
+@pytest.mark.parametrize("body", [b"", b"1", b"null", b"[]", b'{"model": null}', b'{"model": {}}'])
+def test_bodies_without_a_model_are_refused(body: bytes) -> None:
+    with pytest.raises(Refused):
+        openai.model_of(body)
