@@ -84,7 +84,12 @@ class Helper:
         argv = [sys.executable, "-I", str(HELPER), "--library", library]
         process, ours = spawn(argv, env, requests=True)
         helper = cls(process, *await asyncio.open_connection(sock=ours, limit=LINE_LIMIT))
-        await helper._greet()
+        try:
+            await helper._greet()
+        except BaseException:  # whoever waited has given up; it is inside cuInit: not killed
+            helper._writer.close()
+            ABANDONED.append(process)
+            raise
         helper._reading = asyncio.create_task(helper._read())
         return helper
 

@@ -70,8 +70,7 @@ class CudaSequence:
         On failure everything that this call touched is running again, where that can be had. Those
         in FAILED, and those whose call is still out, are named in the error: kill the model.
         """
-        await self._calls.ready()
-        end = self._clock() + deadline
+        end = await self._begin("suspend", pids, deadline)
         found = await self._observe("suspend", pids, end)
         self._refuse_failed("suspend", found)
         locked = [pid for pid, state in found.items() if state is CudaState.LOCKED]
@@ -93,8 +92,7 @@ class CudaSequence:
         When one cannot be restored none is unlocked: those restored stay locked, the others
         checkpointed, and a second resume goes on from there.
         """
-        await self._calls.ready()
-        end = self._clock() + deadline
+        end = await self._begin("resume", pids, deadline)
         gone = [pid for pid in pids if self._processes.start_ticks(pid) is None]
         if gone:
             raise CheckpointFailed("resume", names(gone), "no such process", hint="stop the model")
@@ -129,6 +127,21 @@ class CudaSequence:
     async def close(self) -> None:
         """Lets go of helpers; one in mid-operation is left to finish."""
         await self._calls.close()
+
+    async def _begin(self, verb: str, pids: Sequence[int], deadline: float) -> float:
+        """When the operation has to be over; the driver is there (its start may take seconds)."""
+        end = self._clock() + deadline
+        try:
+            async with asyncio.timeout(deadline):
+                await self._calls.ready()
+        except TimeoutError:
+            raise DriverTimeout(
+                verb,
+                names(pids),
+                f"the CUDA driver was not ready within {deadline:g}s; nothing was changed",
+                hint="try `nvidia-smi`; persistence mode makes the driver's start quick",
+            ) from None
+        return end
 
     # ---- looking ------------------------------------------------------------------------------
 

@@ -113,7 +113,7 @@ def check_criu_works(host: Host, config: Config | None) -> Check:
     if (host.read("/proc/sys/kernel/yama/ptrace_scope") or "").strip() == "3":
         remedy = "set kernel.yama.ptrace_scope to 2 or less and reboot (3 cannot be undone)"
         return Check("criu check", bad(needed), "kernel.yama.ptrace_scope is 3", remedy)
-    ran = host.run([path, "--no-default-config", "check"], 30.0)
+    ran = host.run([path, "check", "--no-default-config"], 30.0)
     lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
     if ran.status == 0:
         return Check("criu check", Level.OK, lines[-1] if lines else "good")

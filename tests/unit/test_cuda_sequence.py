@@ -407,6 +407,21 @@ def test_missing_functions_are_named(tmp_path: Path, define: str, missing: list[
     run(main)
 
 
+def test_a_driver_that_does_not_start_is_left_alone_and_tried_again(fake: FakeCuda) -> None:
+    fifo = fake.fault("cuInit", "hang")
+
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            error = await failing(cuda.suspend([101], SHORT))
+            assert isinstance(error, DriverTimeout)
+            assert "nothing was changed" in str(error)
+            await asyncio.to_thread(fake.release, fifo)
+            fake.heal()
+            assert list(await cuda.suspend([101], LONG)) == [101]
+
+    run(main)
+
+
 def test_no_driver_and_no_gpu_and_no_tool_are_told_apart(fake: FakeCuda) -> None:
     async def main() -> None:
         for cuda, words in (
