@@ -1,0 +1,132 @@
+"""What the system itself says: units, cgroups, processes, the GPU ledger. Inside the guest, as root."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pwd
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import TypeVar
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "standin"))
+
+from ledger import Ledger  # noqa: E402 (the path first)
+
+SLICE = pathlib.Path("/sys/fs/cgroup/llmux.slice")
+LEDGER = "/var/tmp/gpu/ledger.json"  # noqa: S108 (the guest is ours alone)
+SUPERVISOR, GATEWAY = "llmux.service", "llmux-gateway.service"
+
+Value = TypeVar("Value")
+
+
+class WitnessError(Exception):
+    """The system is not as it must be; the message says how it is."""
+
+
+def show(unit: str, name: str) -> str:
+    done = subprocess.run(
+        ["systemctl", "show", "--value", f"--property={name}", unit],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def main_pid(unit: str) -> int:
+    """Of a unit that is there; 0 when it has none."""
+    return int(show(unit, "MainPID"))
+
+
+def processes(cgroup: pathlib.Path) -> dict[int, str]:
+    """pid → name, of the cgroup and everything below it."""
+    found = {}
+    for path in [cgroup, *cgroup.rglob("*")] if cgroup.is_dir() else []:
+        try:
+            pids = (path / "cgroup.procs").read_text().split()
+        except OSError:
+            continue  # a file, or a cgroup that went meanwhile
+        for pid in pids:
+            try:
+                found[int(pid)] = pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+            except OSError:
+                continue
+    return found
+
+
+def scopes() -> dict[str, set[int]]:
+    """model → pids in its scope."""
+    found = {}
+    for path in SLICE.glob("llmux-*.scope"):
+        name = path.name.removeprefix("llmux-").removesuffix(".scope")
+        found[name] = set(processes(path))
+    return found
+
+
+def strays(models: Iterable[str]) -> list[str]:
+    """Processes and scopes that are where no process or scope should be."""
+    wrong = [f"scope of no model: {name}" for name in set(scopes()) - set(models)]
+    engine_uid = pwd.getpwnam("llmux-engine").pw_uid
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            uid = path.stat().st_uid
+            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            cgroup = (path / "cgroup").read_text().strip().removeprefix("0::")
+        except OSError:
+            continue
+        # the kernel gives the path as this guest sees it
+        unit = cgroup.partition("llmux.slice/")[2].partition("/")[0]
+        is_engine = uid == engine_uid or "standin.py serve" in command or "VLLM::" in command
+        if is_engine and not unit.endswith(".scope"):
+            wrong.append(f"engine process {path.name} outside of a scope: {command} in {cgroup}")
+        is_daemon = command.startswith("/usr/bin/python3") and "/usr/bin/llmux " in command
+        if is_daemon and unit not in (SUPERVISOR, GATEWAY):
+            wrong.append(f"daemon process {path.name} outside of the services: {command}")
+    return wrong
+
+
+def gone(pids: Iterable[int], seconds: float) -> None:
+    """Wait until the processes have ended; a pidfd is readable then."""
+    deadline = monotonic() + seconds
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            if not select.select([fd], [], [], max(0.0, deadline - monotonic()))[0]:
+                raise WitnessError(f"process {pid} has not ended within {seconds:g} s")
+        finally:
+            os.close(fd)
+
+
+def until(what: str, look: Callable[[], Value], seconds: float = 20.0) -> Value:
+    """The first true value of ``look``, which takes a while itself (it asks a process)."""
+    deadline = monotonic() + seconds
+    while not (value := look()):
+        if monotonic() > deadline:
+            raise WitnessError(f"not within {seconds:g} s: {what}")
+        os.sched_yield()
+    return value
+
+
+def status() -> dict[str, object]:
+    done = subprocess.run(
+        ["llmux", "status", "--json"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    document: dict[str, object] = json.loads(done.stdout) if done.returncode == 0 else {}
+    return document
+
+
+def held() -> dict[str, dict[str, int]]:
+    """model → kind (context, weights, kv) → bytes of GPU memory now, kinds of zero left out."""
+    found: dict[str, dict[str, int]] = {}
+    for row in Ledger(LEDGER).rows():
+        if row.nbytes:
+            kinds = found.setdefault(row.model, {})
+            kinds[row.kind] = kinds.get(row.kind, 0) + row.nbytes
+    return found
