@@ -5,9 +5,8 @@ Runs in an interpreter of its own (``python3 -I -S``, see spawn.py); the supervi
 of every cold start. On 2 cores json costs 8 ms more (hence the plain spec format), signal another 8
 (it needs enum, hence ``libc.signal``), of a total of about 15. Its file descriptors are fixed:
 
-* 3: status pipe, close-on-exec. Lines: ``P<pid>`` (guardian mode: the engine's pid), ``X`` (about
-to
-  exec), ``E<errno> <text>`` (failed). ``X`` and then end of file is success.
+* 3: status pipe, close-on-exec. Lines: ``R`` (at the gate), ``P<pid>`` (guardian mode: the engine's
+  pid), ``X`` (about to exec), ``E<errno> <text>`` (failed). ``X``, then end of file: success.
 * 4: the gate. One byte opens it; end of file means that the supervisor is gone: exit.
 * 5: a memfd, which holds the spec once the gate is open.
 
@@ -163,7 +162,10 @@ def _enter_engine_cgroup(root: str) -> None:
 
 
 def _say(line: str) -> None:
-    os.write(STATUS_FD, line.encode("utf-8", "replace").replace(b"\n", b" ") + b"\n")
+    try:
+        os.write(STATUS_FD, line.encode("utf-8", "replace").replace(b"\n", b" ") + b"\n")
+    except BrokenPipeError:
+        os._exit(127)  # the supervisor is gone
 
 
 def _redirect(path: str, fd: int) -> None:
@@ -317,6 +319,7 @@ def _guard(engine: int) -> NoReturn:
 def main() -> NoReturn:
     libc = ctypes.CDLL(None, use_errno=True)
     try:
+        _say("R")
         if os.read(GATE_FD, 1) == b"":
             os._exit(0)
         size = os.fstat(SPEC_FD).st_size

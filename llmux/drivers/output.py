@@ -33,7 +33,7 @@ BACKLOG: Final = 64 * 1024  # of a file without a known position: no more than t
 # CSI sequences, OSC sequences, other two-character escapes, control characters but tab.
 _ESCAPES: Final = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]"
-    r"|[\x00-\x08\x0b-\x1f\x7f]"
+    r"|[\x00-\x08\x0a-\x1f\x7f]"
 )
 # "INFO 11-21 20:41:07 [api_server.py:1]", "(EngineCore_DP0 pid=7) ERROR …", "INFO:     Started …"
 _LEVEL: Final = re.compile(r"\s*(?:\([^)]*\)\s*)*(DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)\b")

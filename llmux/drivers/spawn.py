@@ -106,6 +106,7 @@ class Launch:
         self._status = status
         self._memfd = memfd
         self._heard = b""
+        self.ready = asyncio.Event()  # it has reached the gate, or ended before
         self._eof = asyncio.Event()
         os.set_blocking(status, False)
         asyncio.get_running_loop().add_reader(status, self._read)
@@ -116,6 +117,7 @@ class Launch:
         except BlockingIOError:
             return
         self._heard += data
+        self.ready.set()
         if not data:
             self._close_status()
             self._eof.set()

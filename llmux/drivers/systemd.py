@@ -573,5 +573,13 @@ class SystemdUnits:
             log.warning("the launcher of %s (pid %d) does not die", unit, launch.process.pid)
             return
         self._processes.pop((launch.process.pid, launch.process.ticks), None)
+
+        def holder_lives() -> bool:
+            found = self._bus.find(unit)
+            path = self._bus.control_group(found) if found else ""
+            return bool(path and cgroup.read_procs(self._root + path))
+
         with suppress(DriverError):
-            await self._await_name(unit, unit, time.monotonic() + NAME_FREE_TIMEOUT)
+            # A scope of that name with processes in it is another's: that was the failure.
+            if not await self._call("start", unit, holder_lives):
+                await self._await_name(unit, unit, time.monotonic() + NAME_FREE_TIMEOUT)

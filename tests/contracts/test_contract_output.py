@@ -26,7 +26,9 @@ def with_output(kind: str, directory: Path, body: Callable[[EngineOutput, Say], 
     async def main() -> None:
         if kind == "memory":
             world = World()
-            body(MemoryOutput(world), lambda line: world.output.setdefault("alpha", []).append(line))
+            body(
+                MemoryOutput(world), lambda line: world.output.setdefault("alpha", []).append(line)
+            )
             return
         output = EngineFiles(str(directory))
         path = output.paths("alpha")[0]
