@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import string
 
 from llmux.errors import Refused
 
@@ -28,6 +29,11 @@ NOT_FORWARDED = frozenset(
     }
 )
 MAX_REQUEST_ID = 128
+
+# What a header's name is made of (RFC 9110 5.6.2) and what a request target may contain. The parser
+# in Debian 12 lets "Content-Length : 5" pass as a header called "content-length ".
+_TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
+_TARGET = bytes(range(0x21, 0x7F))
 
 _prefix = os.urandom(6).hex()
 _count = itertools.count(1)
@@ -66,15 +72,19 @@ class Incoming:
     def read_head(self) -> str | None:
         """Take from ``headers`` what the gateway needs; what is wrong with them, or None.
 
-        The parser refuses bad lengths as well, but its strictness differs between versions
-        (http-parser in Debian 12's httptools, llhttp later), and a length that two readers read
-        differently is how requests are smuggled.
+        The parsers refuse most of this as well, but their strictness differs (http-parser in
+        Debian 12's httptools, llhttp later), and a length that two readers read differently is how
+        requests are smuggled.
         """
+        if not self.target or self.target.translate(None, _TARGET):
+            return "the request target contains a space, a control or a non-ASCII character"
         lengths = 0
         lines: list[bytes] = []
         named: list[bytes] = []
         for name, value in self.headers:
             lowered = name.lower()
+            if name.translate(None, _TOKEN) or not name:
+                return "a header's name contains a character that is not allowed there"
             if lowered not in NOT_FORWARDED:
                 lines.append(name + b": " + value)
             elif lowered == b"content-length":

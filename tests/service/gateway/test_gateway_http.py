@@ -116,6 +116,7 @@ SMUGGLING = [
     b"X: a\rb\r\n\r\n",
     b"X: a\0b\r\n\r\n",
     b"X : a\r\n\r\n",
+    b"Content-Length : 5\r\n\r\nhello",
     b"Big: " + b"x" * 20_000 + b"\r\n\r\n",
 ]
 
@@ -205,7 +206,7 @@ async def test_connection_close_is_obeyed_on_every_route() -> None:
             {"path": "/health", "method": "GET"},
         ):
             client = await s.client()
-            client.send(**request, headers=("Connection: close",))  # type: ignore[arg-type]
+            client.send(**request, headers=("Connection: close",))
             answer = await client.answer()
             assert answer.headers["connection"] == "close", request
             assert await client.ended() == b""

@@ -56,6 +56,8 @@ def test_request_ids_differ() -> None:
         [(b"transfer-encoding", b"gzip, chunked")],
         [(b"x", b"a\r\ny: b")],
         [(b"x", b"a\nb")],
+        [(b"content-length ", b"5")],
+        [(b"", b"5")],
         [(b"x", b"a\0b")],
     ],
 )
