@@ -125,11 +125,17 @@ def supervise(spec: dict[str, Any], directory: pathlib.Path) -> None:
     owner_fd: int | None = spec["owner_fd"]
     if owner_fd is not None:
         poll.register(owner_fd, select.POLLIN)  # a pidfd becomes readable when its process ends
+    # Reports when the starter closed its end: it is done with the start, or was killed during it.
+    poll.register(ready_fd, 0)
     while True:
         for fd, _ in poll.poll():
             if fd == owner_fd:
                 return
-            if fd == notify.fileno():
+            if fd == ready_fd:
+                if not (directory / "facts.json").exists():
+                    return  # nobody will ever know of this guest
+                poll.unregister(ready_fd)
+            elif fd == notify.fileno():
                 if b"READY=1" in notify.recv(65536).split(b"\n"):
                     tell(ready_fd, "ready")
             elif signal.SIGTERM in os.read(wakeup_read, 4096):

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -181,6 +182,20 @@ def test_killed_owner_leaves_nothing() -> None:
     assert leftovers(name) == []
 
 
+def test_starter_killed_during_the_boot_leaves_nothing() -> None:
+    name = f"half-{os.getpid()}"
+    directory = state.directory_of(name)
+    with subprocess.Popen([LAB, "up", name], stdout=subprocess.DEVNULL) as starter:
+        while not (directory / "spec.json").exists() and starter.poll() is None:
+            time.sleep(0.001)
+        starter.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while state.is_alive(directory) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sweep()
+    assert leftovers(name) == []
+
+
 @pytest.mark.parametrize("victim", ["guardian", "its parent"])
 def test_kill_9_of_the_guardian_ends_the_guest_and_its_mounts(victim: str) -> None:
     started = Guest.up()
@@ -237,3 +252,16 @@ DEB822 = "Types: deb\n{}URIs: http://m.example/debian\nSuites: a a-updates\nComp
 )
 def test_mirror_is_found_in_apt_sources(suffix: str, text: str, mirror: str | None) -> None:
     assert host.mirror_in_sources([(suffix, text)]) == mirror
+
+
+@pytest.mark.vm
+def test_virtual_machine_has_the_same_verbs() -> None:
+    with Guest.up(machine=True) as machine:
+        done = machine.run(["sh", "-c", "cat; echo err >&2; exit 7"], input="in\n", check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (7, "in\n", "err\n")
+        controllers = machine.read("/sys/fs/cgroup/cgroup.controllers").decode().split()
+        assert {"cpu", "io", "memory"} <= set(controllers)  # what a container here may lack
+        machine.write("/etc/made/by-test", "it's there\n")
+        assert machine.run(["cat", "/etc/made/by-test"]).stdout == "it's there\n"
+        assert machine.run(["test", "-e", "/srv/llmux/pyproject.toml"]).returncode == 0
+    assert leftovers(machine.name) == []
