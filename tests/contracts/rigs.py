@@ -150,6 +150,11 @@ class EngineRig:
         return address
 
 
+def make_ledger(path: Path) -> None:
+    command = [sys.executable, str(STANDIN / "ledger.py"), "init", str(path)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 @asynccontextmanager
 async def engine_rig(kind: str, directory: Path) -> AsyncIterator[EngineRig]:
     """The engine driver on the stand-in engine, or its twin on a pretended one."""
@@ -157,8 +162,7 @@ async def engine_rig(kind: str, directory: Path) -> AsyncIterator[EngineRig]:
         world = World()
         yield EngineRig(kind, MemoryEngine(world), MemoryUnits(world), directory, world)
         return
-    ledger = [sys.executable, str(STANDIN / "ledger.py"), "init", str(directory / "ledger.json")]
-    subprocess.run(ledger, check=True, stdout=subprocess.DEVNULL)
+    make_ledger(directory / "ledger.json")
     units = DirectUnits()
     try:
         yield EngineRig(kind, VllmEngine(), units, directory)

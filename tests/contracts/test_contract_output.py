@@ -22,6 +22,10 @@ def handle_of(model: str = "alpha", ticks: int = 0) -> UnitHandle:
     return UnitHandle(model, f"llmux-{model}", own, ticks or start_ticks(own) or 1)
 
 
+def size_of(path: str) -> int:
+    return os.path.getsize(path)
+
+
 def with_output(kind: str, directory: Path, body: Callable[[EngineOutput, Say], None]) -> None:
     async def main() -> None:
         if kind == "memory":
@@ -163,7 +167,7 @@ class TestTheFiles:
             lines = [f"line {number}" for number in range(500)]
             self.append(path, "\n".join(lines).encode() + b"\n")
             output.tail("alpha")
-            assert os.path.getsize(path) == 0
+            assert size_of(path) == 0
             self.append(path, b"after\n")
             assert output.tail("alpha", 1) == ["after"]
             assert seen == [*lines, "after"]

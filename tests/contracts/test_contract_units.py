@@ -209,8 +209,8 @@ class TestRealProcesses:
                 os.set_inheritable(read, True)
                 script = (
                     f"(echo fds $(ls /proc/$$/fd | sort -n); echo umask $(umask); env;"
-                    f" grep -E 'NoNewPrivs|Seccomp:|SigIgn' /proc/$$/status; readlink /proc/$$/fd/0;"
-                    f" pwd) > {fifo}; echo out; echo err >&2; exec sleep 1000"
+                    f" grep -E 'NoNewPrivs|Seccomp:' /proc/$$/status; readlink /proc/$$/fd/0)"
+                    f" > {fifo}; echo out; echo err >&2; exec sleep 1000"
                 )
                 spec = rig.spec(argv=("/bin/sh", "-c", script))
                 try:

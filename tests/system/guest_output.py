@@ -22,6 +22,11 @@ def journal(*words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def append(path: str, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text)
+
+
 def test_lines_stand_under_the_engines_unit_with_their_level(tmp_path: Path) -> None:
     async def body() -> str:
         async with units_rig("systemd", tmp_path) as rig:
@@ -39,8 +44,7 @@ def test_lines_stand_under_the_engines_unit_with_their_level(tmp_path: Path) -> 
                 for _ in range(3):
                     await heard.get()
             await rig.units.kill(handle, DEADLINE)
-            with open(output.paths("talker")[0], "a") as file:
-                file.write("x" * 300_000 + "\nlast words")
+            append(output.paths("talker")[0], "x" * 300_000 + "\nlast words")
             output.detach("talker")
             assert output.dropped == 0
             await output.close()

@@ -32,6 +32,10 @@ def systemctl(*words: str) -> str:
     return done.stdout.strip()
 
 
+def proc(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
 def show(unit: str, name: str) -> str:
     return systemctl("show", "--property", name, "--value", unit)
 
@@ -65,7 +69,7 @@ def test_the_scope_is_as_designed(tmp_path: Path) -> None:
             # Tied to no service: a restart of llmux must not touch it.
             for tie in ("PartOf", "BindsTo"):
                 assert show(handle.unit, tie) == ""
-            where = Path(f"/proc/{handle.pid}/cgroup").read_text().splitlines()[-1]
+            where = proc(handle.pid, "cgroup").splitlines()[-1]
             assert where == f"0::{handle.cgroup}/engine"
 
     asyncio.run(body())
@@ -77,7 +81,7 @@ def test_the_engine_has_its_user_and_no_capability(tmp_path: Path) -> None:
     async def body() -> None:
         async with units_rig("systemd", tmp_path) as rig:
             handle = await rig.units.start(as_user(rig), DEADLINE)
-            status = Path(f"/proc/{handle.pid}/status").read_text()
+            status = proc(handle.pid, "status")
             fields = dict(line.split(":\t", 1) for line in status.splitlines())
             uid = str(pwd.getpwnam("nobody").pw_uid)
             assert fields["Uid"].split() == [uid] * 4

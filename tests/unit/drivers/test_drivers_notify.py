@@ -74,10 +74,11 @@ print(listen_fds(first))
 def test_passed_sockets_are_taken_once_by_name(tmp_path: Path) -> None:
     listeners = [socket.socket() for _ in range(3)]
     with open(tmp_path / "file", "w") as file:
-        # Consecutive numbers, high enough to be nobody's: two of one name, one other, one no socket.
+        # Consecutive, and high enough to be nobody's: two of one name, one other, one no socket.
         numbers = range(200, 204)
-        for number, have in zip(numbers, [*listeners, file], strict=True):
-            os.dup2(have.fileno(), number)
+        descriptors = [*(sock.fileno() for sock in listeners), file.fileno()]
+        for number, have in zip(numbers, descriptors, strict=True):
+            os.dup2(have, number)
     try:
         done = subprocess.run(
             [sys.executable, "-c", TAKE],
