@@ -56,7 +56,9 @@ class Ticket:
 class Lease:
     """One epoch of one model: the right to send to ``address``. ``pool`` is the gateway's."""
 
-    __slots__ = ("address", "epoch", "in_flight", "line", "pool", "revoked", "suspect_until")
+    __slots__ = (
+        "address", "epoch", "in_flight", "line", "pool", "reported_at", "revoked", "suspect_until",
+    )  # fmt: skip
 
     def __init__(self, line: Line, epoch: str, address: Address) -> None:
         self.line = line
@@ -66,6 +68,7 @@ class Lease:
         self.revoked = False
         self.suspect_until: float | None = None
         self.pool: Any = None
+        self.reported_at = float("-inf")  # when the gateway last told the supervisor of trouble
 
     @property
     def model(self) -> str:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from llmux.gateway.gateway import Gateway
 
 MAX_HEAD = 16_000  # below Sanic's ceiling of 16384, which sees the head again for its own routes
-MAX_QUEUED = 16  # pipelined requests held before the connection is no longer read
+MAX_QUEUED = 16  # pipelined requests held before the connection is no longer read …
+MAX_QUEUED_BYTES = 1024 * 1024  # … and the bytes of their bodies
 RECEIVE_SECS = 60.0  # a started request must make progress within this
 KEEP_ALIVE_SECS = 120.0  # an idle connection is kept this long
 FLUSH_SECS = 30.0  # a closed connection's last bytes, to a client that reads slowly
@@ -219,8 +220,10 @@ class FrontProtocol(HttpProtocol):
                 break
             self._start(self._queue.popleft())
         self._advancing = False
-        if len(self._queue) > MAX_QUEUED and self.transport is not None:
-            self.transport.pause_reading()
+        if self._queue and self.transport is not None and not self.transport.is_closing():
+            size = sum(len(incoming.body) for incoming in self._queue)
+            if len(self._queue) > MAX_QUEUED or size > MAX_QUEUED_BYTES:
+                self.transport.pause_reading()
 
     def _start(self, incoming: Incoming) -> None:
         self.deadline = 0.0

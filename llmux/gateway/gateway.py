@@ -35,6 +35,8 @@ from llmux.protocol import (
 
 logger = logging.getLogger(__name__)
 
+REPORT_SECS = 0.1  # a dying engine breaks all its streams at once; one report is enough
+
 
 class Gateway:
     """``draining``: the worker is stopping; connections are closed after their present answer."""
@@ -93,10 +95,12 @@ class Gateway:
         lease = exchange.lease
         if lease is not None:
             # Broken mid-answer: its other requests may be well. Not even begun: nobody else tries.
-            news = not lease.revoked if not exchange.repeatable else self.admission.suspect(lease)
-            if news:
+            news = self.admission.suspect(lease) if exchange.repeatable else not lease.revoked
+            now = self.clock()
+            if news and now >= lease.reported_at + REPORT_SECS:
+                lease.reported_at = now
                 self.link.send(EngineLost(lease.model, lease.epoch, failure.error))
-                self._set_timer()
+            self._set_timer()
         problem = exchange.failure_problem(failure)
         self._again_or_fail(exchange, problem, between_chunks=failure.between_chunks)
 
