@@ -264,21 +264,27 @@ class VllmEngine:
         self, address: Address, operation: str, want: bool, end: float, deadline: float
     ) -> None:
         pause = FIRST_PAUSE
+        contrary = False
         while True:
-            reply = await self._try(address, operation, "GET", "/is_sleeping", None, end, deadline)
+            try:
+                reply = await self._try(
+                    address, operation, "GET", "/is_sleeping", None, end, deadline
+                )
+            except DriverTimeout:
+                if not contrary:
+                    raise
+                state = "awake" if want else "asleep"
+                raise DriverTimeout(
+                    operation, f"the engine at {address}", f"still {state} after {deadline:g}s"
+                ) from None
             if reply.status in (404, 405):
                 return  # nothing to observe by; the answer to the order has to do
             if reply.status != 200:
                 raise _bad_answer(operation, address, "/is_sleeping", reply)
             if _is_sleeping(address, reply) is want:
                 return
-            left = end - time.monotonic()
-            if left <= 0:
-                state = "awake" if want else "asleep"
-                raise DriverTimeout(
-                    operation, f"the engine at {address}", f"still {state} after {deadline:g}s"
-                )
-            await asyncio.sleep(min(pause, left))
+            contrary = True
+            await asyncio.sleep(min(pause, max(end - time.monotonic(), 0)))
             pause = min(pause * 2, LAST_PAUSE)
 
     async def _order(

@@ -1,0 +1,194 @@
+"""The HTTP client of the engine driver against answers that no well-behaved engine gives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from llmux.drivers import engine as engine_module
+from llmux.drivers.engine import VllmEngine
+from llmux.errors import DriverTimeout, EngineUnhealthy
+from llmux.protocol import Address
+
+Answer = Callable[[str, int], bytes | None]  # request line, how many before → bytes, None = hang
+
+
+@asynccontextmanager
+async def server(directory: Path, answer: Answer) -> AsyncIterator[tuple[Address, list[str]]]:
+    """Answers each request with raw bytes and closes the connection."""
+    seen: list[str] = []
+    hung = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            line = head.split(b"\r\n")[0].decode()
+            seen.append(line)
+            data = answer(line, len(seen) - 1)
+            if data is None:
+                await hung.wait()
+            else:
+                writer.write(data)
+                await writer.drain()
+        finally:
+            writer.close()
+
+    path = str(directory / "s")
+    listener = await asyncio.start_unix_server(serve, path)
+    try:
+        yield Address(uds=path), seen
+    finally:
+        hung.set()
+        listener.close()
+        await listener.wait_closed()
+
+
+def reply(status: int, body: bytes = b"{}") -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "RETRY_PAUSES", (0.0, 0.0))
+
+
+def test_three_tries_and_the_last_body_is_told(tmp_path: Path) -> None:
+    async def body() -> list[str]:
+        async with server(tmp_path, lambda _, n: reply(500, b"trouble %d" % n)) as (address, seen):
+            with pytest.raises(EngineUnhealthy, match="500: trouble 2") as caught:
+                await VllmEngine().wake(address, (), 5)
+            assert caught.value.fields["status"] == 500
+            return seen
+
+    assert asyncio.run(body()) == ["POST /wake_up HTTP/1.1"] * 3
+
+
+def test_one_failure_is_got_over(tmp_path: Path) -> None:
+    def answer(line: str, n: int) -> bytes:
+        if "is_sleeping" in line:
+            return reply(200, b'{"is_sleeping": false}')
+        return reply(503) if n == 0 else reply(200)
+
+    async def body() -> None:
+        async with server(tmp_path, answer) as (address, seen):
+            await VllmEngine().wake(address, (), 5)
+            assert len(seen) == 3
+
+    asyncio.run(body())
+
+
+def test_a_refusal_is_not_repeated_and_the_hint_helps(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with server(tmp_path, lambda *_: reply(404, b'{"detail":"Not Found"}')) as (a, seen):
+            with pytest.raises(EngineUnhealthy, match="VLLM_SERVER_DEV_MODE"):
+                await VllmEngine().sleep(a, 1, 5)
+            assert len(seen) == 1
+            assert await VllmEngine().sleeping(a, 5) is None
+
+    asyncio.run(body())
+
+
+def test_tags_and_level_go_into_the_query(tmp_path: Path) -> None:
+    def answer(line: str, _: int) -> bytes:
+        return reply(200, b'{"is_sleeping": true}')
+
+    async def body() -> list[str]:
+        async with server(tmp_path, answer) as (address, seen):
+            await VllmEngine().sleep(address, 2, 5)
+            await VllmEngine().wake(address, ("weights", "kv_cache"), 5)
+            return [line.split()[1] for line in seen]
+
+    assert asyncio.run(body()) == [
+        "/sleep?level=2&mode=wait",
+        "/is_sleeping",
+        "/wake_up?tags=weights&tags=kv_cache",
+    ]
+
+
+def test_one_that_says_yes_and_stays_awake_is_found_out(tmp_path: Path) -> None:
+    async def body() -> None:
+        lies = reply(200, b'{"is_sleeping": false}')
+        async with server(tmp_path, lambda *_: lies) as (address, _):
+            with pytest.raises(DriverTimeout, match="still awake"):
+                await VllmEngine().sleep(address, 1, 0.05)
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc",
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+    ],
+)
+def test_half_an_answer_is_none(tmp_path: Path, data: bytes) -> None:
+    async def body() -> None:
+        async with server(tmp_path, lambda *_: data) as (address, _):
+            assert not await VllmEngine().healthy(address, 1)
+            with pytest.raises(EngineUnhealthy):
+                await VllmEngine().sleeping(address, 1)
+
+    asyncio.run(body())
+
+
+def test_a_body_without_a_length_ends_with_the_connection(tmp_path: Path) -> None:
+    async def body() -> None:
+        data = b'HTTP/1.1 200 OK\r\n\r\n{"is_sleeping": true}'
+        async with server(tmp_path, lambda *_: data) as (address, _):
+            assert await VllmEngine().sleeping(address, 1) is True
+
+    asyncio.run(body())
+
+
+def test_one_that_never_answers_costs_the_deadline_and_no_more(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with server(tmp_path, lambda *_: None) as (address, _):
+            assert not await VllmEngine().healthy(address, 0.02)
+            with pytest.raises(DriverTimeout, match="/wake_up was not answered"):
+                await VllmEngine().wake(address, (), 0.02)
+
+    asyncio.run(body())
+
+
+def test_a_pooling_model_is_tested_by_its_embedding(tmp_path: Path) -> None:
+    def answer(line: str, _: int) -> bytes:
+        if "/v1/embeddings" in line:
+            return reply(200, b'{"data":[{"embedding":[0.5,0.25]}]}')
+        return reply(404, b'{"detail":"Not Found"}')
+
+    async def body() -> None:
+        async with server(tmp_path, answer) as (address, _):
+            canary = await VllmEngine().canary(address, "e", 5)
+            assert canary.logprobs == (0.5, 0.25)
+
+    asyncio.run(body())
+
+
+def test_a_wrong_model_is_no_pooling_model(tmp_path: Path) -> None:
+    body_bytes = b'{"error":{"message":"The model `x` does not exist.","code":404}}'
+
+    async def body() -> None:
+        async with server(tmp_path, lambda *_: reply(404, body_bytes)) as (address, seen):
+            with pytest.raises(EngineUnhealthy, match="does not exist"):
+                await VllmEngine().canary(address, "x", 5)
+            assert len(seen) == 1
+
+    asyncio.run(body())
+
+
+def test_healthy_as_soon_as_the_socket_appears(tmp_path: Path) -> None:
+    async def body() -> None:
+        address = Address(uds=str(tmp_path / "s"))
+        waiting = asyncio.create_task(VllmEngine().wait_healthy(address, 10))
+        await asyncio.sleep(0)
+        async with server(tmp_path, lambda *_: reply(200)):
+            await waiting
+
+    asyncio.run(body())
