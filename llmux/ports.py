@@ -281,6 +281,7 @@ class Interrupted:
     model: str
     unit: str
     operation: str  # "dump" or "restore"
+    shm: tuple[str, ...] = ()  # names in /dev/shm to remove once the unit was killed
 
 
 class Dumper(Protocol):

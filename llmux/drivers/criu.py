@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import shutil
 import signal
 import time
@@ -42,6 +43,7 @@ from llmux.ports import (
 log = logging.getLogger(__name__)
 
 _CHECK_TIMEOUT: Final = 20.0
+_END_TIMEOUT: Final = 5.0  # seconds from SIGKILL to the end of a CRIU that writes to a slow disk
 _EMPTY: Final = ".no-plugins"
 
 _T = TypeVar("_T")
@@ -322,17 +324,17 @@ class Criu:
         for model, path, note in self._store.sweep():
             self._end_criu(path)
             if note:
-                interrupted.append(Interrupted(model, str(note["unit"]), str(note["operation"])))
                 inodes = [(int(device), int(inode)) for device, inode in note.get("shm", ())]
                 found = criu_shm.find_names(inodes, self._shm)
                 names = [name for group in found.values() for name in group]
-                # The unit is still alive: its own files go when it is killed, only CRIU's links now.
-                criu_shm.remove(
-                    [name for name in names if name.startswith("link_remap.")], self._shm
-                )
-                criu_shm.remove(
-                    [name for name in note.get("names", ()) if name.startswith("link_remap.")],
-                    self._shm,
+                names += [str(name) for name in note.get("names", ())]
+                links = [name for name in names if name.startswith("link_remap.")]
+                criu_shm.remove(links, self._shm)
+                criu_shm.remove_litter(note.get("litter", ()), self._shm, self._proc)
+                # The unit may live; what its processes use goes when it has been killed.
+                rest = tuple(sorted(set(names) - set(links)))
+                interrupted.append(
+                    Interrupted(model, str(note["unit"]), str(note["operation"]), rest)
                 )
             self._store.forget(path)
         return interrupted
@@ -340,10 +342,17 @@ class Criu:
     def _end_criu(self, path: str) -> None:
         """Kill a CRIU that still dumps into ``path``: its supervisor is gone, the image is lost."""
         for name in filter(str.isdigit, os.listdir(self._proc)):
-            with suppress(OSError), open(f"{self._proc}/{name}/cmdline", "rb") as file:
-                arguments = file.read().split(b"\0")
-                if os.fsencode(path) in arguments and b"dump" in arguments:
-                    os.kill(int(name), signal.SIGKILL)
+            with suppress(OSError):
+                with open(f"{self._proc}/{name}/cmdline", "rb") as file:
+                    arguments = file.read().split(b"\0")
+                if os.fsencode(path) not in arguments or b"dump" not in arguments:
+                    continue
+                pidfd = os.pidfd_open(int(name))
+                try:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    select.select([pidfd], [], [], _END_TIMEOUT)
+                finally:
+                    os.close(pidfd)
 
     async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
         """Names in /dev/shm of what the unit's processes have open there; to be removed by

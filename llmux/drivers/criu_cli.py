@@ -108,6 +108,21 @@ def hint_for(text: str) -> str | None:
     return next((hint for sign, hint in _HINTS if sign in text), None)
 
 
+# Signs that this host could not take an image that may be all right.
+_HOST: Final = (
+    "killed by signal 9",
+    "File exists",
+    "Cannot allocate memory",
+    "No space left",
+    "Address already in use",
+    "Can't fork for",
+)
+
+
+def blames_host(text: str) -> bool:
+    return any(sign in text for sign in _HOST)
+
+
 def succeeded(log: str, operation: str) -> bool:
     """CRIU's own last word. A restore's exit status is 0 even when a late step failed."""
     sign = (

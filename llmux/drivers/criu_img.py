@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Final
 
 FILES: Final = "files.img"
+REMAPS: Final = "remap-fpath.img"
 PAGE_SIZE: Final = 4096
 _LINK: Final = re.compile(rb"(?:^|/)link_remap\.[0-9]+$")
 _PE_PRESENT: Final = 1 << 2  # criu/include/pagemap.h: the page's bytes are in the pages file
@@ -128,6 +129,30 @@ def rename_links(data: bytes, token: str) -> tuple[bytes, dict[str, str]]:
             entry = _with_bytes(entry, _REG, _with_bytes(reg, _NAME, new))
         out += struct.pack("<I", len(entry)) + entry
     return bytes(out), renamed
+
+
+def litter(files: bytes, remaps: bytes) -> list[str]:
+    """Paths that a CRIU killed in a restore may leave, each of which makes the next one fail.
+
+    For a deleted file it makes ``NAME.cr.ID.ghost``, for a linked one it links NAME for a moment
+    (criu/files-reg.c: ghost_path, rfi_remap). remap_file_path_entry: orig_id = 1, remap_id = 2,
+    remap_type = 3 (0 linked, 1 ghost); file_entry.id = 2.
+    """
+    names: dict[int, str] = {}
+    for entry in entries(files):
+        reg, number = _first(entry, _REG), _first(entry, 2)
+        name = _first(reg, _NAME) if isinstance(reg, bytes) else None
+        if isinstance(name, bytes) and isinstance(number, int):
+            names[number] = "/" + name.decode("utf-8", "surrogateescape").lstrip("/")
+    found = []
+    for entry in entries(remaps):
+        original, remap, kind = (_first(entry, number) for number in (1, 2, 3))
+        if isinstance(original, int) and isinstance(remap, int) and original in names:
+            if kind == 1:
+                found.append(f"{names[original]}.cr.{remap:x}.ghost")
+            elif not kind:
+                found.append(names[original])
+    return found
 
 
 def stored_pages(pagemap: bytes) -> tuple[int, int]:

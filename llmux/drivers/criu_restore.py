@@ -13,7 +13,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 
-from llmux.drivers import criu_cli, criu_host, criu_shm
+from llmux.drivers import criu_cli, criu_host, criu_img, criu_shm
 from llmux.drivers.criu_dump import Tools, failed
 from llmux.drivers.images import RESTORING, ImageStore, write_note
 from llmux.drivers.images_manifest import Manifest, ManifestError
@@ -46,6 +46,7 @@ class Restore:
         self._work = ""
         self._note = ""
         self._made: tuple[str, ...] = ()
+        self._litter: list[str] = []
         self._started: UnitHandle | None = None
 
     async def run(self, verified: Awaitable[str | None]) -> UnitHandle:
@@ -96,12 +97,15 @@ class Restore:
             criu_host.check_memory(manifest.apparent_bytes)
             criu_host.put_right(manifest)
             criu_host.clear_sockets(manifest, self._tools.proc)
+            self._litter = self._read_litter()
+            criu_shm.remove_litter(self._litter, self._tools.shm, self._tools.proc)
             write_note(
                 self._note,
                 {
                     "unit": unit_name(self._image.model),
                     "operation": "restore",
                     "names": [name for group in manifest.shm for name in group.names],
+                    "litter": self._litter,
                 },
             )
             self._made = criu_shm.put_back(
@@ -111,9 +115,22 @@ class Restore:
             raise self._failed(
                 str(error), "host", "end what is in the way, or start the model without its image"
             ) from error
+        except criu_img.BadImage as error:
+            raise self._failed(f"the image cannot be used: {error}", "image") from error
         except OSError as error:
             raise self._failed(str(error), "host") from error
         return manifest
+
+    def _read_litter(self) -> list[str]:
+        def read(name: str) -> bytes:
+            with open(os.path.join(self._image.path, name), "rb") as file:
+                return file.read()
+
+        try:
+            remaps = read(criu_img.REMAPS)
+        except FileNotFoundError:
+            return []  # no deleted files
+        return criu_img.litter(read(criu_img.FILES), remaps)
 
     # ---- CRIU -----------------------------------------------------------------------------------
 
@@ -157,8 +174,8 @@ class Restore:
         if description != "exit status 0" or not criu_cli.succeeded(log, "restore"):
             text = criu_cli.excerpt(log) or await asyncio.to_thread(self._read, "criu.out")
             message = f"CRIU: {text.strip() or 'no error in its log'} ({description})"
-            killed = description.startswith("killed")
-            raise self._failed(message, "host" if killed else "image", criu_cli.hint_for(text))
+            host = description.startswith("killed") or criu_cli.blames_host(text)
+            raise self._failed(message, "host" if host else "image", criu_cli.hint_for(text))
 
     def _read(self, name: str) -> str:
         try:
@@ -194,5 +211,8 @@ class Restore:
             with suppress(DriverTimeout, DriverError):
                 await self._units.kill(self._started, _KILL_TIMEOUT)
         await asyncio.to_thread(criu_shm.remove, self._made, self._tools.shm)
+        await asyncio.to_thread(
+            criu_shm.remove_litter, self._litter, self._tools.shm, self._tools.proc
+        )
         if self._note:
             await asyncio.to_thread(self._store.forget, self._note)

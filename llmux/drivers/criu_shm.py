@@ -145,6 +145,18 @@ def _clear(path: str, uid: int, proc: str) -> None:
     os.unlink(path)
 
 
+def remove_litter(paths: Iterable[str], shm: str = SHM, proc: str = PROC) -> None:
+    """Remove what a killed restore left (criu_img.litter): in /dev/shm, and ghosts anywhere; nothing that a
+    process uses."""
+    for path in paths:
+        if os.path.dirname(path) != shm and not path.endswith(".ghost"):
+            continue
+        with suppress(FileNotFoundError):
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode) and not _user_of(status.st_dev, status.st_ino, proc):
+                os.unlink(path)
+
+
 def put_back(
     groups: Sequence[ShmGroup], image: str, shm: str = SHM, proc: str = PROC
 ) -> tuple[str, ...]:

@@ -250,13 +250,16 @@ def inspect(
             _scan_maps(pid, comms[pid], proc, shm, found)
         resident += _kilobytes(statuses[pid], "RssAnon", "RssShmem", "VmSwap")
         processes.append(TreeProcess(pid, comms[pid], find_tids(pid, proc)))
-    if _session(root, proc) != root:
+    try:
+        session, unix = _session(root, proc), read_unix(root, proc)
+        ports = _scan_tcp(root, comms, proc, found)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    if session != root:
         found.refuse(
             f"process {root} ({comms[root]}) is not the leader of its session",
             "start the engine through llmux's launcher",
         )
-    ports = _scan_tcp(root, comms, proc, found)
-    unix = read_unix(root, proc)
     paths = {
         unix[inode][0] for inode in found.sockets if inode in unix and unix[inode][0][:1] == "/"
     }

@@ -383,14 +383,15 @@ class ImageStore:
 
 
 def write_note(path: str, body: Mapping[str, Any]) -> None:
-    """A note for the next supervisor, should this one die now."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    """A note for the next supervisor, should this one die now; there at once as a whole."""
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "w", encoding="utf-8") as file:
         json.dump(body, file)
+    os.rename(f"{path}.new", path)
 
 
 def read_note(path: str) -> dict[str, Any]:
-    """Empty when there is none or it was cut short: then nothing had been begun."""
+    """Empty when there is none: then nothing had been begun."""
     try:
         with open(path, encoding="utf-8") as file:
             body = json.load(file)
