@@ -122,5 +122,6 @@ def _begin_start(turn: Turn, name: str) -> None:
 
 def _begin_stop(turn: Turn, name: str, reason: str) -> None:
     op = turn.operation()
-    turn.update(name, phase=Stopping(op, turn.now, reason))
-    turn.run(name, op, stop_plan(turn.models[name].config))
+    config = turn.models[name].config
+    turn.update(name, phase=Stopping(op, turn.now, reason, config.gpu_memory))
+    turn.run(name, op, stop_plan(config))

@@ -75,6 +75,8 @@ class Plan:
 FREEZE_SECS = 10.0  # measured 1-20 ms for a vLLM tree; a task in uninterruptible sleep delays it
 KILL_SECS = 15.0  # cgroup.kill is immediate but for tasks inside the driver or on a slow disk
 RELEASE_SECS = 10.0  # the driver frees a killed process's memory within a second or two
+# vLLM has unmapped before it says that it sleeps; what is not gone soon will not go by itself
+SLEEP_RELEASE_SECS = 3.0
 CANARY_SECS = 60.0  # eight tokens; the first request after a start may compile kernels
 PROBE_SECS = 30.0
 DESCRIBE_SECS = 5.0
@@ -130,7 +132,7 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     if eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT):
         raise NotImplementedError(eviction)
     if eviction.weights is not Weights.RETAIN:
-        steps.append(Step(StepKind.VERIFY_RELEASE, RELEASE_SECS))
+        steps.append(Step(StepKind.VERIFY_RELEASE, SLEEP_RELEASE_SECS))
     return Plan("park", tuple(steps), Outcome.PARKED, eviction, _down(model, grace=True))
 
 

@@ -86,12 +86,14 @@ class Waking:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """``reason`` is kept for what follows: the journal line and, after a crash, the refusal."""
+    """``reason`` is kept for what follows: the journal line and, after a crash, the refusal.
+    ``share``: what it holds of each GPU until it is gone; a parked engine holds little."""
 
     state: ClassVar = ModelState.STOPPING
     op: int
     since: float
     reason: str
+    share: float
     crashed: bool = False
 
 
@@ -225,6 +227,8 @@ def share_now(record: ModelRecord) -> float:
             return record.config.gpu_memory if held else 0.0
         case Parked(eviction=eviction):
             return parked_share(record.config, eviction)
+        case Stopping(share=share):
+            return share
         case _:
             return record.config.gpu_memory
 

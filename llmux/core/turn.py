@@ -35,6 +35,7 @@ from llmux.core.records import (
     Stopped,
     Stopping,
     Waking,
+    share_now,
 )
 from llmux.core.states import TRANSITIONS, ModelState
 from llmux.errors import InvariantError, Reason
@@ -231,7 +232,8 @@ class Turn:
 
     def stop(self, name: str, reason: str, *, grace: bool, crashed: bool = False) -> None:
         op = self.operation()
-        self.move(name, Stopping(op, self.now, reason, crashed))
+        share = share_now(self.models[name])
+        self.move(name, Stopping(op, self.now, reason, share, crashed))
         self.run(name, op, stop_plan(self.models[name].config, grace=grace))
 
     def crash(self, name: str, reason: str) -> None:

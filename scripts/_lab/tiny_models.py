@@ -72,6 +72,8 @@ def make_model(directory: pathlib.Path, seed: int) -> None:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    for file in pathlib.Path(directory).iterdir():
+        file.chmod(0o644)  # safetensors writes 0600; engines have a user of their own
 
 
 def main() -> None:
