@@ -68,6 +68,7 @@ class Hub:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._path: str | None = None
+        self._closing = False
 
     async def listen(self, path: str, group: int | None) -> None:
         """Bind ``path`` anew. ``group`` may connect; without one only our own user."""
@@ -85,6 +86,7 @@ class Hub:
         self._track(self._serve(reader, writer))
 
     async def close(self) -> None:
+        self._closing = True
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):
@@ -150,12 +152,10 @@ class Hub:
 
     async def _see_off(self, worker: str, pid: int) -> None:
         """Its requests end with its process; one that lives goes on with them and comes back."""
-        try:
-            if pid != os.getpid() and _alive(pid):
-                await asyncio.sleep(RECONNECT_SECS)
-        finally:
-            if worker not in self._workers:
-                self._post(WorkerLeft(worker))
+        if pid != os.getpid() and not self._closing:
+            await _ended(pid, RECONNECT_SECS)
+        if worker not in self._workers:
+            self._post(WorkerLeft(worker))
 
     async def _hello(self, reader: asyncio.StreamReader) -> Hello:
         line = await reader.readline()
@@ -221,12 +221,24 @@ def _peer(writer: asyncio.StreamWriter) -> tuple[int, int]:
     return int(pid), int(uid)
 
 
-def _alive(pid: int) -> bool:
+async def _ended(pid: int, seconds: float) -> None:
+    """Until the process has ended, but no longer than ``seconds``. A killed one is still there for
+    a moment after its connection broke."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
-            return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+        fd = os.pidfd_open(pid)
     except OSError:
-        return False
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(fd, ended.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await ended.wait()
+    except TimeoutError:
+        pass
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
 
 
 def _user_name(uid: int) -> str:

@@ -1,4 +1,4 @@
-"""A guest with llmux installed from the package and the stand-in engine: what system tests ask of it.
+"""A guest with llmux installed and the stand-in engine: what system tests ask of it.
 
 The harness only configures, orders and asks; load and observation run inside the guest (load/), so
 that nothing between host and guest is measured.
@@ -39,7 +39,7 @@ def model(eviction: str = "offload+keep_running", **settings: Any) -> dict[str, 
 
 
 class LlmuxGuest:
-    """llmux in a guest. ``configure`` and ``begin`` make a fresh start out of whatever was before."""
+    """llmux in a guest. ``begin`` makes a fresh start out of whatever was before."""
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest

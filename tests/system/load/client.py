@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "standin"))
 
-from vllm_standin import text  # noqa: E402 (the path first)
+from vllm_standin import text
 
 ANSWER_TOKENS = 24  # the stand-in's default
 

@@ -1,4 +1,4 @@
-"""What the system itself says: units, cgroups, processes, the GPU ledger. Inside the guest, as root."""
+"""What the system itself says: units, cgroups, processes, GPU ledger. In the guest, as root."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import TypeVar
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "standin"))
 
-from ledger import Ledger  # noqa: E402 (the path first)
+from ledger import Ledger
 
 SLICE = pathlib.Path("/sys/fs/cgroup/llmux.slice")
-LEDGER = "/var/tmp/gpu/ledger.json"  # noqa: S108 (the guest is ours alone)
+LEDGER = "/var/tmp/gpu/ledger.json"
 SUPERVISOR, GATEWAY = "llmux.service", "llmux-gateway.service"
 
 Value = TypeVar("Value")
