@@ -310,12 +310,14 @@ class Executor:
 
     async def _probe(self, effect: Probe) -> None:
         instance = self.instance(effect.config)
+        # as long as a client's silence is borne, and no longer than it takes under any load
+        patience = min(PROBE_SECS, effect.config.stall_timeout_secs or PROBE_SECS)
         error: str | None = None
         try:
-            async with asyncio.timeout(PROBE_SECS + BACKSTOP_SECS):
-                await self._ask_canary(instance, PROBE_SECS)
+            async with asyncio.timeout(patience + BACKSTOP_SECS):
+                await self._ask_canary(instance, patience)
         except TimeoutError:
-            error = f"no answer to a probe within {PROBE_SECS:g} s"
+            error = f"no answer to a probe within {patience:g} s"
         except LlmuxError as failure:
             error = str(failure)
         self._post(ProbeFinished(effect.model, effect.epoch, error))

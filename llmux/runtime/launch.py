@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pwd
+import shutil
 from collections.abc import Mapping
 
 from llmux.config.schema import ModelConfig, Process, Weights
@@ -125,10 +126,14 @@ def launch_spec(
     stdout, stderr = drivers.output.paths(config.name)
     if address.uds is not None and os.path.lexists(address.uds):
         os.unlink(address.uds)  # of a killed engine; bind would fail
+    env = engine_environment(config, gpus, places)
+    program, *arguments = engine_argv(config, address, places.vllm_command)
+    # execve searches no PATH; one that is nowhere keeps its name, for the launcher's message
+    found = shutil.which(program, path=env.get("PATH", os.defpath)) or program
     return LaunchSpec(
         model=config.name,
-        argv=engine_argv(config, address, places.vllm_command),
-        env=engine_environment(config, gpus, places),
+        argv=(found, *arguments),
+        env=env,
         user=places.engine_user,
         stdout=stdout,
         stderr=stderr,

@@ -60,11 +60,14 @@ class Loop:
         self._waiters: set[tuple[Callable[[State], bool], asyncio.Future[State]]] = set()
         self.listeners: list[Listeners] = []
         self.last_switches: dict[str, SwitchFinished] = {}  # by the model made resident
-        self.turned = 0  # events handled; the watchdog is fed by this
+        self.turned = 0  # turns made, ticks included; the watchdog is fed by this
+        self.posted = 0
+        self.handled = 0  # of those posted: mine is done when this has reached my ``posted``
 
     def post(self, event: Event) -> None:
         """From anywhere in the event loop; handled in order."""
         self._events.put_nowait(event)
+        self.posted += 1
 
     async def run(self) -> None:
         """For ever. An exception (InvariantError included) ends the process; systemd restarts."""
@@ -72,15 +75,17 @@ class Loop:
             self._handle(await self._next())
 
     async def _next(self) -> Event:
-        if not self._events.empty():
-            return self._events.get_nowait()
-        if self.state.wakeup is None:
-            return await self._events.get()
-        try:
-            async with asyncio.timeout(max(0.0, self.state.wakeup - monotonic())):
-                return await self._events.get()
-        except TimeoutError:
-            return Tick()
+        wakeup = self.state.wakeup
+        if self._events.empty() and wakeup is not None:
+            try:
+                async with asyncio.timeout(max(0.0, wakeup - monotonic())):
+                    event = await self._events.get()
+            except TimeoutError:
+                return Tick()
+        else:
+            event = await self._events.get()
+        self.handled += 1
+        return event
 
     def _handle(self, event: Event) -> None:
         self.turned += 1

@@ -90,8 +90,8 @@ class Verbs:
         return {"message": f"Switched to model: {name}"}
 
     async def _bring_up(self, name: str) -> None:
-        asked_at = self._loop.state.generation
         self._loop.post(LoadAsked(name))
+        asked = self._loop.posted
         config = self._loop.state.config
         model = self._loop.state.models[name].config
         # room has to be made first: other models' drains and parking, then the start itself
@@ -108,7 +108,7 @@ class Verbs:
             if record is None or isinstance(record.phase, Serving):
                 return True
             return (
-                state.generation > asked_at
+                self._loop.handled >= asked
                 and name not in state.wants
                 and not _on_its_way(state, name)
             )
@@ -140,8 +140,8 @@ class Verbs:
         return {"message": f"Model {name} is {record.state}", "state": process_state(record)}
 
     async def _bring_down(self, name: str, eviction: Eviction | None) -> None:
-        asked_at = self._loop.state.generation
         self._loop.post(ParkAsked(name, eviction))
+        asked = self._loop.posted
         config = self._loop.state.config
         model = self._loop.state.models[name].config
         patience = config.policy.drain_timeout_secs + model.sleep_timeout_secs + 120.0
@@ -153,7 +153,7 @@ class Verbs:
             if record is None:
                 return True
             at_rest = isinstance(record.phase, (Stopped, Parked, Failed))
-            return state.generation > asked_at and at_rest
+            return self._loop.handled >= asked and at_rest
 
         try:
             await self._loop.wait_for(settled, patience)
