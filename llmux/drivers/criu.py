@@ -1,7 +1,9 @@
-"""Dumper: process trees to disk and back, with CRIU's command line. See ports.Dumper for the contract.
+"""Dumper: process trees to disk and back, with CRIU's command line. See ports.Dumper for the
+contract.
 
-CRIU runs with an empty plugin directory: the CUDA state is in host memory before it is called. Every
-distribution's CRIU since 4.1 serves. Owner of the images' state is the file system (images.py).
+CRIU runs with an empty plugin directory: the CUDA state is in host memory before it is called.
+Every distribution's CRIU since 4.1 serves. Owner of the images' state is the file system
+(images.py).
 """
 
 from __future__ import annotations

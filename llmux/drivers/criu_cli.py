@@ -22,8 +22,7 @@ _HARMLESS: Final = ("rlimit: Can't setup RLIMIT_NOFILE for self",)
 _HINTS: Final[tuple[tuple[str, str], ...]] = (
     (
         "Can't dump half of stream unix connection",
-        "the engine holds a unix stream connection to something outside, such as the journal: close it,"
-        " and send its output to a file",
+        "the engine has a unix stream connection to something outside, such as the journal",
     ),
     ("anon_inode:[io_uring]", "the engine was started without llmux's filter against io_uring"),
     ("No space left on device", "free some space in checkpoint.images_dir"),
@@ -61,8 +60,8 @@ def _common(images: str, work: str, log: str, libdir: str) -> list[str]:
         "--link-remap",
         # The tree inherits the cgroup of the criu process, which is in the new unit.
         "--manage-cgroups=ignore",
-        # No connection leaves the tree (checked before), so no packet can be lost; and a killed CRIU
-        # leaves no firewall rules behind.
+        # No connection leaves the tree (checked before), so no packet can be lost; and a killed
+        # CRIU leaves no firewall rules behind.
         "--network-lock", "skip",
     ]  # fmt: skip
 
@@ -91,7 +90,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 def excerpt(log: str, limit: int = 3) -> str:
-    """The first errors of a CRIU log, the cause, and the last, the outcome; without time and source."""
+    """The first errors of a CRIU log, the cause, and the last, the outcome; without time and
+    source."""
     errors = []
     for line in log.splitlines():
         match = re.search(r"Error \([^)]*\): ?(.*)", line)

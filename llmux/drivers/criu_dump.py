@@ -1,13 +1,15 @@
 """One dump: from a living tree to a complete image, or back to where it was.
 
-What a failure leaves, found by killing CRIU at many moments (4.2.1, 2026-11): when CRIU itself fails (disk
-full, something it cannot dump) it lets the tree go on unharmed; when CRIU is *killed*, threads may die
-in its injected code and TCP sockets stay in repair mode, so the tree must be killed.
+What a failure leaves, found by killing CRIU at many moments (4.2.1, 2026-11): when CRIU itself
+fails (disk full, something it cannot dump) it lets the tree go on unharmed; when CRIU is
+*killed*, threads may die in its injected code and TCP sockets stay in repair mode, so the tree
+must be killed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -18,15 +20,15 @@ from typing import Any, Final
 
 from llmux.drivers import criu_cli, criu_img, criu_shm
 from llmux.drivers.criu_tree import TreeFacts, TreeProcess, read_status
-from llmux.drivers.images import ImageStore, is_disk_full, write_note
+from llmux.drivers.images import ImageStore
 from llmux.drivers.images_files import digest_files, sizes_on_disk
 from llmux.drivers.images_manifest import KeptPath, Manifest
+from llmux.drivers.images_notes import DUMPING, write_note
 from llmux.drivers.run import run
 from llmux.errors import CheckpointFailed, DriverTimeout, LlmuxError
 from llmux.ports import DumpPhase, DumpSpec, Image, Progress, UnitHandle
 
-NOTE: Final = "dumping.json"
-_NOT_PART_OF_IT: Final = frozenset({criu_cli.DUMP_LOG, NOTE, "stats-dump"})
+_NOT_PART_OF_IT: Final = frozenset({criu_cli.DUMP_LOG, DUMPING, "stats-dump"})
 _LOOK_EVERY: Final = 0.25  # seconds between two progress reports
 _GONE_TIMEOUT: Final = 10.0  # from CRIU's SIGKILL to the last process reaped by its parent
 
@@ -74,8 +76,8 @@ class Dump:
         self._shm: tuple[criu_shm.ShmGroup, ...] = ()
 
     async def run(self, lock: asyncio.Lock) -> Image:
-        """``lock``: CRIU's ``link_remap.N`` in /dev/shm have the same names in every dump, so dumps go one
-        at a time until those are renamed."""
+        """``lock``: CRIU's ``link_remap.N`` in /dev/shm have the same names in every dump, so
+        dumps go one at a time until those are renamed."""
         model = self._handle.model
         self._directory = await asyncio.to_thread(self._store.begin, model)
         started = time.monotonic()
@@ -95,7 +97,7 @@ class Dump:
             await asyncio.to_thread(self._store.abandon, self._directory, criu_cli.DUMP_LOG)
             if isinstance(error, LlmuxError):
                 raise
-            full = isinstance(error, OSError) and is_disk_full(error)
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             hint = "free some space in checkpoint.images_dir" if full else None
             # Only what follows the end of the processes raises these.
             raise failed("checkpoint", model, str(error), hint, tree="gone") from error
@@ -109,7 +111,7 @@ class Dump:
             "operation": "dump",
             "shm": sorted(map(list, self._tree.shm)),
         }
-        await asyncio.to_thread(write_note, os.path.join(self._directory, NOTE), note)
+        await asyncio.to_thread(write_note, os.path.join(self._directory, DUMPING), note)
         cgroup = None
         if self._spec.frozen and self._handle.cgroup is not None:
             cgroup = f"{self._tools.cgroup_root}{self._handle.cgroup}/engine"
@@ -199,7 +201,8 @@ class Dump:
         self._processes = self._read_processes()
 
     def _remove_shm(self) -> None:
-        """The tree's own files, and CRIU's links to them, unless the tree lives on and needs its own."""
+        """The tree's own files, and CRIU's links to them, unless the tree lives on and needs its
+        own."""
         groups = criu_shm.find_names(self._tree.shm, self._tools.shm)
         alive = any(read_status(pid, self._tools.proc) for pid in self._tree.pids)
         names = [name for group in groups.values() for name in group]
@@ -231,7 +234,7 @@ class Dump:
 
     async def _pack(self, seconds: float) -> Image:
         names = await asyncio.to_thread(self._list_files)
-        total = sum(os.path.getsize(os.path.join(self._directory, name)) for name in names)
+        total, _ = await asyncio.to_thread(sizes_on_disk, self._directory)
         done = 0
 
         def count(size: int) -> None:
@@ -266,7 +269,7 @@ class Dump:
             apparent_bytes=apparent,
             disk_bytes=on_disk,
         )
-        os.unlink(os.path.join(self._directory, NOTE))
+        os.unlink(os.path.join(self._directory, DUMPING))
         image = await asyncio.to_thread(self._store.publish, self._directory, manifest)
         self._progress(DumpPhase.DONE, total, total)
         return image

@@ -12,7 +12,7 @@ from llmux.drivers.images_manifest import KeptPath, Manifest
 
 
 class HostNotReady(Exception):
-    """The image is all right, but this host cannot take it now; the text names what is in the way."""
+    """The image is all right, but this host cannot take it now: the text says why."""
 
 
 def check_pids(manifest: Manifest, proc: str = PROC) -> None:
@@ -46,8 +46,8 @@ def check_ports(manifest: Manifest, proc: str = PROC) -> None:
 
 
 def clear_sockets(manifest: Manifest, proc: str = PROC) -> None:
-    """Remove the sockets that the engine left behind in its runtime directory, where it will bind again.
-    Elsewhere we remove nothing: the engine chose those paths, and we are root.
+    """Remove the sockets that the engine left behind in its runtime directory, where it will
+    bind again. Elsewhere we remove nothing: the engine chose those paths, and we are root.
 
     Raises HostNotReady when one of them is in use or is something else.
     """
@@ -67,7 +67,8 @@ def clear_sockets(manifest: Manifest, proc: str = PROC) -> None:
 
 
 def put_right(manifest: Manifest) -> None:
-    """The runtime directory and the append-only files exist, with their owners. Raises HostNotReady."""
+    """The runtime directory and the append-only files exist, with their owners. Raises
+    HostNotReady."""
     try:
         if (kept := manifest.runtime_dir) is not None:
             os.makedirs(kept.path, mode=0o755, exist_ok=True)

@@ -1,8 +1,8 @@
 """The few parts of CRIU's image files that we must understand: pure functions over bytes.
 
 An image file is two 32-bit magic numbers, then entries of a 32-bit length and a protobuf message
-(criu/include/magic.h, criu/protobuf.c). Messages are read field by field and unknown fields are passed
-through unchanged, so newer CRIU versions do not disturb us.
+(criu/include/magic.h, criu/protobuf.c). Messages are read field by field and unknown fields are
+passed through unchanged, so newer CRIU versions do not disturb us.
 
 Why we rewrite one: CRIU gives a deleted file that still has another name (every named semaphore of
 Python's multiprocessing) a hard link ``link_remap.N`` beside it, and N is counted from the start in
@@ -158,8 +158,8 @@ def litter(files: bytes, remaps: bytes) -> list[str]:
 def stored_pages(pagemap: bytes) -> tuple[int, int]:
     """(number N of the pages-N.img, bytes that it must have) for a pagemap-PID.img.
 
-    pagemap_head.pages_id = 1; pagemap_entry: nr_pages = 2 (32 bits) or 5 (64 bits, CRIU 4.2), flags = 4
-    (criu/images/pagemap.proto).
+    pagemap_head.pages_id = 1; pagemap_entry: nr_pages = 2 (32 bits) or 5 (64 bits, CRIU 4.2),
+    flags = 4 (criu/images/pagemap.proto).
     """
     messages = list(entries(pagemap))
     if not messages or not isinstance(number := _first(messages[0], 1), int):
@@ -197,7 +197,7 @@ def dumped_processes(pstree: bytes) -> dict[int, tuple[int, ...]]:
 
 
 def dumped_name(core: bytes) -> str:
-    """The name of a process (core_entry.tc = 3, task_core_entry.comm = 6; criu/images/core.proto)."""
+    """The name of a process (criu/images/core.proto: core_entry.tc = 3, tc.comm = 6)."""
     tc = _first(next(entries(core)), 3)
     comm = _first(tc, 6) if isinstance(tc, bytes) else None
     if not isinstance(comm, bytes):

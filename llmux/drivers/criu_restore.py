@@ -1,7 +1,8 @@
 """One restore: from an image to a living tree in a new unit, or to nothing at all.
 
-CRIU is the payload of the unit: the launcher execs it, so everything that it forks is born there. It
-exits when the tree runs (``--restore-detached``); then the root of the tree is the unit's root.
+CRIU is the payload of the unit: the launcher execs it, so everything that it forks is born
+there. It exits when the tree runs (``--restore-detached``); then the root of the tree is the
+unit's root.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import replace
 
 from llmux.drivers import criu_cli, criu_host, criu_img, criu_shm
 from llmux.drivers.criu_dump import Tools, failed
-from llmux.drivers.images import RESTORING, ImageStore, write_note
+from llmux.drivers.images import ImageStore
 from llmux.drivers.images_manifest import Manifest, ManifestError
+from llmux.drivers.images_notes import RESTORING, write_note
 from llmux.drivers.process import start_ticks
 from llmux.drivers.spawn import unit_name
 from llmux.errors import CheckpointFailed, DriverError, DriverTimeout
@@ -50,8 +52,8 @@ class Restore:
         self._started: UnitHandle | None = None
 
     async def run(self, verified: Awaitable[str | None]) -> UnitHandle:
-        """``verified`` gives what is wrong with the image's bytes, None when nothing is; awaited last, so
-        that it runs beside CRIU."""
+        """``verified`` gives what is wrong with the image's bytes, None when nothing is; awaited
+        last, so that it runs beside CRIU."""
         try:
             manifest = await asyncio.to_thread(self._prepare)
             criu = await self._start()
@@ -145,7 +147,8 @@ class Restore:
             user=None,
             stdout=os.path.join(self._work, "criu.out"),
             stderr=os.path.join(self._work, "criu.out"),
-            # Not the engine's, which would be given to root: that one was put right from the manifest.
+            # Not the engine's, which would be given to root: that one was put right from the
+            # manifest.
             runtime_dir=os.path.join(self._work, "run"),
             cwd="/",
             deny_io_uring=False,

@@ -1,12 +1,12 @@
 """The files in /dev/shm that belong to an image: kept in it, put back before a restore.
 
-CRIU stores neither the named files in /dev/shm that a tree maps nor the links it makes there for the
-deleted ones, and it removes those links when a restore has succeeded. So an image lasts for one restore on the
-same boot, unless they are copied. A group is one inode with all its names: semaphores are shared
-between processes only if those names are hard links to one inode again.
+CRIU stores neither the named files in /dev/shm that a tree maps nor the links it makes there for
+the deleted ones, and it removes those links when a restore has succeeded. So an image lasts for
+one restore on the same boot, unless they are copied. A group is one inode with all its names:
+semaphores are shared between processes only if those names are hard links to one inode again.
 
-Nothing is ever removed by pattern: other programs have files there too. A file is ours when its inode
-was mapped by our tree (before a dump), or when we made it (before a restore).
+Nothing is ever removed by pattern: other programs have files there too. A file is ours when its
+inode was mapped by our tree (before a dump), or when we made it (before a restore).
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def keep(
     renamed: dict[str, str],
     shm: str = SHM,
 ) -> tuple[ShmGroup, ...]:
-    """Copy the groups into ``image``; ``renamed`` (old → new path) are the links' names from now on.
+    """Copy the groups into ``image``; ``renamed`` (old → new path) are the links' names from now
+    on.
 
     The processes are gone by now, so the content stands still.
     """
@@ -114,7 +115,8 @@ def remove(names: Iterable[str], shm: str = SHM) -> None:
 
 
 def _user_of(device: int, inode: int, proc: str) -> tuple[int, str] | None:
-    """(pid, name) of a process that maps or holds a file. Looks at every process: rare conflicts only."""
+    """(pid, name) of a process that maps or holds a file. Looks at every process: rare conflicts
+    only."""
     wanted = f" {os.major(device):02x}:{os.minor(device):02x} {inode} "
     for pid in filter(str.isdigit, os.listdir(proc)):
         with suppress(OSError):
@@ -146,8 +148,8 @@ def _clear(path: str, uid: int, proc: str) -> None:
 
 
 def remove_litter(paths: Iterable[str], shm: str = SHM, proc: str = PROC) -> None:
-    """Remove what a killed restore left (criu_img.litter): in /dev/shm, and ghosts anywhere; nothing that a
-    process uses."""
+    """Remove what a killed restore left (criu_img.litter): in /dev/shm, and ghosts anywhere;
+    nothing that a process uses."""
     for path in paths:
         if os.path.dirname(path) != shm and not path.endswith(".ghost"):
             continue
@@ -160,7 +162,8 @@ def remove_litter(paths: Iterable[str], shm: str = SHM, proc: str = PROC) -> Non
 def put_back(
     groups: Sequence[ShmGroup], image: str, shm: str = SHM, proc: str = PROC
 ) -> tuple[str, ...]:
-    """Make the kept files in /dev/shm again; returns the names made. All or none: ShmTaken, OSError."""
+    """Make the kept files in /dev/shm again; returns the names made. All or none: ShmTaken,
+    OSError."""
     made: list[str] = []
     try:
         for group in groups:

@@ -1,7 +1,7 @@
 """What a process tree holds, read from /proc: everything that a dump must know or must refuse.
 
-Blocks for about a millisecond a process; runs in a worker thread. Changes nothing. ``proc`` and ``shm`` are
-arguments so that tests can give directories of their own.
+Blocks for about a millisecond a process; runs in a worker thread. Changes nothing. ``proc`` and
+``shm`` are arguments so that tests can give directories of their own.
 """
 
 from __future__ import annotations
@@ -102,8 +102,7 @@ _FORBIDDEN: Final = (
     (
         "/dev/nvidia",
         "a GPU device, which CRIU cannot dump",
-        "the CUDA state must be suspended first; for a process without CUDA set"
-        " VLLM_WORKER_MULTIPROC_METHOD=spawn, so that it inherits no GPU descriptors",
+        "suspend its CUDA state first; if it has none, set VLLM_WORKER_MULTIPROC_METHOD=spawn",
     ),
     (
         "anon_inode:[userfaultfd]",
@@ -188,15 +187,15 @@ def _scan_tcp(root: int, comms: Mapping[int, str], proc: str, found: _Found) -> 
             ports.add(int(local.rpartition(":")[2], 16))
         elif state in _TCP_ESTABLISHED and decode_address(remote) not in inside:
             found.refuse(
-                f"process {pid} ({comms[pid]}) has a TCP connection that leaves the engine: fd {fd},"
-                f" {decode_address(local)} to {decode_address(remote)}",
+                f"process {pid} ({comms[pid]}) has a TCP connection that leaves the engine:"
+                f" fd {fd}, {decode_address(local)} to {decode_address(remote)}",
                 "let clients close their connections to the engine before it is parked",
             )
     return tuple(sorted(ports))
 
 
 def read_unix(root: int, proc: str = PROC) -> dict[str, tuple[str, bool]]:
-    """inode → (path, listening) of the unix sockets with a name in a process's network namespace."""
+    """inode → (path, listening) of the named unix sockets in a process's network namespace."""
     sockets = {}
     for line in _read(f"{proc}/{root}/net/unix").splitlines()[1:]:
         fields = line.split(maxsplit=7)
@@ -225,7 +224,7 @@ def _check_process(pid: int, status: Mapping[str, str], found: _Found) -> None:
 def inspect(
     root: int, members: Sequence[int], *, proc: str = PROC, shm: str = SHM
 ) -> TreeFacts | None:
-    """The tree at ``root``; ``members`` are the processes of its unit. None when the root is gone."""
+    """The tree at ``root`` in a unit with the processes ``members``; None when the root is gone."""
     found = _Found()
     statuses = {pid: status for pid in members if (status := read_status(pid, proc))}
     if root not in statuses:
@@ -241,8 +240,8 @@ def inspect(
             above = parents[above]
         if above != root:
             found.refuse(
-                f"process {pid} ({comms[pid]}) is in the unit but not below its root process {root}:"
-                f" its parent is {parents[pid]}",
+                f"process {pid} ({comms[pid]}) is in the unit but not below its root process"
+                f" {root}: its parent is {parents[pid]}",
                 "an engine must not start daemons; find out which part of it detached itself",
             )
         with suppress(FileNotFoundError, ProcessLookupError):

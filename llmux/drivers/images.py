@@ -9,14 +9,12 @@
                          restore/            CRIU's log and pid file of the last restore
                          last-failure.log    CRIU's log of the last dump that failed
 
-A directory becomes ``images`` only by rename, after everything in it was synced. All methods block and
-are called from one worker thread at a time; the owner of the state is the file system.
+A directory becomes ``images`` only by rename, after everything in it was synced. All methods
+block and are called from one worker thread at a time; the owner of the state is the file system.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import secrets
@@ -27,13 +25,8 @@ from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
-from llmux.drivers.images_files import (
-    sizes_on_disk,
-    sync_directory,
-    sync_tree,
-    unsafe_directory,
-    unsafe_file,
-)
+from llmux.drivers.images_check import load_image, unsafe_directory
+from llmux.drivers.images_files import sync_directory, sync_tree
 from llmux.drivers.images_identity import BOOT_ID
 from llmux.drivers.images_manifest import (
     NAME,
@@ -42,6 +35,7 @@ from llmux.drivers.images_manifest import (
     first_mismatch,
     load_manifest,
 )
+from llmux.drivers.images_notes import DUMPING, RESTORING, read_note
 from llmux.errors import CheckpointFailed
 from llmux.ports import Image, NoImage
 
@@ -50,7 +44,6 @@ log = logging.getLogger(__name__)
 IMAGES: Final = "images"
 RESTORE: Final = "restore"
 FAILURE_LOG: Final = "last-failure.log"
-RESTORING: Final = "restoring.json"
 _TEMPORARY: Final = ".dump-"
 _OLD: Final = ".old-"
 _QUARANTINE: Final = "quarantine-"
@@ -63,8 +56,8 @@ def _target(model: str) -> str:
 
 
 class ImageStore:
-    """``max_bytes``: budget for all images together, on disk. ``keep_quarantined``: failed images kept per
-    model. ``across_reboot``: use an image of an earlier boot."""
+    """``max_bytes``: budget for all images together, on disk. ``keep_quarantined``: failed
+    images kept per model. ``across_reboot``: use an image of an earlier boot."""
 
     def __init__(
         self,
@@ -109,7 +102,7 @@ class ImageStore:
                 "checkpoint",
                 _target(model),
                 f"its image may take {needed} bytes, more than all images may ({self._max_bytes})",
-                hint="raise checkpoint.max_bytes, or park with discard so that the image is smaller",
+                hint="raise checkpoint.max_bytes, or park with discard: that makes it smaller",
                 tree="running",
             )
         self._make(self._root)
@@ -151,7 +144,7 @@ class ImageStore:
         shutil.rmtree(temporary, ignore_errors=True)
 
     def publish(self, temporary: str, manifest: Manifest) -> Image:
-        """From now on this is the model's image, also after a power cut. Replaces the former one."""
+        """From now on the model's image, also after a power cut. Replaces the former one."""
         sync_tree(temporary)
         path = os.path.join(temporary, NAME)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -176,37 +169,8 @@ class ImageStore:
     # ---- finding --------------------------------------------------------------------------------
 
     def load(self, path: str) -> Manifest:
-        """The manifest of an image that is safe and whole as far as names and sizes tell.
-
-        Raises ManifestError.
-        """
-        try:
-            if not os.path.isdir(path) or os.path.islink(path):
-                raise ManifestError(f"{path} is not a directory")
-            if reason := unsafe_directory(path):
-                raise ManifestError(f"it is not safe: {reason}")
-            manifest = load_manifest(path)
-            known = {file.name for file in manifest.files} | {NAME}
-            for root, _, files in os.walk(path):
-                for name in files:
-                    full = os.path.join(root, name)
-                    if reason := unsafe_file(full):
-                        raise ManifestError(f"it is not safe: {reason}")
-                    if name.endswith(".img") and os.path.relpath(full, path) not in known:
-                        raise ManifestError(f"{full} is not part of it")
-            for file in manifest.files:
-                if os.path.normpath(file.name) != file.name or file.name.startswith(("/", "..")):
-                    raise ManifestError(f"the file name {file.name!r} leads out of it")
-                size = os.lstat(os.path.join(path, file.name)).st_size
-                if size != file.size:
-                    raise ManifestError(
-                        f"{file.name} has {size} bytes and should have {file.size}: it was cut or changed"
-                    )
-        except FileNotFoundError as error:
-            raise ManifestError(f"{error.filename} is missing") from error
-        except OSError as error:
-            raise ManifestError(f"it cannot be read: {error}") from error
-        return manifest
+        """See images_check.load_image. Raises ManifestError."""
+        return load_image(path)
 
     def find(
         self, model: str, identity: Mapping[str, str], path: str | None = None
@@ -278,8 +242,8 @@ class ImageStore:
             os.utime(path, (now, now))
 
     def restore_directory(self, model: str) -> str:
-        """An empty directory for the log and the pid file of a restore: the pid file must not exist, and
-        the image stays as it is."""
+        """An empty directory for the log and the pid file of a restore: the pid file must not
+        exist, and the image stays as it is."""
         home = self.directory(model)
         self._make(self._root)
         self._make(home)
@@ -324,8 +288,8 @@ class ImageStore:
         shutil.rmtree(old, ignore_errors=True)
 
     def enforce_budget(self, spare: frozenset[str]) -> list[str]:
-        """Remove the least valuable images until all fit into ``max_bytes``; ``spare`` (just made, or in use)
-        go last, or never. Returns the models that lost theirs.
+        """Remove the least valuable images until all fit into ``max_bytes``; ``spare`` (just
+        made, or in use) go last, or never. Returns the models that lost theirs.
 
         Value: seconds that the image saves, by how recently it was used, per byte.
         """
@@ -353,8 +317,9 @@ class ImageStore:
     # ---- after a crash --------------------------------------------------------------------------
 
     def sweep(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """What was begun and never ended: (model, directory, note) for each. Incomplete images are out
-        of use at once; the caller removes the directories with ``forget`` after it has cleaned up."""
+        """What was begun and never ended: (model, directory, note) for each. Incomplete images
+        are out of use at once; the caller removes the directories with ``forget`` after it has
+        cleaned up."""
         begun = []
         for model, home in self._models():
             if not os.path.isdir(home):
@@ -364,7 +329,7 @@ class ImageStore:
                 if name.startswith(_OLD):
                     shutil.rmtree(path, ignore_errors=True)
                 elif name.startswith(_TEMPORARY):
-                    begun.append((model, path, read_note(os.path.join(path, "dumping.json"))))
+                    begun.append((model, path, read_note(os.path.join(path, DUMPING))))
                 elif name == RESTORING:
                     begun.append((model, path, read_note(path)))
                 elif name == IMAGES and not os.path.exists(os.path.join(path, NAME)):
@@ -380,29 +345,3 @@ class ImageStore:
         else:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-
-
-def write_note(path: str, body: Mapping[str, Any]) -> None:
-    """A note for the next supervisor, should this one die now; there at once as a whole."""
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        json.dump(body, file)
-    os.rename(f"{path}.new", path)
-
-
-def read_note(path: str) -> dict[str, Any]:
-    """Empty when there is none: then nothing had been begun."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            body = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}
-
-
-def is_disk_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def measure(directory: str) -> tuple[int, int]:
-    return sizes_on_disk(directory)

@@ -1,12 +1,12 @@
-"""The bytes of an image: zero blocks punched out, checksums, fsync, read-ahead, safe ownership.
+"""The bytes of an image: zero blocks punched out, checksums, fsync, sparse copies.
 
 Everything here blocks and runs in worker threads; each takes ``stop``, looked at between segments.
 
-The checksum is zlib.crc32 per segment of 16 MiB, over the blocks that are not all zero and where they
-lie, so it does not depend on which zeros a file system stores. CRC-32 notices every flipped byte (any
-burst up to 32 bits) and is the fastest that the standard library has: 3.9 GiB/s a core from the cache,
-against 1.0 for sha256 and 0.8 for blake2b (measured 2026-11, Xeon with SHA-NI). It guards against
-accidents; against people there are ownership and mode.
+The checksum is zlib.crc32 per segment of 16 MiB, over the blocks that are not all zero and where
+they lie, so it does not depend on which zeros a file system stores. CRC-32 notices every flipped
+byte (any burst up to 32 bits) and is the fastest that the standard library has: 3.9 GiB/s a core
+from the cache, against 1.0 for sha256 and 0.8 for blake2b (measured 2026-11, Xeon with SHA-NI).
+It guards against accidents; against people there are ownership and mode.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -24,11 +23,12 @@ from threading import Event
 from typing import Final
 
 SEGMENT: Final = 16 * 1024 * 1024
-# A page is what CRIU stores. Blocks of 64 KiB find 3 % fewer zeros in a vLLM image than pages do, in a
-# tenth of the extents, and extents are what makes reading slow.
+# A page is what CRIU stores. Blocks of 64 KiB find 3 % fewer zeros in a vLLM image than pages do,
+# in a tenth of the extents, and extents are what makes reading slow.
 BLOCK: Final = 64 * 1024
 _ZERO: Final = bytes(BLOCK)
-# Stays in the level-2 cache between read and checksum: 1.7 GiB/s together, 0.8 with 16 MiB (measured).
+# Stays in the level-2 cache between read and checksum: 1.7 GiB/s together, 0.8 with 16 MiB
+# (measured).
 PIECE: Final = 256 * 1024
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -120,7 +120,7 @@ def digest_files(
     count: Counter,
     workers: int | None = None,
 ) -> tuple[FileSums, ...]:
-    """Checksums of ``names`` in ``directory``; with ``punch`` zero blocks become holes on the way."""
+    """Checksums of ``names`` in ``directory``; ``punch`` makes holes of zero blocks."""
     descriptors: list[int] = []
     jobs: list[tuple[int, int, int]] = []  # index of the file, offset, size
     sizes: list[int] = []
@@ -232,39 +232,3 @@ def copy_sparse(source: int, target: int, size: int) -> None:
             if count == 0:
                 raise OSError(errno.EIO, "shorter than it was")
             offset += count
-
-
-def unsafe_directory(directory: str) -> str | None:
-    """Why root must not trust what is in ``directory``; None when only we could have put it there.
-
-    An image is executable input for root: it becomes processes with the users and memory that it names.
-    """
-    trusted = {0, os.geteuid()}
-    for path in (os.path.abspath(directory), os.path.realpath(directory)):
-        while True:
-            status = os.lstat(path)
-            if status.st_uid not in trusted:
-                return f"{path} belongs to user {status.st_uid}"
-            link = stat.S_ISLNK(status.st_mode)
-            # In a sticky directory (/tmp) nobody but the owner can rename or remove an entry.
-            if not link and status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
-                return f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
-            if path == "/":
-                break
-            path = os.path.dirname(path)
-    mode = stat.S_IMODE(os.stat(directory).st_mode)
-    if mode & 0o077:
-        return f"{directory} is open to others (mode {mode:o})"
-    return None
-
-
-def unsafe_file(path: str) -> str | None:
-    """Why a file of an image must not be given to CRIU; None when it is all right."""
-    status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode):
-        return f"{path} is not a plain file"
-    if status.st_uid not in (0, os.geteuid()):
-        return f"{path} belongs to user {status.st_uid}"
-    if status.st_mode & 0o022:
-        return f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
-    return None

@@ -1,7 +1,8 @@
 """What an image was made for, as a flat mapping of named strings that can be compared and shown.
 
-An engine that comes back from an image cannot be told anything new: arguments, environment, weights and
-libraries are those of the dump. So all of them are in here, and a difference is a cold start.
+An engine that comes back from an image cannot be told anything new: arguments, environment,
+weights and libraries are those of the dump. So all of them are in here, and a difference is a
+cold start.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def launch_identity(
 
 
 def host_identity(boot_id_path: str = "/proc/sys/kernel/random/boot_id") -> dict[str, str]:
-    """Kernel, processor and boot: images last until the reboot by default, because pids, /dev/shm, runtime
-    directories and the GPU driver's state do not."""
+    """Kernel, processor and boot: images last until the reboot by default, because pids,
+    /dev/shm, runtime directories and the GPU driver's state do not."""
     identity = {"kernel": platform.release(), "architecture": platform.machine()}
     with suppress(OSError), open(boot_id_path) as file:
         identity[BOOT_ID] = file.read().strip()
@@ -103,8 +104,8 @@ def _snapshot(model_path: str, hub: str) -> str | None:
 def model_identity(
     model_path: str, env: Mapping[str, str], revision: str | None = None
 ) -> dict[str, str]:
-    """Path and revision of the weights: the snapshot's commit where one shows, else the files' sizes and
-    times. Reads no weights."""
+    """Path and revision of the weights: the snapshot's commit where one shows, else the files'
+    sizes and times. Reads no weights."""
     identity = {"model_path": model_path}
     home = env.get("HF_HOME") or os.path.join(env.get("HOME", "/root"), ".cache", "huggingface")
     hub = env.get("HF_HUB_CACHE") or os.path.join(home, "hub")

@@ -1,7 +1,7 @@
 """The manifest of an image: what is in it, what it was made for, how its engine is woken.
 
-Written last, so a directory that has a readable one is complete. JSON with a version; a manifest of another
-version is no manifest.
+Written last, so a directory that has a readable one is complete. JSON with a version; a manifest
+of another version is no manifest.
 """
 
 from __future__ import annotations

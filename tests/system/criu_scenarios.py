@@ -267,7 +267,8 @@ async def what_the_engine_expects_outside_is_made_again(lab: Lab) -> None:
 
 
 async def loopback_connections_inside_the_tree_survive(lab: Lab) -> None:
-    """torch's TCPStore is one. Nothing in the firewall is needed for it, so nothing can be left there."""
+    """torch's TCPStore is one. Nothing in the firewall is needed for it, so nothing can be left
+    there."""
     program = (
         "import os, socket\n"
         "s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"

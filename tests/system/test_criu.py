@@ -1,4 +1,4 @@
-"""The CRIU driver in a guest: real systemd, real CRIU, the stand-in engine. See criu_scenarios.py."""
+"""The CRIU driver in a guest, with the stand-in engine: criu_scenarios.py."""
 
 from __future__ import annotations
 
