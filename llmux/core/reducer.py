@@ -197,10 +197,12 @@ def _operation_finished(turn: Turn, event: OperationFinished) -> None:
             # the same waiters get a cold start: the room is still there
             turn.start(name, reason=f"wake failed: {event.detail}")
         case Parking(), Outcome.PARKED:
-            turn.update(name, failures=0)
+            turn.update(name, failures=0, park_request=None)
             turn.move(name, Parked(phase.eviction, turn.now))
+            if record.park_request is not None:
+                _park_asked(turn, name, record.park_request)
         case Parking(), Outcome.DOWN:
-            turn.update(name, failures=0)
+            turn.update(name, failures=0, park_request=None)
             turn.move(name, Stopped(turn.now, event.detail))
         case Stopping(), Outcome.DOWN:
             if phase.crashed and record.failures > 1:
@@ -237,7 +239,7 @@ def _park_asked(turn: Turn, name: str, eviction: Eviction | None) -> None:
             turn.drain(name, how, None)
         case Draining() as phase:
             turn.update(name, phase=replace(phase, eviction=how, wanted_by=None))
-        case Starting() | Waking():
+        case Starting() | Waking() | Parking():
             turn.update(name, park_request=how)
         case Parked(eviction=present) if how.process is Process.STOP and present != how:
             turn.stop(name, "an operator asked", grace=True)
@@ -263,5 +265,5 @@ def _config_changed(turn: Turn, config: Config) -> None:
             del turn.models[name]
         else:
             _park_asked(turn, name, Eviction(process=Process.STOP))
-    if turn.pinned is not None and turn.pinned not in turn.models:
+    if turn.pinned not in config.models:
         turn.pinned = None

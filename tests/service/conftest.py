@@ -6,14 +6,12 @@ import contextlib
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_harness import Daemon
-
-Start = Callable[..., Daemon]
+from daemon_harness import Daemon, Start
 
 OTHER: dict[str, dict[str, Any]] = {"other": {}}
 

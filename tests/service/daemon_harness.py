@@ -30,7 +30,7 @@ sys.path.insert(0, str(STANDIN))
 from ledger import GIB, Ledger  # noqa: E402  # found by the line above
 from vllm_standin import faults  # noqa: E402
 
-__all__ = ["GIB", "Answer", "Daemon", "Stream", "in_background"]
+__all__ = ["GIB", "Answer", "Daemon", "Start", "Stream", "in_background"]
 
 JSON = dict[str, Any]
 T = TypeVar("T")
@@ -372,6 +372,9 @@ class Daemon:
         for row in self.ledger.rows():
             usage[row.model] = usage.get(row.model, 0.0) + row.nbytes / GIB
         return usage
+
+
+Start = Callable[..., Daemon]
 
 
 def chat_body(model: str, text: str, **more: Any) -> JSON:

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Start
-from daemon_harness import SECONDS, Daemon, in_background, wait_gone
+from daemon_harness import SECONDS, Daemon, Start, in_background, wait_gone
 
 # ---- reload -------------------------------------------------------------------------------------
 

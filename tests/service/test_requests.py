@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Start
-from daemon_harness import Daemon, in_background
+from daemon_harness import Daemon, Start, in_background
 
 CHAT = "/v1/chat/completions"
 
