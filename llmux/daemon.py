@@ -47,7 +47,7 @@ from llmux.runtime.loop import Loop
 from llmux.runtime.reconcile import adopt_engines, first_state
 from llmux.runtime.status import catalog
 from llmux.runtime.verbs import Verbs
-from llmux.runtime.watchdog import StatusLine, feed_watchdog
+from llmux.runtime.watchdog import StatusLine, feed_watchdog, tell_ready
 
 __all__ = ["gateway", "run", "serve", "setup_logging", "supervise"]
 
@@ -250,15 +250,19 @@ async def supervise(path: str) -> None:
         supervisor.loop.listeners.append(StatusLine(notifier))
         await supervisor.hub.listen(SOCKET, _gid_of(GATEWAY_USER))
         _reload_on_hangup(supervisor, notifier)
-        works = [supervisor.loop.run()]
+        works = [supervisor.loop.run(), _announce(supervisor, notifier, stop)]
         if (interval := watchdog_interval()) is not None:
             works.append(feed_watchdog(supervisor.loop, notifier, interval))
         log.info("llmux %s supervises %d models", __version__, len(config.models))
-        notifier.ready()
         await _until(stop, *works)
         notifier.stopping()
     finally:
         await supervisor.close()
+
+
+async def _announce(supervisor: Supervisor, notifier: Notifier, stop: asyncio.Event) -> None:
+    await tell_ready(supervisor.loop, notifier)
+    await stop.wait()
 
 
 def _reload_on_hangup(supervisor: Supervisor, notifier: Notifier) -> None:

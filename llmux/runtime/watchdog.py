@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from llmux.core.effects import SwitchFinished
 from llmux.core.events import Tick
@@ -10,6 +11,10 @@ from llmux.core.records import State
 from llmux.ports import Notifier
 from llmux.runtime.loop import Loop
 from llmux.runtime.status import one_line
+
+log = logging.getLogger("llmux")
+
+GATEWAY_SECS = 5.0  # a gateway starts in 0.3 s, on a busy machine in 2; its longest retry is 1 s
 
 
 class StatusLine:
@@ -27,6 +32,19 @@ class StatusLine:
 
     def switched(self, switch: SwitchFinished) -> None:
         pass
+
+
+async def tell_ready(loop: Loop, notifier: Notifier) -> None:
+    """READY once a request can be served, which takes a gateway. One that cannot start does not
+    keep operators from the supervisor, so the wait for it is short."""
+    try:
+        await loop.wait_for(lambda state: bool(state.workers), GATEWAY_SECS)
+    except TimeoutError:
+        log.warning(
+            "no gateway has connected within %g s; next step: systemctl status llmux-gateway",
+            GATEWAY_SECS,
+        )
+    notifier.ready()
 
 
 async def feed_watchdog(loop: Loop, notifier: Notifier, interval: float) -> None:

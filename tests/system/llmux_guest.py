@@ -7,6 +7,7 @@ that nothing between host and guest is measured.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -27,6 +28,9 @@ SUPERVISOR, GATEWAY = "llmux.service", "llmux-gateway.service"
 
 
 def build_package() -> str:
+    """The package of this tree, or the one that $LLMUX_DEB names."""
+    if given := os.environ.get("LLMUX_DEB"):
+        return given
     done = subprocess.run(
         [str(ROOT / "scripts/build-deb")], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -54,6 +58,10 @@ class LlmuxGuest:
 
     def drop_in(self, unit: str, name: str, text: str) -> None:
         self.guest.write(f"/etc/systemd/system/{unit}.d/{name}.conf", text)
+        self.run(["systemctl", "daemon-reload"])
+
+    def remove_drop_in(self, unit: str, name: str) -> None:
+        self.run(["rm", f"/etc/systemd/system/{unit}.d/{name}.conf"])
         self.run(["systemctl", "daemon-reload"])
 
     def configure(self, models: Mapping[str, Mapping[str, Any]], **top: Any) -> None:

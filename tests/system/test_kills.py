@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import secrets
+from typing import Any
 
 import pytest
-from llmux_guest import LlmuxGuest, model
+from llmux_guest import GPU, LlmuxGuest, model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
-SPEED = {"STANDIN_TOKENS_PER_SEC": "100"}  # a stream takes 0.3 s, as long as a few switches
+SPEED = {"STANDIN_TOKENS_PER_SEC": "200"}  # a stream takes 0.15 s, as long as two switches
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,29 @@ def test_blows_at_random_moments_under_load(
     assert report["stuck"] == 0
     assert report["refused_connections"] == 0
     assert report["blows"] == sum(int(blow.rpartition("*")[2]) for blow in blows)
+
+
+@pytest.mark.parametrize(
+    ("moment", "eviction", "faults"),
+    [
+        ("starting", "offload+keep_running", {"startup_secs": 1.0}),
+        ("parking", "offload+keep_running", {"slow_sleep_secs": 1.0}),
+        ("freezing", "offload+freeze", {"slow_sleep_secs": 1.0}),
+        ("waking", "discard+freeze", {"slow_wake_secs": 0.5}),
+        ("ending", "retain+stop", {"ignore_sigterm": True}),
+        ("stopping", "offload+keep_running", {"ignore_sigterm": True}),
+    ],
+)
+def test_a_supervisor_killed_in_an_operation_is_succeeded_by_one_that_finishes_it(
+    llmux: LlmuxGuest, moment: str, eviction: str, faults: dict[str, Any]
+) -> None:
+    settings = {"STANDIN_FAULTS": f"{GPU}/alpha.faults"}
+    llmux.begin(
+        {
+            "alpha": model(eviction, env=settings, stop_grace_secs=1),
+            "beta": model("offload+keep_running"),
+        }
+    )
+    report = llmux.load("moment", moment, json.dumps(faults))
+    print(f"killed while {moment}: {report}")
+    assert report["wrong"] == [], llmux.journal()

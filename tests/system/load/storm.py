@@ -26,6 +26,7 @@ import witness
 MODELS = ("alpha", "beta")
 CLIENTS = 2  # of each kind on each model
 LONGEST_SECS = 60.0  # no request may take longer, whatever happens
+ORDERLY = ("restart gateway", "restart both")
 UNITS = {"supervisor": witness.SUPERVISOR, "gateway": witness.GATEWAY}
 
 
@@ -132,7 +133,7 @@ class Storm:
         return self.report(len(stuck))
 
     def report(self, stuck: int) -> dict[str, object]:
-        excused = {"cut": 0, "running": 0}
+        excused = {"cut": 0, "running": 0, "turned_away": 0}
         failed = []
         for answer in self.answers:
             hits = [b for b in self.blows if answer.started <= b.over and answer.ended >= b.begun]
@@ -142,6 +143,11 @@ class Storm:
             # only whoever was connected, and only to a gateway that was killed
             if not answer.refused and any(b.what in ("kill gateway", "kill both") for b in hits):
                 excused["cut"] += 1
+                continue
+            # who waited for a model when the gateway was asked to stop: told so, and when to retry
+            orderly = any(b.what in ORDERLY for b in hits)
+            if orderly and answer.status == 503 and '"code": "shutting_down"' in answer.error:
+                excused["turned_away"] += 1
                 continue
             during = ", ".join(f"{b.what} {b.begun - answer.started:+.3f} s" for b in hits)
             failed.append(
@@ -154,6 +160,7 @@ class Storm:
             "streams": sum(answer.stream for answer in self.answers),
             "running_at_a_blow": excused["running"],
             "cut_by_death_of_the_gateway": excused["cut"],
+            "turned_away_by_a_stopping_gateway": excused["turned_away"],
             "refused_connections": sum(answer.refused for answer in self.answers),
             "failed": failed,
             "stuck": stuck,

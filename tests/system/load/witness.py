@@ -9,6 +9,7 @@ import pwd
 import select
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import TypeVar
@@ -88,6 +89,10 @@ def strays(models: Iterable[str]) -> list[str]:
     return wrong
 
 
+def living(pids: Iterable[int]) -> set[int]:
+    return {pid for pid in pids if os.path.exists(f"/proc/{pid}")}
+
+
 def gone(pids: Iterable[int], seconds: float) -> None:
     """Wait until the processes have ended; a pidfd is readable then."""
     deadline = monotonic() + seconds
@@ -113,13 +118,19 @@ def until(what: str, look: Callable[[], Value], seconds: float = 20.0) -> Value:
     return value
 
 
-def status() -> dict[str, object]:
-    done = subprocess.run(
-        ["llmux", "status", "--json"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    document: dict[str, object] = json.loads(done.stdout) if done.returncode == 0 else {}
-    return document
+def states() -> dict[str, str]:
+    """model → state, as /control/status says; nothing while the supervisor is away."""
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:3000/control/status", timeout=10) as answer:
+            document = json.load(answer)
+    except OSError:
+        return {}
+    return {name: model["state"] for name, model in document["models"].items()}
+
+
+def frozen(model: str) -> bool:
+    events = SLICE / f"llmux-{model}.scope" / "engine" / "cgroup.events"
+    return "frozen 1" in events.read_text()
 
 
 def held() -> dict[str, dict[str, int]]:

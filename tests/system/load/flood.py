@@ -1,0 +1,72 @@
+"""New connections at a steady pace while the gateway goes and comes back; prints a JSON report.
+
+Open loop: a connection is made every few milliseconds whether or not the ones before were answered,
+so that many are made while no gateway runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from time import monotonic
+
+import client
+import witness
+
+EVERY_SECS = 0.005
+
+
+async def run(manner: str) -> dict[str, object]:
+    first = await client.ask("alpha", "before")
+    if not first.ok:
+        raise witness.WitnessError(f"cannot begin: {first.error}")
+    over = asyncio.Event()
+    asked: list[asyncio.Task[client.Answer]] = []
+
+    async def pour() -> None:
+        while not over.is_set():
+            asked.append(asyncio.create_task(client.ask("alpha", f"drop {len(asked)}", tokens=4)))
+            await asyncio.sleep(EVERY_SECS)
+
+    pouring = asyncio.create_task(pour())
+    old = witness.main_pid(witness.GATEWAY)
+    began = monotonic()
+    if manner == "kill":
+        os.kill(old, signal.SIGKILL)
+        await asyncio.to_thread(witness.gone, [old], 20.0)
+    else:
+        restart = ["systemctl", "restart", "--no-block", witness.GATEWAY]
+        await asyncio.to_thread(subprocess.run, restart, check=True)
+        await asyncio.to_thread(witness.gone, [old], 60.0)
+    died = monotonic()
+    ready = "active"
+    await asyncio.to_thread(
+        witness.until,
+        "the gateway is active",
+        lambda: (
+            witness.show(witness.GATEWAY, "ActiveState") == ready
+            and witness.main_pid(witness.GATEWAY) not in (0, old)
+        ),
+    )
+    back = monotonic()
+    over.set()
+    await pouring
+    answers = await asyncio.gather(*asked)
+    cut = [a for a in answers if not a.ok and manner == "kill" and began <= a.ended <= died + 0.1]
+    return {
+        "connections": len(answers),
+        "made_while_no_gateway_ran": sum(died < a.started < back for a in answers),
+        "refused": sum(a.refused for a in answers),
+        "cut_by_the_kill": sum(a.started <= died for a in cut),
+        "failed": [a.error for a in answers if not a.ok and not (a in cut and a.started <= died)],
+        "away_ms": round((back - died) * 1000),
+        "longest_ms": round(max(a.seconds for a in answers) * 1000),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(run(sys.argv[1]))))

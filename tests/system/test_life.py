@@ -1,0 +1,92 @@
+"""Life under systemd: ready when it is true, stopped for good, watched, silent when idle."""
+
+from __future__ import annotations
+
+import pytest
+from llmux_guest import GATEWAY, SUPERVISOR, LlmuxGuest, model
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+
+MODELS = {"alpha": model("offload+keep_running"), "beta": model("offload+freeze")}
+IDLE_SECS = 25  # twice the supervisor's sign of life, and more
+
+
+def test_a_request_works_as_soon_as_systemctl_start_returns(llmux: LlmuxGuest) -> None:
+    llmux.end()
+    llmux.configure(MODELS)
+    for _ in range(3):
+        report = llmux.load("lifecycle", "start")
+        print(f"start: {report}")
+        assert report["error"] == "", llmux.journal()
+        llmux.end()
+
+
+def test_status_tells_the_active_model(llmux: LlmuxGuest) -> None:
+    llmux.begin(MODELS)
+    assert llmux.show(SUPERVISOR, "StatusText") == "no model active"
+    for name in ("alpha", "beta"):
+        assert llmux.ask(name)["error"] == ""
+        assert llmux.show(SUPERVISOR, "StatusText").startswith(f"serving {name}")
+
+
+def test_stopping_the_supervisor_leaves_engines_and_a_start_adopts_them(llmux: LlmuxGuest) -> None:
+    llmux.begin(MODELS)
+    report = llmux.load("lifecycle", "stop-and-start")
+    print(f"stop and start: {report}")
+    assert report["wrong"] == [], llmux.journal()
+    assert report["same"]
+    assert report["stop_secs"] < 2.5
+
+
+def test_stopping_the_slice_leaves_no_process(llmux: LlmuxGuest) -> None:
+    llmux.begin(MODELS)
+    report = llmux.load("lifecycle", "slice")
+    print(f"stop of the slice: {report}")
+    assert report["before"] >= 10  # two engines' trees and both services
+    assert (report["left"], report["in_slice"], report["strays"]) == ([], [], [])
+    assert report["held"] == {}
+    for unit in (SUPERVISOR, GATEWAY):  # and nobody starts them again
+        assert llmux.show(unit, "ActiveState") == "inactive"
+
+
+def test_a_supervisor_that_hangs_is_replaced(llmux: LlmuxGuest) -> None:
+    llmux.drop_in(SUPERVISOR, "watchdog", "[Service]\nWatchdogSec=2\n")
+    try:
+        llmux.begin(MODELS)
+        report = llmux.load("lifecycle", "watchdog")
+    finally:
+        llmux.remove_drop_in(SUPERVISOR, "watchdog")
+    print(f"watchdog: {report}")
+    assert report["replaced"]
+    assert report["same"]
+    assert "Watchdog timeout" in llmux.journal("-u", SUPERVISOR, "-n", "40")
+
+
+@pytest.mark.parametrize("manner", ["restart", "kill"])
+def test_no_connection_is_refused_while_the_gateway_is_away(llmux: LlmuxGuest, manner: str) -> None:
+    llmux.begin(MODELS)
+    report = llmux.load("flood", manner)
+    print(f"{manner} of the gateway: {report}")
+    assert int(llmux.show(GATEWAY, "NFileDescriptorStore")) >= 1
+    assert report["made_while_no_gateway_ran"] > 20
+    assert report["refused"] == 0
+    assert report["failed"] == []
+
+
+def test_engine_output_is_in_the_journal_under_its_scope(llmux: LlmuxGuest) -> None:
+    llmux.begin({"speaker": model(), "silent": model()})  # names that no other test uses
+    assert llmux.ask("speaker")["error"] == ""
+    text = llmux.journal("-u", "llmux-speaker.scope")
+    assert "Application startup complete." in text
+    assert "lab/tiny" in text
+    assert "startup complete" not in llmux.journal("-u", "llmux-silent.scope")
+
+
+def test_an_idle_llmux_says_nothing(llmux: LlmuxGuest) -> None:
+    llmux.begin(MODELS)
+    llmux.ask("beta")
+    llmux.ask("alpha")  # one serves, one is parked and frozen
+    watch = ["journalctl", "-f", "-n", "0", "-o", "cat", "-u", "llmux*"]
+    said = llmux.run(["timeout", str(IDLE_SECS), *watch], check=False, timeout=IDLE_SECS + 20)
+    assert said.returncode == 124  # it listened all the time
+    assert said.stdout == ""
