@@ -92,7 +92,7 @@ class Core:
         self.demand(name, waiting=1)
         self.finish(name)
         self.demand(name)
-        assert self[name] is ModelState.SERVING
+        assert self.at(name) is ModelState.SERVING
 
     def park(self, name: str) -> None:
         """From draining to rest."""
@@ -104,7 +104,7 @@ class Core:
     def record(self, name: str) -> ModelRecord:
         return self.state.models[name]
 
-    def __getitem__(self, name: str) -> ModelState:
+    def at(self, name: str) -> ModelState:
         return self.record(name).state
 
     def states(self) -> Mapping[str, str]:

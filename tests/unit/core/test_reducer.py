@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from core_harness import FREEZE, OFFLOAD, STOP, WORKER, Core, config_of, model
 
@@ -30,7 +33,7 @@ from llmux.core.events import (
     WorkerLeft,
 )
 from llmux.core.plans import Outcome
-from llmux.core.records import Draining, Failed, Parked, Parking, Serving, Stopping, Waking
+from llmux.core.records import Draining, Failed, Parking, Stopping, Waking
 from llmux.core.states import ModelState
 from llmux.core.turn import CUT_GRACE_SECS, HEALTHY_SECS
 from llmux.errors import Reason
@@ -42,7 +45,7 @@ def epoch_of(core: Core, name: str) -> str:
     return epoch
 
 
-def two(**policy: object) -> Core:
+def two(**policy: Any) -> Core:
     """a serves; b is stopped."""
     core = Core(model("a"), model("b"), **policy)
     core.serve("a")
@@ -56,7 +59,7 @@ def test_demand_starts_a_stopped_model_and_success_grants_it() -> None:
     core = Core(model("a"))
     core.demand("a", waiting=2)
     assert core.plans() == ["start a"]
-    assert core["a"] is ModelState.STARTING
+    assert core.at("a") is ModelState.STARTING
     core.demand("a", waiting=3)
     assert core.plans() == []  # whoever comes later joins the start in flight
     core.finish("a")
@@ -91,9 +94,9 @@ def test_a_worker_that_joins_during_a_drain_is_told_to_drain() -> None:
     core.happen(WorkerJoined("w2", {"a": epoch}))
     assert core.done(SendRevoke) == [SendRevoke("w2", "a", epoch)]
     core.drained("a")
-    assert core["a"] is ModelState.DRAINING  # w2 has not said so
+    assert core.at("a") is ModelState.DRAINING  # w2 has not said so
     core.happen(WorkerDrained("w2", "a", epoch))
-    assert core["a"] is ModelState.PARKING
+    assert core.at("a") is ModelState.PARKING
 
 
 def test_demand_for_an_unknown_model_is_refused() -> None:
@@ -105,7 +108,7 @@ def test_demand_for_an_unknown_model_is_refused() -> None:
 def test_demand_of_a_worker_that_is_gone_is_ignored() -> None:
     core = Core(model("a"))
     core.happen(DemandChanged("ghost", "a", 1, 0.0, 0, 0))
-    assert core["a"] is ModelState.STOPPED
+    assert core.at("a") is ModelState.STOPPED
 
 
 # ---- draining -----------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ def test_a_drained_answer_for_another_epoch_counts_for_nothing() -> None:
     core.demand("a", in_flight=1)
     core.demand("b", waiting=1)
     core.happen(WorkerDrained(WORKER, "a", "t.999"))
-    assert core["a"] is ModelState.DRAINING
+    assert core.at("a") is ModelState.DRAINING
 
 
 def test_past_the_drain_deadline_requests_are_cut_once() -> None:
@@ -147,7 +150,7 @@ def test_past_the_drain_deadline_requests_are_cut_once() -> None:
     core.pass_time(1)
     assert core.effects == ()
     core.drained("a")
-    assert core["a"] is ModelState.PARKING
+    assert core.at("a") is ModelState.PARKING
 
 
 def test_a_worker_that_does_not_answer_a_cut_has_no_say() -> None:
@@ -173,7 +176,7 @@ def test_a_drain_is_cancelled_when_nobody_wants_the_room_any_more() -> None:
     core.demand("b", waiting=1)
     old = epoch_of(core, "a")
     core.demand("b")
-    assert core["a"] is ModelState.SERVING
+    assert core.at("a") is ModelState.SERVING
     assert epoch_of(core, "a") != old  # the old one was revoked for good
     assert core.granted() == ["a"]
     assert core.state.reservations == {}
@@ -185,7 +188,7 @@ def test_a_drain_whose_requests_were_cut_is_not_cancelled() -> None:
     core.demand("b", waiting=1)
     assert core.done(SendCut)
     core.demand("b")
-    assert core["a"] is ModelState.DRAINING
+    assert core.at("a") is ModelState.DRAINING
 
 
 # ---- how operations end -------------------------------------------------------------------------
@@ -274,7 +277,7 @@ def test_parking_ends_as_observed(outcome: Outcome) -> None:
     core.happen(ParkAsked("a"))
     core.drained("a")
     core.finish("a", outcome)
-    assert core["a"] is (ModelState.PARKED if outcome is Outcome.PARKED else ModelState.STOPPED)
+    assert core.at("a") is (ModelState.PARKED if outcome is Outcome.PARKED else ModelState.STOPPED)
 
 
 def test_an_operation_of_a_former_life_is_ignored() -> None:
@@ -282,7 +285,7 @@ def test_an_operation_of_a_former_life_is_ignored() -> None:
     core.demand("a", waiting=1)
     core.happen(OperationFinished("a", 999, Outcome.DOWN))
     core.happen(OperationFinished("nobody", 1, Outcome.DOWN))
-    assert core["a"] is ModelState.STARTING
+    assert core.at("a") is ModelState.STARTING
 
 
 def test_an_engine_that_cannot_be_killed_keeps_its_claim_and_is_tried_again() -> None:
@@ -332,10 +335,10 @@ def test_a_second_crash_soon_after_the_first_backs_off() -> None:
         core.happen(EngineExited("a", "exit status 1"))
         core.demand("a", waiting=1)
         core.finish("a")
-        if core["a"] is ModelState.STARTING:
+        if core.at("a") is ModelState.STARTING:
             core.finish("a")
             core.demand("a")
-    assert core["a"] is ModelState.FAILED
+    assert core.at("a") is ModelState.FAILED
     assert core.refused() == [("a", Reason.START_FAILED)]
 
 
@@ -357,7 +360,7 @@ def test_the_death_of_a_parked_engine_is_cleaned_up() -> None:
     core.happen(EngineExited("a", "gone"))
     assert core.plans() == ["stop a"]
     core.finish("a")
-    assert core["a"] is ModelState.STOPPED
+    assert core.at("a") is ModelState.STOPPED
     assert core.record("a").failures == 0
 
 
@@ -383,7 +386,7 @@ def test_a_probe_that_is_answered_buys_time() -> None:
     core.demand("a", in_flight=1)
     core.pass_time(30)
     core.happen(ProbeFinished("a", epoch_of(core, "a"), None))
-    assert core["a"] is ModelState.SERVING
+    assert core.at("a") is ModelState.SERVING
     assert core.state.wakeup == core.now + 30
 
 
@@ -410,7 +413,7 @@ def test_suspicion_of_the_present_epoch_asks_the_engine() -> None:
 def test_a_probe_of_a_former_epoch_says_nothing_about_this_one() -> None:
     core = two()
     core.happen(ProbeFinished("a", "t.999", "no answer"))
-    assert core["a"] is ModelState.SERVING
+    assert core.at("a") is ModelState.SERVING
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -428,9 +431,9 @@ def test_park_of_a_starting_model_takes_effect_when_it_is_up() -> None:
     core = Core(model("a"))
     core.happen(LoadAsked("a"))
     core.happen(ParkAsked("a", STOP))
-    assert core["a"] is ModelState.STARTING
+    assert core.at("a") is ModelState.STARTING
     core.finish("a")
-    assert core["a"] is ModelState.DRAINING
+    assert core.at("a") is ModelState.DRAINING
     core.drained("a")
     phase = core.record("a").phase
     assert isinstance(phase, Parking)
@@ -443,7 +446,7 @@ def test_load_takes_a_park_request_back() -> None:
     core.happen(ParkAsked("a", STOP))
     core.happen(LoadAsked("a"))
     core.finish("a")
-    assert core["a"] is ModelState.SERVING
+    assert core.at("a") is ModelState.SERVING
 
 
 def test_an_operator_s_drain_is_not_cancelled_by_lack_of_demand() -> None:
@@ -451,7 +454,7 @@ def test_an_operator_s_drain_is_not_cancelled_by_lack_of_demand() -> None:
     core.demand("a", in_flight=1)
     core.happen(ParkAsked("a"))
     core.demand("a", in_flight=1)
-    assert core["a"] is ModelState.DRAINING
+    assert core.at("a") is ModelState.DRAINING
     phase = core.record("a").phase
     assert isinstance(phase, Draining)
     assert phase.wanted_by is None
@@ -462,7 +465,7 @@ def test_unload_of_a_parked_model_stops_it_and_sleep_leaves_it() -> None:
     core.happen(ParkAsked("a"))
     core.park("a")
     core.happen(ParkAsked("a"))
-    assert core["a"] is ModelState.PARKED
+    assert core.at("a") is ModelState.PARKED
     core.happen(ParkAsked("a", STOP))
     assert core.plans() == ["stop a"]
 
@@ -472,7 +475,7 @@ def test_unload_of_a_failed_model_forgets_its_failures() -> None:
     core.demand("a", waiting=1)
     core.finish("a", Outcome.DOWN)
     core.happen(ParkAsked("a", STOP))
-    assert (core["a"], core.record("a").failures) == (ModelState.STOPPED, 0)
+    assert (core.at("a"), core.record("a").failures) == (ModelState.STOPPED, 0)
 
 
 def test_an_eviction_set_at_run_time_wins_until_it_is_taken_back() -> None:
@@ -489,16 +492,16 @@ def test_manual_mode_refuses_demand_for_what_is_not_resident() -> None:
     core.happen(ModeSet(manual=True))
     core.demand("b", waiting=1)
     assert core.refused() == [("b", Reason.MANUAL_MODE)]
-    assert core["a"] is ModelState.SERVING
+    assert core.at("a") is ModelState.SERVING
     core.happen(LoadAsked("b"))
-    assert core["a"] is ModelState.DRAINING
+    assert core.at("a") is ModelState.DRAINING
 
 
 def test_a_pinned_model_is_never_a_victim() -> None:
     core = two()
     core.happen(ModeSet(manual=True, pinned="a"))
     core.happen(LoadAsked("b"))
-    assert core["a"] is ModelState.SERVING
+    assert core.at("a") is ModelState.SERVING
 
 
 def test_demand_for_the_pinned_model_brings_it_back() -> None:
@@ -516,7 +519,7 @@ def test_demand_for_the_pinned_model_brings_it_back() -> None:
 def test_a_new_model_can_be_asked_for_and_a_removed_one_is_stopped_then_forgotten() -> None:
     core = two()
     core.happen(ConfigChanged(config_of(model("b"), model("c"))))
-    assert core["a"] is ModelState.DRAINING
+    assert core.at("a") is ModelState.DRAINING
     core.drained("a")
     core.finish("a")
     assert set(core.state.models) == {"b", "c"}
@@ -524,10 +527,20 @@ def test_a_new_model_can_be_asked_for_and_a_removed_one_is_stopped_then_forgotte
     assert core.plans() == ["start c"]
 
 
+def test_an_unload_while_the_model_parks_is_done_when_it_is_parked() -> None:
+    core = two()
+    core.happen(ParkAsked("a"))
+    core.drained("a")
+    core.happen(ParkAsked("a", STOP))
+    assert core.at("a") is ModelState.PARKING
+    core.finish("a")
+    assert core.plans() == ["stop a"]
+
+
 @pytest.mark.parametrize("at", ["stopped", "starting", "serving", "draining", "parking", "parked"])
 def test_a_model_removed_in_any_state_ends_up_forgotten(at: str) -> None:
     core = Core(model("a"), model("b"))
-    steps = {
+    steps: dict[str, Callable[[], object]] = {
         "starting": lambda: core.happen(LoadAsked("a")),
         "serving": lambda: core.finish("a"),
         "draining": lambda: core.happen(ParkAsked("a")),
@@ -535,10 +548,10 @@ def test_a_model_removed_in_any_state_ends_up_forgotten(at: str) -> None:
         "parked": lambda: core.finish("a"),
     }
     for state, step in steps.items():
-        if core["a"].value == at:
+        if core.at("a").value == at:
             break
         step()
-        assert core["a"].value == state
+        assert core.at("a").value == state
     core.happen(ConfigChanged(config_of(model("b"))))
     for _ in range(4):
         if "a" not in core.state.models:
@@ -564,10 +577,10 @@ def test_a_model_that_is_configured_again_before_it_is_gone_stays() -> None:
     core = two()
     core.demand("a", in_flight=1)
     core.happen(ConfigChanged(config_of(model("b"))))
-    assert core["a"] is ModelState.DRAINING
+    assert core.at("a") is ModelState.DRAINING
     core.happen(ConfigChanged(config_of(model("a"), model("b"))))
     core.drained("a")
     core.finish("a")
-    assert core["a"] is ModelState.STOPPED
+    assert core.at("a") is ModelState.STOPPED
     core.demand("a", waiting=1)
     assert core.plans() == ["start a"]

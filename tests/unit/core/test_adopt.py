@@ -1,0 +1,143 @@
+"""What a new supervisor makes of what it finds: every noted state, and none."""
+
+from __future__ import annotations
+
+import pytest
+from core_harness import FREEZE, OFFLOAD, config_of, model
+
+from llmux.config.schema import Eviction, Process, Weights
+from llmux.core.adopt import Note, Observation, adopt
+from llmux.core.effects import Effect, Probe, RunPlan
+from llmux.core.records import Failed, ModelRecord, Parked, Serving, Waking
+from llmux.core.reducer import initial
+from llmux.core.states import ModelState
+
+S = ModelState
+
+
+def found(
+    note: Note = Note(),  # noqa: B008  # frozen
+    *,
+    frozen: bool = False,
+    healthy: bool = True,
+    sleeping: bool | None = False,
+    name: str = "a",
+) -> tuple[ModelRecord, tuple[Effect, ...]]:
+    state = initial(config_of(model("a"), model("b")), gpu_count=2, epoch_prefix="new")
+    seen = Observation(name, frozen, healthy, sleeping, note)
+    adopted, effects = adopt(state, [seen], images={}, now=100.0)
+    assert adopted.models["b"].state is S.STOPPED
+    return adopted.models[name], effects
+
+
+def plan_of(effects: tuple[Effect, ...]) -> str:
+    (plan,) = [effect for effect in effects if isinstance(effect, RunPlan)]
+    return f"{plan.plan.name} from {plan.plan.steps[0].kind}"
+
+
+def test_a_serving_engine_goes_on_on_its_epoch() -> None:
+    record, effects = found(Note(S.SERVING, "old.7", gpus=(1,)))
+    assert isinstance(record.phase, Serving)
+    assert record.phase.epoch == "old.7"
+    assert record.gpus == (1,)
+    assert effects == ()
+
+
+def test_a_draining_engine_serves_again_but_never_on_the_revoked_epoch() -> None:
+    record, _ = found(Note(S.DRAINING, "old.7", OFFLOAD))
+    assert isinstance(record.phase, Serving)
+    assert record.phase.epoch.startswith("new.")
+
+
+def test_a_serving_engine_that_does_not_answer_is_asked_for_a_sign_of_life() -> None:
+    record, effects = found(Note(S.SERVING, "old.7"), healthy=False, sleeping=None)
+    assert record.probing
+    assert [type(effect) for effect in effects] == [Probe]
+
+
+@pytest.mark.parametrize(
+    ("state", "after", "plan"),
+    [
+        (S.STARTING, S.STARTING, "start from wait_healthy"),
+        (S.PARKING, S.PARKING, "park from sleep"),
+        (S.WAKING, S.WAKING, "wake from wake_up"),
+        (S.STOPPING, S.STOPPING, "stop from terminate"),
+        (S.FAILED, S.STOPPING, "stop from terminate"),
+        (S.STOPPED, S.STOPPING, "stop from terminate"),
+    ],
+)
+def test_what_was_under_way_is_taken_up_where_it_was(
+    state: ModelState, after: ModelState, plan: str
+) -> None:
+    record, effects = found(Note(state, None, OFFLOAD))
+    assert record.state is after
+    assert plan_of(effects) == plan
+
+
+def test_a_parked_engine_stays_parked_as_it_was() -> None:
+    record, effects = found(Note(S.PARKED, None, OFFLOAD), sleeping=True)
+    assert isinstance(record.phase, Parked)
+    assert record.phase.eviction == OFFLOAD
+    assert effects == ()
+
+
+def test_a_waking_engine_wakes_by_how_it_was_parked_not_by_its_configuration() -> None:
+    noted = Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
+    record, _ = found(Note(S.WAKING, None, noted))
+    assert isinstance(record.phase, Waking)
+    assert record.phase.eviction == noted
+
+
+# ---- without a note: what is seen counts --------------------------------------------------------
+
+
+def test_a_frozen_engine_is_parked() -> None:
+    record, _ = found(frozen=True, healthy=False, sleeping=None)
+    assert isinstance(record.phase, Parked)
+    assert record.phase.eviction == FREEZE
+
+
+def test_a_sleeping_engine_is_parked_and_will_reload_to_be_safe() -> None:
+    record, _ = found(sleeping=True)
+    assert isinstance(record.phase, Parked)
+    assert record.phase.eviction == Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
+
+
+def test_a_healthy_engine_serves() -> None:
+    record, _ = found()
+    assert isinstance(record.phase, Serving)
+
+
+def test_one_that_does_not_answer_yet_is_waited_for() -> None:
+    record, effects = found(healthy=False, sleeping=None)
+    assert record.state is S.STARTING
+    assert plan_of(effects) == "start from wait_healthy"
+
+
+def test_an_engine_of_a_model_that_is_not_configured_is_stopped() -> None:
+    record, effects = found(name="stranger")
+    assert record.removed
+    assert plan_of(effects).startswith("stop")
+
+
+@pytest.mark.parametrize("state", [None, *S])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("healthy", [False, True])
+@pytest.mark.parametrize("sleeping", [None, False, True])
+def test_whatever_is_noted_and_seen_the_result_is_a_state_that_can_go_on(
+    state: ModelState | None, frozen: bool, healthy: bool, sleeping: bool | None
+) -> None:
+    record, effects = found(
+        Note(state, "old.1", OFFLOAD), frozen=frozen, healthy=healthy, sleeping=sleeping
+    )
+    running = [effect.op for effect in effects if isinstance(effect, RunPlan)]
+    assert getattr(record.phase, "op", None) == (running[0] if running else None)
+    assert not isinstance(record.phase, Failed)
+
+
+def test_parking_that_had_got_as_far_as_the_freezer_is_done() -> None:
+    noted = Eviction(Weights.OFFLOAD, Process.FREEZE)
+    record, effects = found(Note(S.PARKING, None, noted), frozen=True, healthy=False, sleeping=None)
+    assert isinstance(record.phase, Parked)  # a frozen engine would not answer a /sleep
+    assert record.phase.eviction == noted
+    assert effects == ()

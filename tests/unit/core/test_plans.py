@@ -1,0 +1,138 @@
+"""Plans: the way back mirrors the way down, every step is bounded, every ladder ends in a kill."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from core_harness import DISCARD, STOP, model
+
+from llmux.config.schema import Eviction, Process, Weights
+from llmux.core.plans import (
+    Outcome,
+    Plan,
+    StepKind,
+    park_plan,
+    resume_start_plan,
+    start_plan,
+    stop_plan,
+    wake_plan,
+)
+
+K = StepKind
+MODEL = model("a")
+EVICTIONS = [Eviction(w, p) for w, p in itertools.product(Weights, Process)]
+PARKED = [e for e in EVICTIONS if e.process is not Process.STOP]
+# a step on the way down and the one that takes it back
+MIRROR = {
+    K.SLEEP: K.WAKE_UP,
+    K.FREEZE: K.THAW,
+    K.CUDA_SUSPEND: K.CUDA_RESUME,
+    K.DUMP: K.RESTORE,
+}
+
+
+def kinds(plan: Plan) -> list[StepKind]:
+    return [step.kind for step in plan.steps]
+
+
+def all_plans() -> list[Plan]:
+    return [
+        start_plan(MODEL, 600.0),
+        resume_start_plan(MODEL, 600.0),
+        stop_plan(MODEL),
+        stop_plan(MODEL, grace=False),
+        *(park_plan(MODEL, eviction) for eviction in EVICTIONS),
+        *(wake_plan(MODEL, eviction) for eviction in PARKED),
+    ]
+
+
+@pytest.mark.parametrize("plan", all_plans(), ids=lambda p: f"{p.name}-{p.eviction}")
+def test_every_step_is_bounded_and_every_ladder_ends_in_a_kill_that_is_verified(
+    plan: Plan,
+) -> None:
+    assert all(step.deadline > 0 for step in (*plan.steps, *plan.fallback))
+    last = plan.fallback or plan.steps
+    assert [step.kind for step in last[-2:]] == [K.KILL, K.VERIFY_RELEASE]
+    assert not any(step.optional for step in last[-2:])
+    assert plan.deadline == sum(s.deadline for s in (*plan.steps, *plan.fallback))
+
+
+@pytest.mark.parametrize("eviction", PARKED, ids=str)
+def test_the_way_back_mirrors_the_way_down(eviction: Eviction) -> None:
+    down = [MIRROR[kind] for kind in kinds(park_plan(MODEL, eviction)) if kind in MIRROR]
+    up = [kind for kind in kinds(wake_plan(MODEL, eviction)) if kind in MIRROR.values()]
+    if eviction.process is Process.CUDA_SUSPEND:
+        assert down == [*down[:-2], K.CUDA_RESUME, K.THAW]  # suspended, then frozen
+    once = list(dict.fromkeys(up))  # level 2 wakes in two parts
+    assert once == down[::-1]
+
+
+@pytest.mark.parametrize("eviction", PARKED, ids=str)
+def test_nobody_is_let_in_before_the_woken_engine_is_verified(eviction: Eviction) -> None:
+    assert kinds(wake_plan(MODEL, eviction))[-2:] == [K.WAIT_HEALTHY, K.CANARY_CHECK]
+    unverified = wake_plan(model("a", canary=False), eviction)
+    assert kinds(unverified)[-1] is K.WAIT_HEALTHY
+
+
+@pytest.mark.parametrize("process", [p for p in Process if p is not Process.STOP])
+def test_level_two_wakes_weights_then_reloads_then_the_cache(process: Process) -> None:
+    plan = wake_plan(MODEL, Eviction(Weights.DISCARD, process))
+    chosen = {K.WAKE_UP, K.RELOAD_WEIGHTS, K.RESET_PREFIX_CACHE}
+    assert [(s.kind, s.tags) for s in plan.steps if s.kind in chosen] == [
+        (K.WAKE_UP, ("weights",)),
+        (K.RELOAD_WEIGHTS, ()),
+        (K.WAKE_UP, ("kv_cache",)),
+        (K.RESET_PREFIX_CACHE, ()),
+    ]
+
+
+def test_the_sleep_level_follows_the_weights() -> None:
+    def levels(weights: Weights) -> list[int]:
+        plan = park_plan(MODEL, Eviction(weights, Process.KEEP_RUNNING))
+        return [step.level for step in plan.steps if step.kind is K.SLEEP]
+
+    assert [levels(weights) for weights in Weights] == [[], [1], [2]]
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+def test_parking_that_frees_gpu_memory_is_seen_to_free_it(eviction: Eviction) -> None:
+    keeps = eviction.weights is Weights.RETAIN and eviction.process in (
+        Process.KEEP_RUNNING,
+        Process.FREEZE,
+    )
+    assert (K.VERIFY_RELEASE in kinds(park_plan(MODEL, eviction))) is not keeps
+
+
+def test_stop_as_a_way_of_parking_ends_with_no_process() -> None:
+    plan = park_plan(MODEL, STOP)
+    assert plan.success is Outcome.DOWN
+    assert kinds(plan) == [K.TERMINATE, K.KILL, K.VERIFY_RELEASE]
+    assert plan.steps[0].optional  # whoever does not listen is killed
+    assert plan.steps[0].deadline == MODEL.stop_grace_secs
+
+
+def test_an_engine_that_died_is_not_asked_politely() -> None:
+    assert kinds(stop_plan(MODEL, grace=False)) == [K.KILL, K.VERIFY_RELEASE]
+
+
+def test_a_cold_start_records_what_a_wake_is_compared_with() -> None:
+    assert kinds(start_plan(MODEL, 600.0)) == [
+        K.SPAWN,
+        K.WAIT_HEALTHY,
+        K.DESCRIBE,
+        K.CANARY_RECORD,
+    ]
+    assert K.CANARY_RECORD not in kinds(start_plan(model("a", canary=False), 600.0))
+    assert start_plan(MODEL, 77.0).steps[1].deadline == 77.0
+
+
+def test_taking_a_start_over_does_not_spawn_again() -> None:
+    assert resume_start_plan(MODEL, 60.0).steps == start_plan(MODEL, 60.0).steps[1:]
+
+
+def test_the_operator_s_time_outs_are_the_deadlines() -> None:
+    slow = model("a", sleep_timeout_secs=7.0, wake_timeout_secs=9.0)
+    assert [s.deadline for s in park_plan(slow, DISCARD).steps if s.kind is K.SLEEP] == [7.0]
+    wakes = [s.deadline for s in wake_plan(slow, DISCARD).steps if s.kind is K.WAKE_UP]
+    assert wakes == [9.0, 9.0]
