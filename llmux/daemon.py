@@ -29,16 +29,21 @@ from llmux.core.effects import SwitchFinished
 from llmux.core.events import ConfigChanged
 from llmux.core.records import State
 from llmux.drivers import journald
+from llmux.drivers.criu import Criu
+from llmux.drivers.cuda import CudaDriver
+from llmux.drivers.cuda_cli import CudaCheckpointTool
 from llmux.drivers.direct import DirectUnits
 from llmux.drivers.engine import VllmEngine
 from llmux.drivers.freezer import CgroupFreezer
 from llmux.drivers.gpu import find_gpu_observer
+from llmux.drivers.identity import engine_identity
+from llmux.drivers.images import ImageStore
 from llmux.drivers.notify import SdNotifier, listen_fds, watchdog_interval
 from llmux.drivers.output import EngineFiles
 from llmux.drivers.store import FileStateStore
 from llmux.errors import ConfigError, LlmuxError, Reason, Refused, StateFileError
 from llmux.gateway.server import bind_all, serve_gateway
-from llmux.ports import Notifier, StateStore
+from llmux.ports import DeviceCheckpointer, Notifier, StateStore, UnitManager
 from llmux.protocol import Ask
 from llmux.runtime.drivers import Drivers, Places
 from llmux.runtime.executor import Executor
@@ -136,6 +141,8 @@ class Supervisor:
     async def close(self) -> None:
         await self.hub.close()
         await self.loop.executor.close()
+        if self.drivers.cuda is not None:
+            await self.drivers.cuda.close()
         await self.drivers.units.close()
 
 
@@ -226,15 +233,20 @@ async def supervise(path: str) -> None:
     for problem in check_host(config, marked.marks):
         log.warning("%s", problem)
     notifier = SdNotifier()
+    units = SystemdUnits()
     output = EngineFiles(config.checkpoint.images_dir)
     engine_user = None if config.engine_user == "root" else config.engine_user
     drivers = Drivers(
-        units=SystemdUnits(),
+        units=units,
         freezer=CgroupFreezer(),
         engine=VllmEngine(),
         output=output,
         gpu=find_gpu_observer(),
         places=Places(RUNTIME, engine_user, config.vllm_command, _environment()),
+        identity=engine_identity,
+        dumper=_dumper(config, units),
+        cuda=_cuda(config),
+        keep_images=config.checkpoint.keep_images,
     )
     supervisor = Supervisor(
         config,
@@ -258,6 +270,40 @@ async def supervise(path: str) -> None:
         notifier.stopping()
     finally:
         await supervisor.close()
+
+
+def _dumper(config: Config, units: UnitManager) -> Criu:
+    """CRIU; with its own CUDA plugin only where that is configured and there."""
+    checkpoint = config.checkpoint
+    store = ImageStore(checkpoint.images_dir, max_bytes=checkpoint.max_bytes)
+    return Criu(
+        units,
+        store,
+        checkpoint.images_dir,
+        criu_path=checkpoint.criu_path,
+        cuda_plugin_dir=_plugin_dir(config),
+    )
+
+
+def _plugin_dir(config: Config) -> str | None:
+    directory = config.checkpoint.cuda_plugin_dir
+    if directory is not None and not os.path.exists(os.path.join(directory, "cuda_plugin.so")):
+        log.info("%s has no cuda_plugin.so: CUDA state is saved by llmux itself", directory)
+        return None
+    return directory
+
+
+def _cuda(config: Config) -> DeviceCheckpointer | None:
+    """None where there is no NVIDIA driver, or CRIU's plugin does the work: never both."""
+    if _plugin_dir(config) is not None:
+        return None
+    tool = config.checkpoint.cuda_checkpoint_path
+    library = os.environ.get("LLMUX_LIBCUDA")  # a library of another name or place
+    if not os.path.exists("/proc/driver/nvidia/version") and library is None:
+        return None
+    if tool is not None and os.path.exists(tool):
+        return CudaCheckpointTool(tool)
+    return CudaDriver(library) if library else CudaDriver()
 
 
 async def _announce(supervisor: Supervisor, notifier: Notifier, stop: asyncio.Event) -> None:
@@ -373,6 +419,7 @@ async def _serve_in(
         output=EngineFiles(f"{runtime}/logs"),
         gpu=find_gpu_observer(),
         places=Places(runtime, None, config.vllm_command, _environment()),
+        identity=engine_identity,
     )
     supervisor = Supervisor(
         config, drivers, FileStateStore(f"{runtime}/state.json"), reload=lambda: load_config(path)

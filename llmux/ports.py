@@ -211,8 +211,8 @@ class StateStore(Protocol):
 class Image:
     """A complete checkpoint on disk: CRIU's files and a manifest in ``path``.
 
-    ``identity`` is what must still be so for a restore, by name; ``recipe`` is how the engine was parked
-    and so how it is woken, opaque to the dumper. ``managed``: made by llmux below its images
+    ``identity`` is what must still be so for a restore, by name; ``recipe`` is how the engine was
+    parked and so how it is woken, opaque to the dumper. ``managed``: made by llmux below its images
     directory; a directory that the user named (``checkpoint_path``) is never changed or removed.
     """
 
@@ -251,7 +251,7 @@ class DumpSpec:
 
 
 class DumpPhase(StrEnum):
-    """Where a dump is. From RELEASED on the processes are gone: what they held may be given away."""
+    """Where a dump is. From RELEASED on the processes are gone, and what they held is free."""
 
     CHECK = "check"
     DUMP = "dump"
@@ -305,10 +305,10 @@ class Dumper(Protocol):
         deadline: float,
         progress: Progress | None = None,
     ) -> Image:
-        """The image is complete on disk, every process of the tree was seen gone, the former image of
-        the model is replaced. Raises CheckpointFailed; its ``fields["tree"]`` is "running" (as before,
-        may serve on), "broken" (must be killed) or "gone". Not interruptible: cancelled, it first
-        ends under its deadline."""
+        """The image is complete on disk, every process of the tree was seen gone, the former image
+        of the model is replaced. Raises CheckpointFailed; its ``fields["tree"]`` is "running" (as
+        before, may serve on), "broken" (must be killed) or "gone". Not interruptible: cancelled, it
+        first ends under its deadline."""
 
     async def find(
         self, model: str, identity: Mapping[str, str], path: str | None = None
@@ -321,16 +321,22 @@ class Dumper(Protocol):
         meanwhile takes over what was verified."""
 
     async def restore(self, image: Image, launch: LaunchSpec, deadline: float) -> UnitHandle:
-        """The tree lives again in a new unit, every process seen with its old pid and name, the image
-        verified. ``launch`` is the engine's as today: unit properties and output files count. Raises
-        CheckpointFailed, then nothing of it is left; ``fields["blame"]`` is "image" (quarantine it)
-        or "host" (pid or port taken, no memory: the image may serve later)."""
+        """The tree lives again in a new unit, every process seen with its old pid and name, the
+        image verified. ``launch`` is the engine's as today: unit properties and output files count.
+        Raises CheckpointFailed, then nothing of it is left; ``fields["blame"]`` is "image"
+        (quarantine it) or "host" (pid or port taken, no memory: the image may serve later)."""
 
     async def quarantine(self, image: Image, reason: str) -> str:
         """Never used again, kept with its logs for a look; returns where."""
 
     async def discard(self, model: str) -> None:
         """The model has no image."""
+
+    async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
+        """Names in /dev/shm of what the unit's processes have open there and nobody else has."""
+
+    async def remove_shm(self, names: Sequence[str]) -> None:
+        """Once those processes were killed: exactly these names."""
 
     async def images(self) -> Sequence[Image]:
         """All complete images, whoever made them, without looking into their pages."""

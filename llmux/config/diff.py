@@ -38,6 +38,7 @@ MODEL_EFFECTS: Final[dict[str, Effect]] = {
     "startup_timeout_secs": Effect.LIVE,
     "sleep_timeout_secs": Effect.LIVE,
     "wake_timeout_secs": Effect.LIVE,
+    "checkpoint_timeout_secs": Effect.LIVE,
     "stop_grace_secs": Effect.LIVE,
     "stall_timeout_secs": Effect.LIVE,
     "canary": Effect.LIVE,

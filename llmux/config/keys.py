@@ -116,6 +116,7 @@ MODEL: Final = Spec(
         "startup_timeout_secs": _seconds(1, DAY),
         "sleep_timeout_secs": _seconds(0.1, DAY),
         "wake_timeout_secs": _seconds(0.1, DAY),
+        "checkpoint_timeout_secs": _seconds(1, DAY),
         "stop_grace_secs": _seconds(0, 3600),
         "stall_timeout_secs": _seconds(0, DAY),
         "canary": parse.boolean,

@@ -70,6 +70,7 @@ class ModelConfig:
     startup_timeout_secs: float | None = None  # None = the top-level one
     sleep_timeout_secs: float = 120.0
     wake_timeout_secs: float = 300.0  # one bound for wake_up and reload_weights: slow disks count
+    checkpoint_timeout_secs: float = 900.0  # a dump or a restore: tens of GB on a slow disk
     stop_grace_secs: float = 10.0  # SIGTERM to cgroup kill
     stall_timeout_secs: float = 120.0  # busy and no byte for so long: probe, then kill; 0 = off
     canary: bool = True

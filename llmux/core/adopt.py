@@ -7,7 +7,7 @@ a plan first looks whether it is done already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
@@ -50,10 +50,14 @@ class Observation:
 
 
 def adopt(
-    state: State, observations: Iterable[Observation], now: float
+    state: State, observations: Iterable[Observation], images: Mapping[str, Eviction], now: float
 ) -> tuple[State, tuple[Effect, ...]]:
-    """``state`` is the initial one; models without an observation stay stopped."""
+    """``state`` is the initial one; models without an observation stay stopped. ``images``: how
+    the models that have an image on disk were parked when it was made."""
     turn = Turn(state, now)
+    for name, eviction in images.items():
+        if name in turn.models:
+            turn.update(name, image=eviction)
     for observation in observations:
         _adopt_one(turn, observation)
     schedule(turn)
@@ -75,6 +79,9 @@ def _adopt_one(turn: Turn, seen: Observation) -> None:
     match note.state:
         case ModelState.STARTING:
             _begin_start(turn, name)
+        case ModelState.PARKING if seen.frozen:
+            # the freezer comes last, and a frozen engine answers no /sleep
+            turn.update(name, phase=Parked(eviction, turn.now))
         case ModelState.PARKING:
             op = turn.operation()
             turn.update(name, phase=Parking(op, turn.now, eviction))

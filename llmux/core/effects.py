@@ -29,6 +29,15 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """The model will be restored from its image as soon as there is room: read it meanwhile."""
+
+    model: str
+    config: ModelConfig
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SendGrant:
     worker: str
     model: str
@@ -74,4 +83,6 @@ class SwitchFinished:
     serving_at: float
 
 
-Effect = RunPlan | Probe | SendGrant | SendRevoke | SendCut | SendRefuse | SwitchFinished
+Effect = (
+    RunPlan | Probe | ReadAhead | SendGrant | SendRevoke | SendCut | SendRefuse | SwitchFinished
+)

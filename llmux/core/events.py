@@ -78,6 +78,14 @@ class OperationFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageKnown:
+    """There is (None: is no longer) an image to restore the model from, made by ``eviction``."""
+
+    model: str
+    eviction: Eviction | None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadAsked:
     """An operator wants the model resident although nobody waits for it."""
 
@@ -127,6 +135,7 @@ Event = (
     | ProbeFinished
     | EngineExited
     | OperationFinished
+    | ImageKnown
     | LoadAsked
     | ParkAsked
     | EvictionSet

@@ -47,13 +47,15 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``deadline`` in seconds. An optional step's failure is reported and passed over."""
+    """``deadline`` in seconds. An optional step's failure is reported and passed over; a step with
+    ``if_any`` has nothing to do where there is no CUDA, and must succeed where there is."""
 
     kind: StepKind
     deadline: float
     level: int = 0
     tags: tuple[str, ...] = ()
     optional: bool = False
+    if_any: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,10 @@ CANARY_SECS = 60.0  # eight tokens; the first request after a start may compile 
 PROBE_SECS = 30.0
 DESCRIBE_SECS = 5.0
 SPAWN_SECS = 30.0  # measured 5-40 ms; D-Bus and a busy machine are the rest
+
+
+# Parked like this an engine keeps its GPU memory: nothing is to be seen going.
+KEEPS_GPU = frozenset({(Weights.RETAIN, Process.KEEP_RUNNING), (Weights.RETAIN, Process.FREEZE)})
 
 
 def _down(model: ModelConfig, *, grace: bool) -> tuple[Step, ...]:
@@ -119,6 +125,11 @@ def stop_plan(model: ModelConfig, *, grace: bool = True) -> Plan:
     return Plan("stop", _down(model, grace=grace), Outcome.DOWN)
 
 
+def reuse_plan(model: ModelConfig, eviction: Eviction) -> Plan:
+    """Parked by an image that is there already: the processes only have to go."""
+    return Plan("park", _down(model, grace=False), Outcome.PARKED, eviction)
+
+
 def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     """Weights axis first (vLLM itself), then the process axis on what is left."""
     if eviction.process is Process.STOP:
@@ -127,11 +138,20 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     if eviction.weights is not Weights.RETAIN:
         level = 1 if eviction.weights is Weights.OFFLOAD else 2
         steps.append(Step(StepKind.SLEEP, model.sleep_timeout_secs, level=level))
-    if eviction.process is Process.FREEZE:
-        steps.append(Step(StepKind.FREEZE, FREEZE_SECS))
-    if eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT):
-        raise NotImplementedError(eviction)
-    if eviction.weights is not Weights.RETAIN:
+    match eviction.process:
+        case Process.FREEZE:
+            steps.append(Step(StepKind.FREEZE, FREEZE_SECS))
+        case Process.CUDA_SUSPEND:
+            # the driver's thread in the engine does the work: never on a frozen one
+            steps.append(Step(StepKind.CUDA_SUSPEND, model.sleep_timeout_secs))
+            steps.append(Step(StepKind.FREEZE, FREEZE_SECS))
+        case Process.CHECKPOINT:
+            if eviction.weights is not Weights.RETAIN:
+                # prompts in cached blocks have no business on a disk
+                steps.append(Step(StepKind.RESET_PREFIX_CACHE, PROBE_SECS, optional=True))
+            steps.append(Step(StepKind.CUDA_SUSPEND, model.sleep_timeout_secs, if_any=True))
+            steps.append(Step(StepKind.DUMP, model.checkpoint_timeout_secs))
+    if (eviction.weights, eviction.process) not in KEEPS_GPU:
         steps.append(Step(StepKind.VERIFY_RELEASE, SLEEP_RELEASE_SECS))
     return Plan("park", tuple(steps), Outcome.PARKED, eviction, _down(model, grace=True))
 
@@ -139,8 +159,15 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
 def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     """The way back from ``eviction``, which is how the engine was parked."""
     steps: list[Step] = []
-    if eviction.process is Process.FREEZE:
-        steps.append(Step(StepKind.THAW, FREEZE_SECS))
+    match eviction.process:
+        case Process.FREEZE:
+            steps.append(Step(StepKind.THAW, FREEZE_SECS))
+        case Process.CUDA_SUSPEND:
+            steps.append(Step(StepKind.THAW, FREEZE_SECS))
+            steps.append(Step(StepKind.CUDA_RESUME, model.wake_timeout_secs))
+        case Process.CHECKPOINT:
+            steps.append(Step(StepKind.RESTORE, model.checkpoint_timeout_secs))
+            steps.append(Step(StepKind.CUDA_RESUME, model.wake_timeout_secs, if_any=True))
     wake = model.wake_timeout_secs
     match eviction.weights:
         case Weights.OFFLOAD:

@@ -124,6 +124,7 @@ class ModelRecord:
     progress: int = 0  # sum over workers, only ever compared
     progress_at: float = 0.0
     probing: bool = False
+    image: Eviction | None = None  # an image on disk, made by parking like this
     park_request: Eviction | None = None  # asked for while it was coming up
     removed: bool = False  # no longer configured: stop, then forget
 

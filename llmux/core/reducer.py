@@ -19,6 +19,7 @@ from llmux.core.events import (
     EngineSuspect,
     Event,
     EvictionSet,
+    ImageKnown,
     LoadAsked,
     ModeSet,
     OperationFinished,
@@ -85,6 +86,9 @@ def _apply(turn: Turn, event: Event) -> None:
             _engine_exited(turn, event)
         case OperationFinished():
             _operation_finished(turn, event)
+        case ImageKnown():
+            if event.model in turn.models:
+                turn.update(event.model, image=event.eviction)
         case LoadAsked():
             _load_asked(turn, event.model)
         case ParkAsked():

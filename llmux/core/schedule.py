@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from llmux.config.schema import Eviction, Process
+from llmux.core.effects import ReadAhead
 from llmux.core.policy import Resident, Waiting
 from llmux.core.records import (
     ROUNDING,
@@ -118,10 +119,13 @@ def _consider(turn: Turn, target: Waiting, reserved: Load) -> None:
         return
     if name not in turn.reservations:
         turn.reservations[name] = Reservation(decided_at=turn.now)
+        way_back = turn.way_back(name)
+        if way_back is not None and way_back.process is Process.CHECKPOINT:
+            turn.effects.append(ReadAhead(name, record.config, gpus))
     if _fits(_load(turn, name, share_now), reserved, gpus, share):
         turn.update(name, gpus=gpus)
-        if isinstance(record.phase, Parked):
-            turn.wake(name, record.phase)
+        if (eviction := turn.way_back(name)) is not None:
+            turn.wake(name, eviction)
         else:
             turn.start(name)
         return

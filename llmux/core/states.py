@@ -43,7 +43,8 @@ _S = ModelState
 
 TRANSITIONS: Final[Mapping[ModelState, frozenset[ModelState]]] = MappingProxyType(
     {
-        _S.STOPPED: frozenset({_S.STARTING}),
+        # waking: from an image on disk
+        _S.STOPPED: frozenset({_S.STARTING, _S.WAKING}),
         # a start that failed is cleaned up by its own plan: down = failed, stuck = failed and held
         _S.STARTING: frozenset({_S.SERVING, _S.FAILED}),
         # stopping straight from serving: the engine died or hung, and its unit is cleaned up
@@ -57,7 +58,7 @@ TRANSITIONS: Final[Mapping[ModelState, frozenset[ModelState]]] = MappingProxyTyp
         _S.WAKING: frozenset({_S.SERVING, _S.STARTING, _S.FAILED}),
         _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED}),
         # stopping: a stuck engine is tried again
-        _S.FAILED: frozenset({_S.STARTING, _S.STOPPED, _S.STOPPING}),
+        _S.FAILED: frozenset({_S.STARTING, _S.WAKING, _S.STOPPED, _S.STOPPING}),
     }
 )
 

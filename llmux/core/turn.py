@@ -139,12 +139,18 @@ class Turn:
             self.reservations[name] = replace(reservation, room_at=room, cold=True)
         self.run(name, op, start_plan(record.config, self.config.startup_timeout(record.config)))
 
-    def wake(self, name: str, parked: Parked) -> None:
+    def way_back(self, name: str) -> Eviction | None:
+        """How the model is parked, on disk at least; None = only a cold start is left."""
+        record = self.models[name]
+        return record.phase.eviction if isinstance(record.phase, Parked) else record.image
+
+    def wake(self, name: str, eviction: Eviction) -> None:
+        """The way back from how it was parked. The room is there."""
         op = self.operation()
-        self.move(name, Waking(op, self.now, parked.eviction))
+        self.move(name, Waking(op, self.now, eviction))
         if (reservation := self.reservations.get(name)) is not None:
             self.reservations[name] = replace(reservation, room_at=self.now)
-        self.run(name, op, wake_plan(self.models[name].config, parked.eviction))
+        self.run(name, op, wake_plan(self.models[name].config, eviction))
 
     def serve(self, name: str) -> None:
         """Up and verified: everyone who waits is let in on a new epoch."""

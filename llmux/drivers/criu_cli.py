@@ -60,9 +60,6 @@ def _common(images: str, work: str, log: str, libdir: str) -> list[str]:
         "--link-remap",
         # The tree inherits the cgroup of the criu process, which is in the new unit.
         "--manage-cgroups=ignore",
-        # No connection leaves the tree (checked before), so no packet can be lost; and a killed
-        # CRIU leaves no firewall rules behind.
-        "--network-lock", "skip",
     ]  # fmt: skip
 
 
@@ -72,6 +69,9 @@ def dump_arguments(
     frozen = ["--freeze-cgroup", freeze_cgroup] if freeze_cgroup else []
     return [
         criu, "dump", "--tree", str(root), *_common(images, images, DUMP_LOG, libdir),
+        # No connection leaves the tree (checked before), so no packet can be lost; and a killed CRIU
+        # leaves no firewall rules behind. A restore takes the method from the image.
+        "--network-lock", "skip",
         "--ghost-limit", _GHOST_LIMIT, "--timeout", str(_SEIZE_SECONDS), *frozen,
     ]  # fmt: skip
 

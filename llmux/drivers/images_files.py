@@ -1,4 +1,4 @@
-"""The bytes of an image: zero blocks punched out, checksums, fsync, sparse copies.
+"""The bytes of an image: zero pages punched out, checksums, fsync, sparse copies.
 
 Everything here blocks and runs in worker threads; each takes ``stop``, looked at between segments.
 
@@ -16,17 +16,17 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
 from typing import Final
 
 SEGMENT: Final = 16 * 1024 * 1024
-# A page is what CRIU stores. Blocks of 64 KiB find 3 % fewer zeros in a vLLM image than pages do,
-# in a tenth of the extents, and extents are what makes reading slow.
-BLOCK: Final = 64 * 1024
-_ZERO: Final = bytes(BLOCK)
+# Of a real vLLM image of 2.36 GB, 1.292 GB are left with runs of 4 KiB pages, 1.298 with 64 KiB, in
+# 1033 and 71 extents: too few in either case to slow a restore down (measured).
+PAGE: Final = 4096
+_ZERO: Final = bytes(PAGE)
 # Stays in the level-2 cache between read and checksum: 1.7 GiB/s together, 0.8 with 16 MiB
 # (measured).
 PIECE: Final = 256 * 1024
@@ -55,7 +55,7 @@ class FileSums:
 
 
 def _punch(fd: int, start: int, end: int) -> bool:
-    """Give the blocks of a zero range back; False when the file system cannot."""
+    """Give a range of zeros back; False when the file system cannot."""
     if _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, end - start) == 0:
         return True
     number = ctypes.get_errno()
@@ -73,8 +73,23 @@ def _read(fd: int, buffer: memoryview, offset: int) -> None:
         have += count
 
 
+def _runs(buffer: bytearray, length: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, zero) of the maximal runs of zero pages and of others in ``buffer[:length]``."""
+    start, kind = 0, False
+    for offset in range(0, length, PAGE):
+        size = min(PAGE, length - offset)
+        # Compares in place, and only up to the first byte that is not zero.
+        zero = buffer.startswith(_ZERO if size == PAGE else _ZERO[:size], offset)
+        if zero != kind:
+            if offset:
+                yield start, offset, kind
+            start, kind = offset, zero
+    if length:
+        yield start, length, kind
+
+
 def _digest(fd: int, start: int, end: int, punch: bool) -> int:
-    """The checksum of one segment; with ``punch`` its zero blocks become holes."""
+    """The checksum of one segment; with ``punch`` its zero pages become holes."""
     try:
         if os.lseek(fd, start, os.SEEK_DATA) >= end:
             return 0
@@ -85,24 +100,21 @@ def _digest(fd: int, start: int, end: int, punch: bool) -> int:
     buffer = bytearray(PIECE)
     view = memoryview(buffer)
     checksum = 0
-    zeros_from: int | None = None
+    zeros: int | None = None  # where the run of zero pages began that we are in
     for piece in range(start, end, PIECE):
         length = min(PIECE, end - piece)
         _read(fd, view[:length], piece)
-        for inside in range(0, length, BLOCK):
-            size = min(BLOCK, length - inside)
-            # startswith compares in place: 0.06 µs for a block with content, 6 µs for a zero one.
-            if buffer.startswith(_ZERO if size == BLOCK else _ZERO[:size], inside):
-                if zeros_from is None:
-                    zeros_from = piece + inside
+        for first, last, zero in _runs(buffer, length):
+            if zero:
+                zeros = piece + first if zeros is None else zeros
                 continue
-            if punch and zeros_from is not None:
-                punch = _punch(fd, zeros_from, piece + inside)
-            zeros_from = None
-            checksum = zlib.crc32(struct.pack("<Q", piece + inside), checksum)
-            checksum = zlib.crc32(view[inside : inside + size], checksum)
-    if punch and zeros_from is not None:
-        _punch(fd, zeros_from, end)
+            if punch and zeros is not None:
+                punch = _punch(fd, zeros, piece + first)
+            zeros = None
+            checksum = zlib.crc32(struct.pack("<QQ", piece + first, piece + last), checksum)
+            checksum = zlib.crc32(view[first:last], checksum)
+    if punch and zeros is not None:
+        _punch(fd, zeros, end)
     return checksum
 
 
@@ -120,7 +132,7 @@ def digest_files(
     count: Counter,
     workers: int | None = None,
 ) -> tuple[FileSums, ...]:
-    """Checksums of ``names`` in ``directory``; ``punch`` makes holes of zero blocks."""
+    """Checksums of ``names`` in ``directory``; ``punch`` makes holes of zero pages."""
     descriptors: list[int] = []
     jobs: list[tuple[int, int, int]] = []  # index of the file, offset, size
     sizes: list[int] = []

@@ -547,6 +547,12 @@ class MemoryDumper:
         self._world = world
         self.interrupted: list[Interrupted] = []
 
+    async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
+        return ()
+
+    async def remove_shm(self, names: Sequence[str]) -> None:
+        assert not names, "the twin's engines have nothing in /dev/shm"
+
     async def check(self) -> CriuFacts:
         self._world.record("dumper.check", "")
         return CriuFacts("/usr/sbin/criu", "4.2.1", ())

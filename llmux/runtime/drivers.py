@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from llmux.ports import Engine, EngineOutput, Freezer, GpuObserver, UnitManager
+from llmux.config.schema import ModelConfig
+from llmux.ports import (
+    DeviceCheckpointer,
+    Dumper,
+    Engine,
+    EngineOutput,
+    Freezer,
+    GpuObserver,
+    LaunchSpec,
+    UnitManager,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +39,7 @@ class Drivers:
     output: EngineOutput
     gpu: GpuObserver
     places: Places
+    identity: Callable[[ModelConfig, LaunchSpec], Mapping[str, str]]
+    dumper: Dumper | None = None  # None: engines are not in units of their own
+    cuda: DeviceCheckpointer | None = None  # None: no CUDA driver, or CRIU's plugin does it
+    keep_images: bool = True

@@ -10,19 +10,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 from llmux.config.schema import ModelConfig
-from llmux.core.effects import Probe, RunPlan
+from llmux.core.effects import Probe, ReadAhead, RunPlan
 from llmux.core.events import EngineExited, Event, OperationFinished, ProbeFinished
 from llmux.core.plans import PROBE_SECS, Outcome, Step, StepKind
-from llmux.errors import DriverError, DriverTimeout, EngineUnhealthy, LlmuxError
-from llmux.ports import Canary, UnitHandle
+from llmux.errors import (
+    CheckpointFailed,
+    DriverTimeout,
+    EngineUnhealthy,
+    LlmuxError,
+    Unsupported,
+)
+from llmux.ports import Canary, Image, UnitHandle
 from llmux.protocol import Address
 from llmux.runtime.drivers import Drivers
-from llmux.runtime.launch import engine_address, launch_spec
+from llmux.runtime.imaging import Imaging
+from llmux.runtime.instance import Instance
+from llmux.runtime.launch import engine_address, remove_stale_socket
 from llmux.runtime.release import verify_release
 
 log = logging.getLogger("llmux")
@@ -35,22 +42,6 @@ MAY_DIE = frozenset(
 )
 LOGPROB_TOLERANCE = 0.05  # kernels chosen anew after a reload may differ in the last digits
 TAIL_LINES = 12
-
-
-@dataclass(slots=True)
-class Instance:
-    """What is known of a model's engine process; empty when there is none."""
-
-    config: ModelConfig
-    handle: UnitHandle | None = None
-    address: Address | None = None
-    canary: Canary | None = None
-    max_model_len: int | None = None
-    version: str | None = None
-    gpus: tuple[int, ...] = ()
-    died: asyncio.Future[str] | None = None  # set while an operation runs
-    used_before: dict[int, int] = field(default_factory=dict)  # pid → bytes, before parking
-    phases: list[tuple[str, float]] = field(default_factory=list)  # of the last operation
 
 
 class Executor:
@@ -66,6 +57,7 @@ class Executor:
         self._post = post
         self._on_phase = on_phase
         self._tasks: set[asyncio.Task[None]] = set()
+        self.imaging = Imaging(drivers, post)
         self.instances: dict[str, Instance] = {}
 
     def instance(self, config: ModelConfig) -> Instance:
@@ -75,6 +67,9 @@ class Executor:
 
     def run(self, effect: RunPlan) -> None:
         self._spawn(self._operation(effect), f"{effect.plan.name} {effect.model}")
+
+    def read_ahead(self, effect: ReadAhead) -> None:
+        self.imaging.read_ahead(effect.config, effect.gpus)
 
     def probe(self, effect: Probe) -> None:
         self._spawn(self._probe(effect), f"probe {effect.model}")
@@ -104,6 +99,7 @@ class Executor:
         instance = self.instance(effect.config)
         instance.gpus = effect.gpus or instance.gpus
         instance.phases = []
+        instance.image = None
         loop = asyncio.get_running_loop()
         instance.died = loop.create_future()
         if effect.plan.name == "start":
@@ -112,10 +108,13 @@ class Executor:
                 effect.model,
                 extra={"model": effect.model},
             )
+        began = monotonic()
         outcome, detail = await self._steps(effect, instance)
+        if effect.plan.name == "start" and outcome is Outcome.UP:
+            instance.cold_seconds = monotonic() - began
         died, instance.died = instance.died, None
         self._post(OperationFinished(effect.model, effect.op, outcome, detail))
-        if died.done() and outcome in (Outcome.UP, Outcome.PARKED):
+        if died.done() and instance.handle is not None and outcome is not Outcome.DOWN:
             self._post(EngineExited(effect.model, died.result()))
         if outcome is Outcome.DOWN:
             instance.handle = None
@@ -124,14 +123,20 @@ class Executor:
         plan = effect.plan
         detail = ""
         try:
+            plan = await self.imaging.shorten(plan, instance)
             for step in plan.steps:
                 await self._step(step, effect, instance)
+            if instance.image is not None and plan.success is Outcome.UP:
+                await self.imaging.served(instance.image)
         except LlmuxError as error:
             detail = str(error)
         except OSError as error:
             detail = f"cannot {plan.name} model {effect.model!r}: {error}"
         else:
             return plan.success, ""
+        if instance.image is not None:
+            # it was restored, and then did not answer as before
+            await self._distrust(instance.image, detail)
         log.warning(
             "cannot %s %s: %s",
             plan.name,
@@ -196,6 +201,12 @@ class Executor:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
+    async def _distrust(self, image: Image, reason: str) -> None:
+        try:
+            await self.imaging.distrust(image, reason)
+        except (LlmuxError, OSError) as error:
+            log.error("cannot quarantine the image of %s: %s", image.model, error)
+
     def _death(self, instance: Instance, died: asyncio.Future[str]) -> str:
         tail = self._drivers.output.tail(instance.config.name, TAIL_LINES)
         text = f"it died: {died.result()}"
@@ -203,7 +214,7 @@ class Executor:
 
     def _exited(self, handle: UnitHandle, description: str) -> None:
         instance = self.instances.get(handle.model)
-        if instance is None or instance.handle not in (handle, None):
+        if instance is None or instance.handle != handle:
             return
         if instance.died is None:
             self._post(EngineExited(handle.model, description))
@@ -236,6 +247,18 @@ class Executor:
                 await drivers.engine.reload_weights(self._address(instance), deadline)
             case StepKind.RESET_PREFIX_CACHE:
                 await drivers.engine.reset_prefix_cache(self._address(instance), deadline)
+            case StepKind.CUDA_SUSPEND:
+                await self._cuda_suspend(step, instance)
+            case StepKind.CUDA_RESUME:
+                await self._cuda_resume(step, instance)
+            case StepKind.DUMP:
+                await self._note_memory(instance)
+                assert effect.plan.eviction is not None
+                await self.imaging.dump(instance, effect.plan.eviction, deadline)
+            case StepKind.RESTORE:
+                image = await self.imaging.restore(instance, effect.gpus, deadline)
+                instance.image = image
+                self._follow(instance)
             case StepKind.FREEZE:
                 await drivers.freezer.freeze(self._handle(instance), deadline)
             case StepKind.THAW:
@@ -248,17 +271,21 @@ class Executor:
                 await self._kill(instance, deadline)
             case StepKind.VERIFY_RELEASE:
                 await verify_release(drivers.gpu, effect, instance.used_before, deadline)
-            case _:
-                raise DriverError(step.kind, effect.model, "this build has no driver for it")
 
     async def _start_engine(self, effect: RunPlan, instance: Instance, deadline: float) -> None:
         config = effect.config
-        instance.canary = None
+        instance.forget()
+        spec = self.imaging.spec(config, effect.gpus)
         instance.address = engine_address(config, self._drivers.places)
-        spec = launch_spec(config, instance.address, effect.gpus, self._drivers)
+        instance.identity = await asyncio.to_thread(self._drivers.identity, config, spec)
+        remove_stale_socket(instance.address)
         log.info("Spawning vLLM process", extra={"model": config.name})
-        handle = await self._drivers.units.start(spec, deadline)
-        instance.handle = handle
+        instance.handle = await self._drivers.units.start(spec, deadline)
+        self._follow(instance)
+
+    def _follow(self, instance: Instance) -> None:
+        """Hear of its output and of its end."""
+        handle = self._handle(instance)
         self._drivers.output.attach(handle)
         self._drivers.units.watch(handle, self._exited)
 
@@ -269,9 +296,38 @@ class Executor:
         if not instance.used_before:
             await self._note_memory(instance)
         self._drivers.units.unwatch(handle)
+        dumper = self._drivers.dumper
+        # what a killed engine leaves in /dev/shm nobody else removes
+        litter = await dumper.shm_names(handle) if dumper is not None else ()
         await self._drivers.units.kill(handle, deadline)
+        if dumper is not None:
+            await dumper.remove_shm(litter)
         self._drivers.output.detach(instance.config.name)
         instance.handle = None
+
+    async def _cuda_suspend(self, step: Step, instance: Instance) -> None:
+        cuda = self._drivers.cuda
+        if cuda is None:
+            if step.if_any:
+                return
+            raise Unsupported(
+                "suspend", f'model "{instance.config.name}"', "there is no CUDA driver here"
+            )
+        await self._note_memory(instance)
+        pids = await self._drivers.units.pids(self._handle(instance))
+        await cuda.check_memory(pids, sum(instance.used_before.values()))
+        instance.cuda_pids = tuple(await cuda.suspend(pids, step.deadline))
+        if not instance.cuda_pids and not step.if_any:
+            raise CheckpointFailed(
+                "suspend",
+                f'model "{instance.config.name}"',
+                "none of its processes uses CUDA, so nothing would be freed",
+            )
+
+    async def _cuda_resume(self, step: Step, instance: Instance) -> None:
+        if instance.cuda_pids and self._drivers.cuda is not None:
+            await self._drivers.cuda.resume(instance.cuda_pids, step.deadline)
+            instance.cuda_pids = ()
 
     async def _note_memory(self, instance: Instance) -> None:
         """Who of this engine held how much, so that its going can be seen."""
@@ -349,4 +405,7 @@ class Executor:
             "canary": [canary.text, list(canary.logprobs)] if canary else None,
             "max_model_len": instance.max_model_len,
             "version": instance.version,
+            "identity": dict(instance.identity),
+            "cold_seconds": instance.cold_seconds,
+            "cuda_pids": list(instance.cuda_pids),
         }

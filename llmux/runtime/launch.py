@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 
 from llmux.config.schema import ModelConfig, Process, Weights
 from llmux.ports import LaunchSpec
@@ -119,13 +120,18 @@ def engine_environment(
     return env
 
 
+def remove_stale_socket(address: Address) -> None:
+    """A killed engine leaves its socket file behind, and vLLM does not bind an existing one."""
+    if address.uds is not None:
+        with suppress(FileNotFoundError):
+            os.unlink(address.uds)
+
+
 def launch_spec(
     config: ModelConfig, address: Address, gpus: tuple[int, ...], drivers: Drivers
 ) -> LaunchSpec:
     places = drivers.places
     stdout, stderr = drivers.output.paths(config.name)
-    if address.uds is not None and os.path.lexists(address.uds):
-        os.unlink(address.uds)  # of a killed engine; bind would fail
     env = engine_environment(config, gpus, places)
     program, *arguments = engine_argv(config, address, places.vllm_command)
     # execve searches no PATH; one that is nowhere keeps its name, for the launcher's message

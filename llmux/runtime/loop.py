@@ -15,6 +15,7 @@ from typing import Protocol
 from llmux.core.effects import (
     Effect,
     Probe,
+    ReadAhead,
     RunPlan,
     SendCut,
     SendGrant,
@@ -114,6 +115,8 @@ class Loop:
                 self.executor.run(effect)
             case Probe():
                 self.executor.probe(effect)
+            case ReadAhead():
+                self.executor.read_ahead(effect)
             case SendGrant(worker, model, epoch):
                 address = self.executor.instances[model].address
                 assert address is not None

@@ -6,23 +6,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.adopt import Note
 from llmux.core.records import Draining, Parked, Parking, Serving, State, Waking
 from llmux.core.states import ModelState
-from llmux.ports import Canary
-from llmux.protocol import Address
 from llmux.runtime.executor import Executor
+from llmux.runtime.words import parse_eviction
 
 VERSION = 1
-
-
-def parse_eviction(text: str) -> Eviction:
-    """``weights+process``; ValueError names what is wrong."""
-    weights, plus, process = text.partition("+")
-    if not plus:
-        raise ValueError(f'expected "weights+process", got {text!r}')
-    return Eviction(Weights(weights), Process(process))
 
 
 def notes_of(state: State, executor: Executor) -> dict[str, Any]:
@@ -68,18 +58,3 @@ def note_from(document: Mapping[str, Any]) -> Note:
         eviction=eviction,
         gpus=tuple(g for g in gpus if isinstance(g, int)) if isinstance(gpus, list) else (),
     )
-
-
-def address_from(document: Mapping[str, Any]) -> Address | None:
-    uds, port = document.get("uds"), document.get("port")
-    if isinstance(uds, str):
-        return Address(uds=uds)
-    return Address(port=port) if isinstance(port, int) else None
-
-
-def canary_from(document: Mapping[str, Any]) -> Canary | None:
-    match document.get("canary"):
-        case [str(text), [*logprobs]]:
-            return Canary(text, tuple(float(p) for p in logprobs))
-        case _:
-            return None

@@ -22,7 +22,8 @@ from llmux.ports import UnitHandle
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.executor import Executor
 from llmux.runtime.launch import engine_address
-from llmux.runtime.notes import address_from, canary_from, models_in, note_from, parse_eviction
+from llmux.runtime.notes import models_in, note_from
+from llmux.runtime.words import address_from, canary_from, parse_eviction
 
 log = logging.getLogger("llmux")
 
@@ -43,6 +44,8 @@ async def adopt_engines(
 ) -> tuple[State, tuple[Effect, ...]]:
     """Every engine that lives is in the returned state, or about to be stopped by its effects."""
     notes = models_in(document)
+    await executor.imaging.recover()
+    images = await executor.imaging.known(state.config.models)
     state = restore_orders(state, document)
     handles = await drivers.units.observe()
     observations = await asyncio.gather(
@@ -57,7 +60,7 @@ async def adopt_engines(
             f", was {seen.note.state}" if seen.note.state else ", no note of it",
             extra={"model": seen.model},
         )
-    return adopt(state, observations, monotonic())
+    return adopt(state, observations, images, monotonic())
 
 
 def restore_orders(state: State, document: Mapping[str, Any]) -> State:
@@ -96,6 +99,9 @@ async def _observe(
         instance.canary = canary_from(document)
         instance.max_model_len = document.get("max_model_len")
         instance.version = document.get("version")
+        instance.identity = dict(document.get("identity") or {})
+        instance.cold_seconds = float(document.get("cold_seconds") or instance.cold_seconds)
+        instance.cuda_pids = tuple(document.get("cuda_pids") or ())
     frozen, healthy, sleeping = False, False, None
     try:
         frozen = await drivers.freezer.frozen(handle)

@@ -15,8 +15,8 @@ from llmux.errors import Reason, Refused
 from llmux.ports import EngineOutput
 from llmux.protocol import Ask
 from llmux.runtime.loop import Loop
-from llmux.runtime.notes import parse_eviction
 from llmux.runtime.status import process_state, status
+from llmux.runtime.words import parse_eviction
 
 
 class Verbs:
