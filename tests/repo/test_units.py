@@ -165,7 +165,7 @@ def test_systemd_would_complain_about_a_typing_mistake(staged: Path) -> None:
     ("unit", "threshold"),
     [
         ("llmux-gateway.service", 15),  # 1.2 with systemd 252 and 257
-        ("llmux.service", 92),  # root and free to fork engines: 9.1; container managers score 9.6
+        ("llmux.service", 94),  # root, forks engines, runs CRIU: 9.3; container managers score 9.6
     ],
 )
 def test_exposure_does_not_grow(staged: Path, unit: str, threshold: int) -> None:
