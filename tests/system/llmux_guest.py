@@ -116,6 +116,19 @@ class LlmuxGuest:
         report: dict[str, list[int]] = self.load("look", "scopes")
         return report
 
+    def reload(self) -> None:
+        """As an operator does it; returns when the supervisor has said what it made of it."""
+        cursor = self.cursor()
+        self.run(["systemctl", "reload", "llmux"])
+        follow = f"journalctl -o cat -u {SUPERVISOR} -f --after-cursor='{cursor}'"
+        said = "grep -q -m1 -E 'configuration (not )?reloaded'"
+        self.run(["timeout", "20", "bash", "-c", f"{said} < <({follow})"])
+
+    def cursor(self) -> str:
+        """The end of the journal, for what comes after it."""
+        text = self.run(["journalctl", "-n", "0", "--show-cursor", "--no-pager"]).stdout
+        return text.partition("-- cursor: ")[2].strip()
+
     def journal(self, *arguments: str, lines: int = 60) -> str:
         """Of both services when nothing else is asked for."""
         which: Sequence[str] = arguments or ("-u", SUPERVISOR, "-u", GATEWAY, "-n", str(lines))

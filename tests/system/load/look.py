@@ -1,4 +1,4 @@
-"""Print what the system says: `look.py scopes | strays MODEL… | held`."""
+"""Print what the system says: `look.py scopes | held | …`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def main() -> None:
             print(json.dumps({"strays": witness.strays(models)}))
         case ["held"]:
             print(json.dumps(witness.held()))
+        case ["until-scopes", *models]:
+            witness.until(f"engines of {models}", lambda: set(witness.scopes()) == set(models))
+            print("{}")
+        case ["until-status", text]:
+            witness.until(text, lambda: text in witness.show(witness.SUPERVISOR, "StatusText"))
+            print("{}")
         case _:
             sys.exit(__doc__)
 
