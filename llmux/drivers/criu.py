@@ -15,13 +15,13 @@ import select
 import shutil
 import signal
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from threading import Event
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from llmux.drivers import criu_cli, criu_shm
-from llmux.drivers.criu_dump import Dump, Tools
+from llmux.drivers.criu_dump import Dump, Tools, to_its_end
 from llmux.drivers.criu_restore import Restore
 from llmux.drivers.criu_tree import PROC, SHM, TreeFacts, inspect
 from llmux.drivers.images import ImageStore
@@ -47,22 +47,6 @@ log = logging.getLogger(__name__)
 _CHECK_TIMEOUT: Final = 20.0
 _END_TIMEOUT: Final = 5.0  # seconds from SIGKILL to the end of a CRIU that writes to a slow disk
 _EMPTY: Final = ".no-plugins"
-
-_T = TypeVar("_T")
-
-
-async def _to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run ``work`` to its end even when we are cancelled; the cancellation comes after."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("%s", error)
-        raise
 
 
 def _nothing(_phase: DumpPhase, _done: int, _total: int) -> None:
@@ -212,7 +196,7 @@ class Criu:
         deadline: float,
         progress: Progress | None = None,
     ) -> Image:
-        return await _to_its_end(self._dump(handle, spec, deadline, progress or _nothing))
+        return await to_its_end(self._dump(handle, spec, deadline, progress or _nothing))
 
     async def _dump(
         self, handle: UnitHandle, spec: DumpSpec, deadline: float, progress: Progress

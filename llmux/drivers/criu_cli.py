@@ -69,8 +69,8 @@ def dump_arguments(
     frozen = ["--freeze-cgroup", freeze_cgroup] if freeze_cgroup else []
     return [
         criu, "dump", "--tree", str(root), *_common(images, images, DUMP_LOG, libdir),
-        # No connection leaves the tree (checked before), so no packet can be lost; and a killed CRIU
-        # leaves no firewall rules behind. A restore takes the method from the image.
+        # No connection leaves the tree (checked before), so no packet can be lost; and a killed
+        # CRIU leaves no firewall rules behind. A restore takes the method from the image.
         "--network-lock", "skip",
         "--ghost-limit", _GHOST_LIMIT, "--timeout", str(_SEIZE_SECONDS), *frozen,
     ]  # fmt: skip

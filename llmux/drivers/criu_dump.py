@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from llmux.drivers import criu_cli, criu_img, criu_shm
 from llmux.drivers.criu_tree import TreeFacts, TreeProcess, read_status
@@ -27,6 +28,10 @@ from llmux.drivers.images_notes import DUMPING, write_note
 from llmux.drivers.run import run
 from llmux.errors import CheckpointFailed, DriverTimeout, LlmuxError
 from llmux.ports import DumpPhase, DumpSpec, Image, Progress, UnitHandle
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NOT_PART_OF_IT: Final = frozenset({criu_cli.DUMP_LOG, DUMPING, "stats-dump"})
 _LOOK_EVERY: Final = 0.25  # seconds between two progress reports
@@ -43,6 +48,20 @@ class Tools:
     proc: str
     shm: str
     cgroup_root: str
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` to its end even when we are cancelled; the cancellation comes after."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("%s", error)
+        raise
 
 
 def failed(

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from llmux.drivers import criu_cli, criu_host, criu_img, criu_shm
-from llmux.drivers.criu_dump import Tools, failed
+from llmux.drivers.criu_dump import Tools, failed, to_its_end
 from llmux.drivers.images import ImageStore
 from llmux.drivers.images_manifest import Manifest, ManifestError
 from llmux.drivers.images_notes import RESTORING, write_note
@@ -55,7 +55,8 @@ class Restore:
         """``verified`` gives what is wrong with the image's bytes, None when nothing is; awaited
         last, so that it runs beside CRIU."""
         try:
-            manifest = await asyncio.to_thread(self._prepare)
+            # A thread cannot be cancelled: what it makes must be known before it is undone.
+            manifest = await to_its_end(asyncio.to_thread(self._prepare))
             criu = await self._start()
             await self._see_it_end(criu)
             handle = await self._see_the_tree(manifest, criu)

@@ -288,8 +288,8 @@ class ImageStore:
         shutil.rmtree(old, ignore_errors=True)
 
     def enforce_budget(self, spare: frozenset[str]) -> list[str]:
-        """Remove the least valuable images until all fit into ``max_bytes``; ``spare`` (just
-        made, or in use) go last, or never. Returns the models that lost theirs.
+        """Remove the least valuable images until all fit into ``max_bytes``, never those of the
+        models in ``spare`` (just made, or in use). Returns the models that lost theirs.
 
         Value: seconds that the image saves, by how recently it was used, per byte.
         """
@@ -298,20 +298,20 @@ class ImageStore:
         rows = self._with_manifests()
         now = self._clock()
 
-        def value(row: tuple[Image, Manifest]) -> tuple[bool, float]:
+        def value(row: tuple[Image, Manifest]) -> float:
             image, manifest = row
             hours = max(now - image.last_used, 0.0) / 3600
-            worth = manifest.cold_seconds / (1 + hours) / max(image.disk_bytes, 1)
-            return image.model in spare, worth
+            return manifest.cold_seconds / (1 + hours) / max(image.disk_bytes, 1)
 
         total = sum(image.disk_bytes for image, _ in rows)
         removed = []
         for image, _ in sorted(rows, key=value):
             if total <= self._max_bytes:
                 break
-            self.discard(image.model)
-            total -= image.disk_bytes
-            removed.append(image.model)
+            if image.model not in spare:
+                self.discard(image.model)
+                total -= image.disk_bytes
+                removed.append(image.model)
         return removed
 
     # ---- after a crash --------------------------------------------------------------------------

@@ -311,7 +311,8 @@ async def bare_restore(lab: Lab, image: Image) -> float:
     seconds = time.monotonic() - started
     assert done.returncode == 0, pathlib.Path(work, "restore.log").read_text()[-2000:]
     for process in manifest.processes:
-        os.kill(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # the first to die may take others along
+            os.kill(process.pid, signal.SIGKILL)
     end = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{item.pid}") for item in manifest.processes):
         assert time.monotonic() < end

@@ -1,7 +1,8 @@
-"""The CRIU driver in a guest, with the stand-in engine: criu_scenarios.py."""
+"""The CRIU driver in a guest, with the stand-in engine: criu_scenarios.py and criu_faults.py."""
 
 from __future__ import annotations
 
+import ast
 import os
 import pathlib
 import sys
@@ -9,11 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "scripts"))
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "scripts"))
 
-import criu_scenarios
-from _lab.guest import Guest
+from _lab.guest import Guest  # noqa: E402 (the path first)
 
 pytestmark = [
     pytest.mark.system,
@@ -24,6 +24,18 @@ pytestmark = [
 PROGRAM = "/srv/llmux/tests/system/criu_scenarios.py"
 
 
+def scenarios() -> list[str]:
+    """Read, not imported: the programs need the guest's packages."""
+    return [
+        node.name
+        for file in ("criu_scenarios.py", "criu_faults.py")
+        for node in ast.parse((HERE / file).read_text()).body
+        if isinstance(node, ast.AsyncFunctionDef)
+        and [argument.arg for argument in node.args.args] == ["lab"]
+        and not node.name.startswith("child_")
+    ]
+
+
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
     with Guest.up() as started:
@@ -31,9 +43,7 @@ def guest() -> Iterator[Guest]:
         yield started
 
 
-@pytest.mark.parametrize(
-    "scenario", [name for name in criu_scenarios.scenarios() if not name.startswith("child_")]
-)
+@pytest.mark.parametrize("scenario", scenarios())
 def test_criu(guest: Guest, scenario: str) -> None:
     done = guest.run(["/usr/bin/python3", PROGRAM, scenario], check=False, timeout=180)
     print(done.stdout)
