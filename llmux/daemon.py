@@ -43,6 +43,7 @@ from llmux.drivers.output import EngineFiles
 from llmux.drivers.store import FileStateStore
 from llmux.errors import ConfigError, LlmuxError, Reason, Refused, StateFileError
 from llmux.gateway.server import bind_all, serve_gateway
+from llmux.lastgood import LastGood
 from llmux.ports import DeviceCheckpointer, Notifier, StateStore, UnitManager
 from llmux.protocol import Ask
 from llmux.runtime.drivers import Drivers, Places
@@ -60,6 +61,7 @@ log = logging.getLogger("llmux")
 
 RUNTIME = "/run/llmux"
 SOCKET = f"{RUNTIME}/supervisor.sock"
+LAST_GOOD = f"{RUNTIME}/last-good"
 GATEWAY_USER = "llmux"
 
 
@@ -228,7 +230,9 @@ async def supervise(path: str) -> None:
     """The root daemon under systemd. Returns on SIGTERM; engines stay for the next one."""
     from llmux.drivers.systemd import SystemdUnits  # needs pystemd, which embedded mode does not
 
-    marked = load_marked(path)
+    group = _gid_of(GATEWAY_USER)
+    last_good = LastGood(LAST_GOOD, group)
+    marked = last_good.load(path)
     config = marked.config
     for problem in check_host(config, marked.marks):
         log.warning("%s", problem)
@@ -252,7 +256,7 @@ async def supervise(path: str) -> None:
         config,
         drivers,
         FileStateStore(f"{RUNTIME}/state.json"),
-        reload=lambda: load_config(path),
+        reload=lambda: _keep(last_good, load_config(path)),
         allowed_uids=_uids_of(GATEWAY_USER),
     )
     stop = asyncio.Event()
@@ -260,7 +264,8 @@ async def supervise(path: str) -> None:
     await supervisor.start()
     try:
         supervisor.loop.listeners.append(StatusLine(notifier))
-        await supervisor.hub.listen(SOCKET, _gid_of(GATEWAY_USER))
+        await supervisor.hub.listen(SOCKET, group)
+        last_good.keep(config.sources)
         _reload_on_hangup(supervisor, notifier)
         works = [supervisor.loop.run(), _announce(supervisor, notifier, stop)]
         if (interval := watchdog_interval()) is not None:
@@ -268,8 +273,14 @@ async def supervise(path: str) -> None:
         log.info("llmux %s supervises %d models", __version__, len(config.models))
         await _until(stop, *works)
         notifier.stopping()
+        last_good.forget()
     finally:
         await supervisor.close()
+
+
+def _keep(last_good: LastGood, config: Config) -> Config:
+    last_good.keep(config.sources)
+    return config
 
 
 def _dumper(config: Config, units: UnitManager) -> Criu:
@@ -351,7 +362,7 @@ def _gid_of(group: str) -> int | None:
 
 async def gateway(path: str) -> None:
     """The front end as a service of its own. Its sockets live in systemd's fd store."""
-    config = load_config(path, check_files=False)
+    config = LastGood(LAST_GOOD).load(path, check_files=False).config
     notifier = SdNotifier()
     stop = asyncio.Event()
     _stop_on_signals(stop)

@@ -477,6 +477,8 @@ class SystemdUnits:
             "Delegate": True,  # the sub-cgroup engine/ is ours to make and to freeze
             "CollectMode": "inactive-or-failed",  # the name must be free again at once
             "KillMode": "control-group",
+            # At shutdown the services stop first, and drain; `Before=` turns the start order round.
+            "Before": ["llmux.service", "llmux-gateway.service"],
             "TimeoutStopUSec": int(self._stop_timeout * 1e6),
         }
         for name, value in spec.properties.items():
