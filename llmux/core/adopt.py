@@ -102,8 +102,13 @@ def _adopt_resting(turn: Turn, seen: Observation) -> None:
     """Serving, draining, or no note at all: believe what is seen."""
     name, note = seen.model, seen.note
     if seen.frozen:
-        # whether it sleeps cannot be asked while it is frozen; the canary decides after the thaw
-        weights = note.eviction.weights if note.eviction else Weights.RETAIN
+        # whether it sleeps cannot be asked while it is frozen: the configuration says whether it
+        # can; the level is unknown, and a reload is right after both
+        configured = turn.models[name].eviction.weights
+        if note.eviction is not None:
+            weights = note.eviction.weights
+        else:
+            weights = Weights.RETAIN if configured is Weights.RETAIN else Weights.DISCARD
         turn.update(name, phase=Parked(Eviction(weights, Process.FREEZE), turn.now))
     elif seen.sleeping:
         # level unknown: a reload is right after both

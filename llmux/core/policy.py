@@ -5,6 +5,7 @@ Pure functions over a view; they neither log nor count, since they are asked spe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ class Waiting:
     model: str
     waiting: int
     oldest_since: float
+    cost: float = 0.0  # what making it resident took lately, draining aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,39 @@ class Fifo:
         return victim.serving_since + self.config.min_active_secs
 
 
+class CostAware(Fifo):
+    """Switches are paid for by requests: a model is sent away when enough wait for the other, when
+    it has served at least as long as the switch takes and a little more has gathered, or when
+    somebody has waited for too long."""
+
+    def earliest(self, target: Waiting, victim: Resident) -> float:
+        config = self.config
+        enough = max(1, math.ceil(config.amortization_factor * target.cost))
+        if target.waiting >= enough > 1 or config.amortization_factor == 0:
+            worthwhile = target.oldest_since
+        else:
+            gathered = target.oldest_since + config.coalesce_window_ms / 1000
+            worthwhile = max(victim.serving_since + target.cost, gathered)
+        limit = target.oldest_since + config.max_wait_secs
+        return max(Fifo.earliest(self, target, victim), min(worthwhile, limit))
+
+
+class TimeSlice(Fifo):
+    """Idle models go first, busy ones when somebody has waited for too long: steady traffic to one
+    model delays the others, but for a bounded time."""
+
+    def earliest(self, target: Waiting, victim: Resident) -> float:
+        allowed = Fifo.earliest(self, target, victim)
+        if not victim.in_flight:
+            return allowed
+        return max(allowed, target.oldest_since + self.config.max_wait_secs)
+
+
 def policy_for(config: PolicyConfig) -> Policy:
     match config.policy_type:
         case PolicyType.FIFO:
             return Fifo(config)
-        case PolicyType.COST_AWARE | PolicyType.TIME_SLICE:
-            # refused by the configuration check, which names the line
-            raise NotImplementedError(config.policy_type)
+        case PolicyType.COST_AWARE:
+            return CostAware(config)
+        case PolicyType.TIME_SLICE:
+            return TimeSlice(config)

@@ -179,6 +179,7 @@ class State:
     workers: Mapping[str, Worker] = field(default_factory=lambda: MappingProxyType({}))
     wants: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     reservations: Mapping[str, Reservation] = field(default_factory=lambda: MappingProxyType({}))
+    costs: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     manual: bool = False
     pinned: str | None = None
     next_op: int = 1

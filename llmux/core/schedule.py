@@ -26,7 +26,7 @@ from llmux.core.records import (
     share_after,
     share_now,
 )
-from llmux.core.turn import Turn
+from llmux.core.turn import UNKNOWN_COST_SECS, Turn
 from llmux.errors import Reason
 
 Load = dict[int, float]  # GPU index → share
@@ -62,7 +62,8 @@ def _waiting(turn: Turn) -> dict[str, Waiting]:
                     f'model "{name}" is not resident and llmux is in manual mode',
                 )
             continue
-        found[name] = Waiting(name, state.waiting(name), oldest)
+        cost = turn.costs.get(name, UNKNOWN_COST_SECS)
+        found[name] = Waiting(name, state.waiting(name), oldest, cost)
     return found
 
 

@@ -41,6 +41,8 @@ from llmux.core.states import TRANSITIONS, ModelState
 from llmux.errors import InvariantError, Reason
 
 CUT_GRACE_SECS = 5.0  # a worker that does not answer a cut has no say any more
+COST_WEIGHT = 0.3  # of the newest sample
+UNKNOWN_COST_SECS = 10.0  # before the first switch to a model
 HEALTHY_SECS = 60.0  # an engine that served so long was not failing to start
 
 
@@ -56,6 +58,7 @@ class Turn:
         self.workers = dict(state.workers)
         self.wants = dict(state.wants)
         self.reservations = dict(state.reservations)
+        self.costs = dict(state.costs)
         self.manual = state.manual
         self.pinned = state.pinned
         self.next_op = state.next_op
@@ -77,6 +80,7 @@ class Turn:
             workers=MappingProxyType(self.workers),
             wants=MappingProxyType(self.wants),
             reservations=MappingProxyType(self.reservations),
+            costs=MappingProxyType(self.costs),
             manual=self.manual,
             pinned=self.pinned,
             next_op=self.next_op,
@@ -162,13 +166,15 @@ class Turn:
         reservation = self.reservations.pop(name, None)
         if reservation is not None:
             room = self.now if reservation.room_at is None else reservation.room_at
+            drained = room if reservation.drained_at is None else reservation.drained_at
+            self.learn_cost(name, self.now - drained)
             self.effects.append(
                 SwitchFinished(
                     name,
                     reservation.victims,
                     reservation.cold,
                     reservation.decided_at,
-                    room if reservation.drained_at is None else reservation.drained_at,
+                    drained,
                     room,
                     self.now,
                 )
@@ -176,6 +182,12 @@ class Turn:
         if (wanted := self.models[name].park_request) is not None:
             self.update(name, park_request=None)
             self.drain(name, wanted, None)
+
+    def learn_cost(self, name: str, seconds: float) -> None:
+        """A moving average: what a switch to the model costs is parking and waking, not waiting for
+        somebody's stream to end."""
+        known = self.costs.get(name)
+        self.costs[name] = seconds if known is None else known + COST_WEIGHT * (seconds - known)
 
     def grant(self, name: str, epoch: str) -> None:
         for worker in self.workers:

@@ -20,7 +20,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from llmux.config.schema import Config, Eviction, ModelConfig, PolicyConfig, Process, Weights
+from llmux.config.schema import (
+    Config,
+    Eviction,
+    ModelConfig,
+    PolicyConfig,
+    PolicyType,
+    Process,
+    Weights,
+)
 from llmux.core.effects import (
     Effect,
     Probe,
@@ -97,6 +105,7 @@ class Core(RuleBasedStateMachine):
         evictions=st.lists(st.sampled_from(EVICTIONS), min_size=4, max_size=4),
         min_active=st.sampled_from([0.0, 5.0]),
         drain=st.booleans(),
+        kind=st.sampled_from(PolicyType),
     )
     def configure(
         self,
@@ -106,6 +115,7 @@ class Core(RuleBasedStateMachine):
         evictions: list[Eviction],
         min_active: float,
         drain: bool,
+        kind: PolicyType,
     ) -> None:
         models = {
             name: ModelConfig(
@@ -113,7 +123,9 @@ class Core(RuleBasedStateMachine):
             )
             for name, share, where, eviction in zip(MODELS, shares, gpus, evictions, strict=True)
         }
-        policy = PolicyConfig(min_active_secs=min_active, drain_before_switch=drain)
+        policy = PolicyConfig(
+            policy_type=kind, min_active_secs=min_active, drain_before_switch=drain
+        )
         config = Config(models=MappingProxyType(models), policy=policy)
         self.state = initial(config, gpu_count=gpu_count, epoch_prefix="t")
         self.join("w0")
