@@ -1,0 +1,24 @@
+"""The dispatcher: a subcommand is a module with ``HELP``, ``add_arguments`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+SUBCOMMANDS = ("switch",)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench")
+    verbs = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for name in SUBCOMMANDS:
+        module = importlib.import_module(f"_bench.{name}")
+        verb = verbs.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
