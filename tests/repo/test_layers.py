@@ -1,0 +1,141 @@
+"""Imports point one way: cli, gateway → runtime → core → config; drivers behind ports; one root."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "llmux"
+
+# What each part may import of llmux itself, besides itself. Anything not listed here is an error,
+# so that a new part has to be given its place.
+LEAVES = {"llmux", "llmux.errors"}
+SCHEMA = {"llmux.config.schema"}
+PORTS = {"llmux.ports", "llmux.protocol"}
+ALLOWED: dict[str, set[str]] = {
+    "llmux": set(),
+    "llmux.errors": set(),
+    "llmux.__main__": {"llmux.cli"},
+    "llmux.protocol": LEAVES,
+    "llmux.ports": LEAVES | PORTS,
+    "llmux.config": LEAVES,
+    "llmux.core": {"llmux.errors"} | SCHEMA,
+    "llmux.runtime": LEAVES | SCHEMA | PORTS | {"llmux.core"},
+    "llmux.drivers": LEAVES | SCHEMA | PORTS,
+    "llmux.gateway": LEAVES | SCHEMA | PORTS,
+    "llmux.cli": LEAVES | PORTS | {"llmux.config", "llmux.daemon"},
+    "llmux.daemon": {"llmux"},
+}
+# What the decisions may use of the standard library.
+PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "types", "typing"}
+# Doors: module → the only parts that may go through it.
+DOORS = {
+    "subprocess": {"llmux.drivers"},
+    "pystemd": {"llmux.drivers"},
+    "sdnotify": {"llmux.drivers"},
+    "ctypes": {"llmux.drivers"},
+    "sanic": {"llmux.gateway"},
+    "yaml": {"llmux.config"},
+    "argparse": {"llmux.cli", "llmux.drivers"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """The longest prefix that has rules of its own."""
+    names = module.split(".")
+    for end in range(len(names), 0, -1):
+        if (prefix := ".".join(names[:end])) in ALLOWED:
+            return prefix
+    raise AssertionError(f"{module} has no place in ALLOWED")
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            module = node.module or ""
+            for alias in node.names:
+                full = f"{module}.{alias.name}"
+                is_module = (ROOT / (full.replace(".", "/") + ".py")).exists()
+                yield node.lineno, full if is_module else module
+
+
+def within(module: str, part: str) -> bool:
+    return module == part or (part != "llmux" and module.startswith(f"{part}."))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(module_of(path))
+    allowed = ALLOWED[part]
+    for line, imported in imports_of(path):
+        if not (imported == "llmux" or imported.startswith("llmux.")):
+            continue
+        if part == "llmux.daemon" or (part != "llmux" and within(imported, part)):
+            continue
+        assert any(within(imported, one) for one in allowed), (
+            f"{path.relative_to(ROOT)}:{line}: {part} may not import {imported}"
+        )
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "core" in p.parts], ids=module_of)
+def test_the_core_is_pure(path: Path) -> None:
+    for line, imported in imports_of(path):
+        top = imported.split(".")[0]
+        assert top == "llmux" or top in PURE, (
+            f"{path.relative_to(ROOT)}:{line}: the core decides; it may not use {imported}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_each_outside_has_one_door(path: Path) -> None:
+    module = module_of(path)
+    for line, imported in imports_of(path):
+        parts = DOORS.get(imported.split(".")[0])
+        assert parts is None or any(within(module, part) for part in parts), (
+            f"{path.relative_to(ROOT)}:{line}: {imported} belongs into {', '.join(sorted(parts))}"
+        )
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "cli" not in p.parts], ids=module_of)
+def test_only_the_command_line_prints(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{path.relative_to(ROOT)}:{node.lineno}: print()"
+
+
+def test_only_the_daemon_constructs_drivers() -> None:
+    """Who cannot import them cannot construct them."""
+    drivers = {module_of(path) for path in FILES if "drivers" in path.parts}
+    users = {
+        module_of(path)
+        for path in FILES
+        for _, imported in imports_of(path)
+        if imported in drivers and "drivers" not in path.parts
+    }
+    assert users == {"llmux.daemon"}
+
+
+def test_nothing_outside_the_standard_library_is_imported_that_is_not_declared() -> None:
+    declared = {
+        "sanic", "sdnotify", "pystemd", "yaml", "prometheus_client", "psutil", "multidict",
+        "httptools", "uvloop",  # come with sanic
+    }  # fmt: skip
+    for path in FILES:
+        for line, imported in imports_of(path):
+            top = imported.split(".")[0]
+            known = top in sys.stdlib_module_names or top == "llmux" or top in declared
+            assert known, f"{path.relative_to(ROOT)}:{line}: {imported} is not declared"

@@ -1,0 +1,228 @@
+"""A supervisor on the in-memory twins, with nothing of it replaced but the drivers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import selectors
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from llmux.config.schema import Config, Eviction, ModelConfig, PolicyConfig, Process, Weights
+from llmux.core.effects import RunPlan
+from llmux.core.events import DemandChanged, Event, OperationFinished, WorkerDrained, WorkerJoined
+from llmux.core.plans import Plan
+from llmux.core.records import State
+from llmux.core.states import MOVING
+from llmux.drivers.memory import (
+    MemoryCheckpointer,
+    MemoryDumper,
+    MemoryEngine,
+    MemoryFreezer,
+    MemoryGpu,
+    MemoryOutput,
+    MemoryStore,
+    MemoryUnits,
+    World,
+)
+from llmux.protocol import Cut, Grant, Message, Refuse, Revoke
+from llmux.runtime.drivers import Drivers, Places
+from llmux.runtime.executor import Executor
+from llmux.runtime.loop import Loop
+from llmux.runtime.reconcile import adopt_engines, first_state
+
+SECONDS = 1.0  # nothing on the twins takes time
+
+STOP = Eviction(Weights.RETAIN, Process.STOP)
+OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
+DISCARD = Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
+OFFLOAD_FREEZE = Eviction(Weights.OFFLOAD, Process.FREEZE)
+
+
+def model(name: str, **settings: Any) -> ModelConfig:
+    return ModelConfig(name, f"models/{name}", **({"eviction": OFFLOAD} | settings))
+
+
+def config_of(*models: ModelConfig, **policy: Any) -> Config:
+    settings = PolicyConfig(**({"min_active_secs": 0.0} | policy))
+    return Config(models=MappingProxyType({m.name: m for m in models}), policy=settings)
+
+
+def drivers_on(world: World, runtime: str) -> Drivers:
+    return Drivers(
+        units=MemoryUnits(world),
+        freezer=MemoryFreezer(world),
+        engine=MemoryEngine(world),
+        output=MemoryOutput(world),
+        gpu=MemoryGpu(world),
+        places=Places(runtime, environment={"PATH": "/usr/bin"}),
+        identity=lambda config, spec: {"model": config.model_path},
+        dumper=MemoryDumper(world),
+        cuda=MemoryCheckpointer(world),
+    )
+
+
+# ---- time ---------------------------------------------------------------------------------------
+
+
+class _Jump(selectors.DefaultSelector):
+    """Where nothing else can happen, the next timer's time has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        found = super().select(0)
+        if not found and timeout is not None and timeout > 0:
+            self.passed += timeout
+        return found if found or timeout is not None else super().select(None)
+
+
+class VirtualTime(asyncio.SelectorEventLoop):
+    """asyncio's deadlines pass at once when there is nothing left to do before them."""
+
+    def __init__(self) -> None:
+        self._jump = _Jump()
+        super().__init__(self._jump)
+
+    def time(self) -> float:
+        return super().time() + self._jump.passed
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(10):
+                await test(*args, **kwargs)
+
+        asyncio.run(bounded())
+
+    return run
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with asyncio.Runner(loop_factory=VirtualTime) as runner:
+            runner.run(test(*args, **kwargs))
+
+    return run
+
+
+# ---- the executor alone -------------------------------------------------------------------------
+
+
+class Shop:
+    """An executor and whatever it posts."""
+
+    def __init__(self, world: World, runtime: str) -> None:
+        self.world = world
+        self.posted: asyncio.Queue[Event] = asyncio.Queue()
+        self.phases: list[tuple[str, str]] = []
+        self.executor = Executor(
+            drivers_on(world, runtime),
+            self.posted.put_nowait,
+            lambda _model, kind, _secs, result: self.phases.append((str(kind), result)),
+        )
+        self._op = 0
+
+    def begin(self, config: ModelConfig, plan: Plan) -> int:
+        self._op += 1
+        self.phases.clear()
+        self.executor.run(RunPlan(config.name, self._op, plan, config, (0,)))
+        return self._op
+
+    async def ended(self) -> OperationFinished:
+        while not isinstance(event := await self.posted.get(), OperationFinished):
+            pass
+        assert event.op == self._op
+        return event
+
+    async def run(self, config: ModelConfig, plan: Plan) -> OperationFinished:
+        self.begin(config, plan)
+        return await self.ended()
+
+
+# ---- the whole supervisor -----------------------------------------------------------------------
+
+
+def at_rest(state: State) -> bool:
+    return (
+        not any(record.state in MOVING for record in state.models.values())
+        and not state.wants
+        and not any(state.waiting(name) for name in state.models)
+    )
+
+
+@dataclass
+class Life:
+    """One life of a supervisor: reconcile, then the loop. ``drop`` ends it as a crash does."""
+
+    loop: Loop
+    sent: list[tuple[str, Message]] = field(default_factory=list)
+    running: asyncio.Task[None] | None = None
+
+    async def until(self, predicate: Callable[[State], bool]) -> State:
+        return await self.loop.wait_for(predicate, SECONDS)
+
+    async def until_state(self, name: str, *states: str) -> None:
+        await self.until(lambda state: state.models[name].state.value in states)
+
+    async def settled(self) -> None:
+        """Everything that was posted so far has been handled and what it began has ended."""
+        mark = self.loop.posted
+        await self.until(lambda state: self.loop.handled >= mark and at_rest(state))
+
+    def state_of(self, name: str) -> str:
+        return self.loop.state.models[name].state.value
+
+    def demand(self, name: str, waiting: int = 0, in_flight: int = 0) -> None:
+        age = 0.0 if waiting else None
+        self.loop.post(DemandChanged("w", name, waiting, age, in_flight, 0))
+
+    def said(self, kind: type[Message]) -> list[Message]:
+        return [message for _, message in self.sent if isinstance(message, kind)]
+
+    async def drop(self) -> None:
+        assert self.running is not None
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+        await self.loop.executor.close()
+
+
+async def begin_life(
+    config: Config,
+    world: World,
+    runtime: str,
+    store: MemoryStore,
+    holds: Mapping[str, str] | None = None,
+) -> Life:
+    """As the composition root does; one worker, "w", that answers every revoke with drained."""
+    drivers = drivers_on(world, runtime)
+    life: Life
+
+    def send(worker: str, message: Message) -> None:
+        life.sent.append((worker, message))
+        match message:
+            case Revoke():
+                life.loop.post(WorkerDrained(worker, message.model, message.epoch))
+            case Grant() | Cut() | Refuse():
+                pass
+
+    state = await first_state(config, drivers)
+    loop = Loop(
+        state,
+        executor=lambda post: Executor(drivers, post, lambda *_: None),
+        store=store,
+        send=send,
+    )
+    life = Life(loop)
+    adopted, effects = await adopt_engines(state, loop.executor, drivers, store.load())
+    loop.enter(adopted, effects)
+    life.running = asyncio.create_task(loop.run())
+    loop.post(WorkerJoined("w", dict(holds or {})))
+    return life
