@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import grp
 import logging
 import os
@@ -16,8 +17,10 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Coroutine
-from time import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from time import monotonic, time
+from types import MappingProxyType
 from typing import Any
 
 from llmux import __version__
@@ -33,6 +36,7 @@ from llmux.drivers.criu import Criu
 from llmux.drivers.cuda import CudaDriver
 from llmux.drivers.cuda_cli import CudaCheckpointTool
 from llmux.drivers.direct import DirectUnits
+from llmux.drivers.doctor import Check, run_checks
 from llmux.drivers.engine import VllmEngine
 from llmux.drivers.freezer import CgroupFreezer
 from llmux.drivers.gpu import find_gpu_observer
@@ -45,7 +49,7 @@ from llmux.errors import ConfigError, LlmuxError, Reason, Refused, StateFileErro
 from llmux.gateway.server import bind_all, serve_gateway
 from llmux.lastgood import LastGood
 from llmux.ports import DeviceCheckpointer, Notifier, StateStore, UnitManager
-from llmux.protocol import Ask
+from llmux.protocol import Ask, Tell
 from llmux.runtime.drivers import Drivers, Places
 from llmux.runtime.executor import Executor
 from llmux.runtime.hub import Hub
@@ -54,8 +58,17 @@ from llmux.runtime.reconcile import adopt_engines, first_state
 from llmux.runtime.status import catalog
 from llmux.runtime.verbs import Verbs
 from llmux.runtime.watchdog import StatusLine, feed_watchdog, tell_ready
+from llmux.runtime.words import parse_eviction
 
-__all__ = ["gateway", "run", "serve", "setup_logging", "supervise"]
+__all__ = [
+    "gateway",
+    "look_at_host",
+    "order",
+    "run",
+    "serve",
+    "setup_logging",
+    "supervise",
+]
 
 log = logging.getLogger("llmux")
 
@@ -63,6 +76,7 @@ RUNTIME = "/run/llmux"
 SOCKET = f"{RUNTIME}/supervisor.sock"
 LAST_GOOD = f"{RUNTIME}/last-good"
 GATEWAY_USER = "llmux"
+TAKEOVER_SECS = 60.0  # for an order that works without a supervisor to come to its end
 
 
 class Supervisor:
@@ -84,6 +98,7 @@ class Supervisor:
         self._began = time()
         self.loop: Loop
         self.hub: Hub
+        self.verbs: Verbs
 
     async def start(self) -> None:
         """Adopt what lives. After this the state is true and the hub may be connected."""
@@ -94,10 +109,10 @@ class Supervisor:
             notes = {}
         state = await first_state(self._config, self.drivers)
         self.loop = Loop(state, executor=self._executor, store=self._store, send=self._send)
-        verbs = Verbs(self.loop, self.drivers.output, self.reload)
+        self.verbs = Verbs(self.loop, self.drivers.output, self.reload)
         self.hub = Hub(
             post=self.loop.post,
-            ask=lambda ask: self._ask(verbs, ask),
+            ask=self.verbs.answer,
             catalog=lambda: catalog(self.loop.state, self.loop.executor, self._began),
             allowed_uids=self._uids,
         )
@@ -110,10 +125,6 @@ class Supervisor:
 
     def _send(self, worker: str, message: Any) -> None:
         self.hub.send(worker, message)
-
-    @staticmethod
-    async def _ask(verbs: Verbs, ask: Ask) -> object:
-        return await verbs.answer(ask)
 
     async def reload(self) -> dict[str, Any]:
         """Read the configuration anew; with a mistake in it the present one stays in force."""
@@ -228,8 +239,6 @@ def _environment() -> dict[str, str]:
 
 async def supervise(path: str) -> None:
     """The root daemon under systemd. Returns on SIGTERM; engines stay for the next one."""
-    from llmux.drivers.systemd import SystemdUnits  # needs pystemd, which embedded mode does not
-
     group = _gid_of(GATEWAY_USER)
     last_good = LastGood(LAST_GOOD, group)
     marked = last_good.load(path)
@@ -237,21 +246,7 @@ async def supervise(path: str) -> None:
     for problem in check_host(config, marked.marks):
         log.warning("%s", problem)
     notifier = SdNotifier()
-    units = SystemdUnits()
-    output = EngineFiles(config.checkpoint.images_dir)
-    engine_user = None if config.engine_user == "root" else config.engine_user
-    drivers = Drivers(
-        units=units,
-        freezer=CgroupFreezer(),
-        engine=VllmEngine(),
-        output=output,
-        gpu=find_gpu_observer(),
-        places=Places(RUNTIME, engine_user, config.vllm_command, _environment()),
-        identity=engine_identity,
-        dumper=_dumper(config, units),
-        cuda=_cuda(config),
-        keep_images=config.checkpoint.keep_images,
-    )
+    drivers = _system_drivers(config)
     supervisor = Supervisor(
         config,
         drivers,
@@ -261,6 +256,7 @@ async def supervise(path: str) -> None:
     )
     stop = asyncio.Event()
     _stop_on_signals(stop)
+    lock = await _alone(patience=TAKEOVER_SECS)
     await supervisor.start()
     try:
         supervisor.loop.listeners.append(StatusLine(notifier))
@@ -276,6 +272,104 @@ async def supervise(path: str) -> None:
         last_good.forget()
     finally:
         await supervisor.close()
+        os.close(lock)
+
+
+def _system_drivers(config: Config) -> Drivers:
+    """The real ones, for engines in systemd scopes."""
+    from llmux.drivers.systemd import SystemdUnits  # needs pystemd, which embedded mode does not
+
+    units = SystemdUnits()
+    engine_user = None if config.engine_user == "root" else config.engine_user
+    return Drivers(
+        units=units,
+        freezer=CgroupFreezer(),
+        engine=VllmEngine(),
+        output=EngineFiles(config.checkpoint.images_dir),
+        gpu=find_gpu_observer(),
+        places=Places(RUNTIME, engine_user, config.vllm_command, _environment()),
+        identity=engine_identity,
+        dumper=_dumper(config, units),
+        cuda=_cuda(config),
+        keep_images=config.checkpoint.keep_images,
+    )
+
+
+async def _alone(*, patience: float) -> int:
+    """A lock that only one supervisor of this machine has; the kernel ends it with the process."""
+    fd = os.open(f"{RUNTIME}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    ends = monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() >= ends:
+                os.close(fd)
+                raise Refused(
+                    Reason.ALREADY_RUNNING,
+                    "cannot supervise engines: another llmux does so on this machine",
+                    hint="systemctl status llmux; or wait for the `llmux` command that runs",
+                ) from None
+            await asyncio.sleep(0.1)  # no event tells that a lock is free
+        else:
+            return fd
+
+
+# ---- one order without a supervisor -------------------------------------------------------------
+
+
+def order(path: str, verb: str, args: dict[str, Any], tell: Tell) -> Any:
+    """Do one of the supervisor's verbs here, while no supervisor runs; engines outlive us."""
+    answers: list[Any] = []
+
+    async def body() -> None:
+        answers.append(await _order(load_config(path), Ask(1, verb, args), tell))
+
+    run(body())
+    return answers[0]
+
+
+async def _order(config: Config, ask: Ask, tell: Tell) -> Any:
+    if os.geteuid() != 0:
+        raise LlmuxError("cannot work without the supervisor: not root", hint="use sudo")
+    if ask.verb == "checkpoint" and ask.args.get("eviction"):
+        config = _with_eviction(config, ask.args)
+    lock = await _alone(patience=0.0)
+    supervisor = Supervisor(
+        config, _system_drivers(config), FileStateStore(f"{RUNTIME}/state.json"), lambda: config
+    )
+    try:
+        await supervisor.start()
+        try:
+            turning = asyncio.create_task(supervisor.loop.run())
+            answering = asyncio.ensure_future(supervisor.verbs.answer(ask, tell))
+            await asyncio.wait([turning, answering], return_when=asyncio.FIRST_COMPLETED)
+            if turning.done():
+                turning.result()
+            answer = await answering
+            turning.cancel()
+            await asyncio.gather(turning, return_exceptions=True)
+        finally:
+            await supervisor.close()
+    finally:
+        os.close(lock)
+    return answer
+
+
+def _with_eviction(config: Config, args: Mapping[str, Any]) -> Config:
+    """The engine started for the eviction that was asked for, which is not yet configured."""
+    name = str(args.get("model"))
+    try:
+        eviction = parse_eviction(str(args["eviction"]))
+        model = replace(config.models[name], eviction=eviction)
+    except (ValueError, KeyError):
+        return config  # the verb says what is wrong with it
+    return replace(config, models=MappingProxyType({**config.models, name: model}))
+
+
+def look_at_host(config: Config | None) -> Sequence[Check]:
+    """What ``llmux doctor`` prints."""
+    return run_checks(config)
 
 
 def _keep(last_good: LastGood, config: Config) -> Config:

@@ -11,7 +11,7 @@ that disconnects loses its grants and its demand; one that reconnects says which
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
@@ -208,6 +208,24 @@ class Answer(Message):
     code: str | None = None  # a Reason when not ok
     message: str | None = None
     retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Message):
+    """Where the work of the ask with this id is; any number before its answer.
+
+    ``seconds`` since the ask. ``done`` and ``total`` are bytes; 0 = unknown.
+    """
+
+    kind: ClassVar[str] = "progress"
+    id: int
+    phase: str
+    seconds: float
+    done: int = 0
+    total: int = 0
+
+
+Tell = Callable[[str, float, int, int], None]  # a Progress without its id
 
 
 def decode(line: bytes) -> Message:

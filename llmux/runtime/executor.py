@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from time import monotonic
 from typing import Any
 
@@ -24,12 +24,12 @@ from llmux.errors import (
     LlmuxError,
     Unsupported,
 )
-from llmux.ports import Canary, Image, UnitHandle
+from llmux.ports import Canary, Dumper, Image, UnitHandle
 from llmux.protocol import Address
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.imaging import Imaging
 from llmux.runtime.instance import Instance
-from llmux.runtime.launch import engine_address, remove_stale_socket
+from llmux.runtime.launch import engine_address, remove_stale_socket, warn_about
 from llmux.runtime.release import verify_release
 
 log = logging.getLogger("llmux")
@@ -161,6 +161,7 @@ class Executor:
     async def _step(self, step: Step, effect: RunPlan, instance: Instance) -> None:
         began = monotonic()
         result = "ok"
+        instance.tell(step.kind)
         try:
             async with asyncio.timeout(step.deadline + BACKSTOP_SECS):
                 await self._or_death(step, self._do(step, effect, instance), instance)
@@ -234,8 +235,9 @@ class Executor:
                 about = await drivers.engine.describe(self._address(instance), deadline)
                 instance.max_model_len = about.get("max_model_len")
                 instance.version = about.get("version")
+                warn_about(effect.config, instance.version)
             case StepKind.CANARY_RECORD:
-                instance.canary = await self._ask_canary(instance, deadline)
+                instance.canary = await self.ask_canary(instance, deadline)
             case StepKind.CANARY_CHECK:
                 await self._check_canary(instance, deadline)
             case StepKind.SLEEP:
@@ -247,6 +249,10 @@ class Executor:
                 await drivers.engine.reload_weights(self._address(instance), deadline)
             case StepKind.RESET_PREFIX_CACHE:
                 await drivers.engine.reset_prefix_cache(self._address(instance), deadline)
+            case StepKind.COMM_SUSPEND | StepKind.COMM_RESUME:
+                up = step.kind is StepKind.COMM_RESUME
+                address = self._address(instance)
+                await drivers.engine.communicators(address, up=up, deadline=deadline)
             case StepKind.CUDA_SUSPEND:
                 await self._cuda_suspend(step, instance)
             case StepKind.CUDA_RESUME:
@@ -342,22 +348,18 @@ class Executor:
 
     # ---- verification ---------------------------------------------------------------------------
 
-    async def _ask_canary(self, instance: Instance, deadline: float) -> Canary:
+    async def ask_canary(self, instance: Instance, deadline: float) -> Canary:
         return await self._drivers.engine.canary(
             self._address(instance), instance.config.name, deadline
         )
 
     async def _check_canary(self, instance: Instance, deadline: float) -> None:
-        answer = await self._ask_canary(instance, deadline)
+        answer = await self.ask_canary(instance, deadline)
         expected = instance.canary
         if expected is None:
             instance.canary = answer  # adopted without one: from here on it can be compared
             return
-        close = len(answer.logprobs) == len(expected.logprobs) and all(
-            abs(a - b) <= LOGPROB_TOLERANCE
-            for a, b in zip(answer.logprobs, expected.logprobs, strict=True)
-        )
-        if answer.text != expected.text or not close:
+        if not same_answer(expected, answer):
             raise EngineUnhealthy(
                 "trust",
                 f'the woken model "{instance.config.name}"',
@@ -371,7 +373,7 @@ class Executor:
         error: str | None = None
         try:
             async with asyncio.timeout(patience + BACKSTOP_SECS):
-                await self._ask_canary(instance, patience)
+                await self.ask_canary(instance, patience)
         except TimeoutError:
             error = f"no answer to a probe within {patience:g} s"
         except LlmuxError as failure:
@@ -389,6 +391,22 @@ class Executor:
         if instance.handle is None:
             raise EngineUnhealthy("act on", f'model "{instance.config.name}"', "it has no unit")
         return instance.handle
+
+    @property
+    def dumper(self) -> Dumper | None:
+        """For who looks at images; what makes and uses them is in plans."""
+        return self._drivers.dumper
+
+    async def gpu_bytes(self, handle: UnitHandle) -> int | None:
+        """GPU memory of the unit's processes; None where it cannot be seen."""
+        gpu = self._drivers.gpu
+        if not gpu.available:
+            return None
+        pids = set(await self._drivers.units.pids(handle))
+        return sum(used.used_bytes for used in await gpu.processes() if used.pid in pids)
+
+    async def gpu_totals(self) -> Mapping[int, int]:
+        return await self._drivers.gpu.totals()
 
     def notes(self, name: str) -> dict[str, Any]:
         """What a next supervisor needs to know of the instance."""
@@ -409,3 +427,12 @@ class Executor:
             "cold_seconds": instance.cold_seconds,
             "cuda_pids": list(instance.cuda_pids),
         }
+
+
+def same_answer(expected: Canary, got: Canary) -> bool:
+    """Word for word, and as sure of it."""
+    close = len(got.logprobs) == len(expected.logprobs) and all(
+        abs(a - b) <= LOGPROB_TOLERANCE
+        for a, b in zip(got.logprobs, expected.logprobs, strict=True)
+    )
+    return got.text == expected.text and close

@@ -35,6 +35,8 @@ from llmux.protocol import (
     EngineLost,
     Hello,
     Message,
+    Progress,
+    Tell,
     decode,
 )
 
@@ -46,7 +48,7 @@ MAX_UNSENT = 4 * MAX_LINE
 # How long a worker that lives may be away. Its link's longest pause between two tries is 1 s.
 RECONNECT_SECS = 3.0
 
-Verb = Callable[[Ask], Awaitable[object]]
+Verb = Callable[[Ask, Tell], Awaitable[object]]
 
 
 class Hub:
@@ -201,8 +203,12 @@ class Hub:
                 raise ControlError(f"cannot accept a {message.kind} message from this peer")
 
     async def _answer(self, ask: Ask, writer: asyncio.StreamWriter) -> None:
+        def tell(phase: str, seconds: float, done: int, total: int) -> None:
+            if not writer.is_closing():
+                self._write(writer, Progress(ask.id, phase, seconds, done, total))
+
         try:
-            answer = Answer(ask.id, True, await self._ask(ask))
+            answer = Answer(ask.id, True, await self._ask(ask, tell))
         except Refused as refusal:
             answer = Answer(
                 ask.id, False, None, refusal.reason.value, str(refusal), refusal.retry_after

@@ -77,7 +77,7 @@ class Imaging:
             recipe=self._recipe(instance, eviction),
             cold_seconds=instance.cold_seconds,
         )
-        image = await self._dumper.dump(handle, spec, deadline)
+        image = await self._dumper.dump(handle, spec, deadline, instance.tell)
         self._drivers.units.unwatch(handle)
         self._drivers.output.detach(config.name)
         instance.handle = None

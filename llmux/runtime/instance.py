@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from llmux.config.schema import ModelConfig
@@ -31,6 +31,12 @@ class Instance:
     died: asyncio.Future[str] | None = None  # set while an operation runs
     used_before: dict[int, int] = field(default_factory=dict)  # pid → bytes, before parking
     phases: list[tuple[str, float]] = field(default_factory=list)  # of the last operation
+    # phase, bytes done, bytes in all: an operator who follows what happens
+    follower: Callable[[str, int, int], None] | None = None
+
+    def tell(self, phase: str, done: int = 0, total: int = 0) -> None:
+        if self.follower is not None:
+            self.follower(phase, done, total)
 
     def forget(self) -> None:
         """A new process begins: nothing of the former one is true of it."""

@@ -9,13 +9,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from llmux.config.schema import Eviction, Process
-from llmux.core.events import EvictionSet, LoadAsked, ModeSet, ParkAsked
-from llmux.core.records import Failed, Parked, Serving, State, Stopped
+from llmux.core.events import EvictionSet, ModeSet
 from llmux.errors import Reason, Refused
 from llmux.ports import EngineOutput
-from llmux.protocol import Ask
+from llmux.protocol import Ask, Tell
+from llmux.runtime.checkpoints import Checkpoints
 from llmux.runtime.loop import Loop
+from llmux.runtime.orders import bring_down, bring_up, nobody
 from llmux.runtime.status import process_state, status
+from llmux.runtime.validation import Validation
 from llmux.runtime.words import parse_eviction
 
 
@@ -28,6 +30,7 @@ class Verbs:
         self._loop = loop
         self._output = output
         self._reload = reload
+        self._checkpoints = Checkpoints(loop)
         self._table: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[Any]]] = {
             "status": self._status,
             "load": self._load,
@@ -42,9 +45,19 @@ class Verbs:
             "eviction_set": self._eviction_set,
             "logs": self._logs,
             "reload": self._reload_config,
+            "images": self._images,
+        }
+        # long work, told about while it goes on
+        self._told: Mapping[str, Callable[[Mapping[str, Any], Tell], Awaitable[Any]]] = {
+            "checkpoint": self._checkpoint,
+            "restore": self._restore,
+            "validate": self._validate,
         }
 
-    async def answer(self, ask: Ask) -> Any:
+    async def answer(self, ask: Ask, tell: Tell = nobody) -> Any:
+        """``tell`` hears what a long verb is doing."""
+        if (long := self._told.get(ask.verb)) is not None:
+            return await long(ask.args, tell)
         verb = self._table.get(ask.verb)
         if verb is None:
             raise Refused(Reason.BAD_REQUEST, f"cannot do {ask.verb!r}: no such verb")
@@ -78,7 +91,7 @@ class Verbs:
 
     async def _load(self, args: Mapping[str, Any]) -> Any:
         name = self._model(args)
-        await self._bring_up(name)
+        await bring_up(self._loop, name)
         return {"message": f"Model {name} is serving"}
 
     async def _switch(self, args: Mapping[str, Any]) -> Any:
@@ -86,81 +99,21 @@ class Verbs:
         state = self._loop.state
         if state.manual and state.pinned is not None:
             self._loop.post(ModeSet(True, name))
-        await self._bring_up(name)
+        await bring_up(self._loop, name)
         return {"message": f"Switched to model: {name}"}
-
-    async def _bring_up(self, name: str) -> None:
-        self._loop.post(LoadAsked(name))
-        asked = self._loop.posted
-        config = self._loop.state.config
-        model = self._loop.state.models[name].config
-        # room has to be made first: other models' drains and parking, then the start itself
-        patience = (
-            config.policy.min_active_secs
-            + config.policy.drain_timeout_secs
-            + model.sleep_timeout_secs
-            + model.wake_timeout_secs
-            + config.startup_timeout(model)
-        )
-
-        def settled(state: State) -> bool:
-            record = state.models.get(name)
-            if record is None or isinstance(record.phase, Serving):
-                return True
-            return (
-                self._loop.handled >= asked
-                and name not in state.wants
-                and not _on_its_way(state, name)
-            )
-
-        try:
-            state = await self._loop.wait_for(settled, patience)
-        except TimeoutError:
-            raise Refused(
-                Reason.WAIT_EXPIRED, f"cannot load {name}: not serving after {patience:g} s"
-            ) from None
-        record = state.models.get(name)
-        if record is None or not isinstance(record.phase, Serving):
-            message = record.phase.message if record and isinstance(record.phase, Failed) else ""
-            raise Refused(
-                Reason.START_FAILED, f"cannot load {name}: {message or 'it was not started'}"
-            )
 
     async def _unload(self, args: Mapping[str, Any]) -> Any:
         name = self._model(args)
         weights = self._loop.state.models[name].eviction.weights
-        await self._bring_down(name, Eviction(weights, Process.STOP))
+        await bring_down(self._loop, name, Eviction(weights, Process.STOP))
         return {"message": f"Model {name} is stopped"}
 
     async def _sleep(self, args: Mapping[str, Any]) -> Any:
         name = self._model(args)
         eviction = self._eviction(args)
-        await self._bring_down(name, eviction)
+        await bring_down(self._loop, name, eviction)
         record = self._loop.state.models[name]
         return {"message": f"Model {name} is {record.state}", "state": process_state(record)}
-
-    async def _bring_down(self, name: str, eviction: Eviction | None) -> None:
-        self._loop.post(ParkAsked(name, eviction))
-        asked = self._loop.posted
-        config = self._loop.state.config
-        model = self._loop.state.models[name].config
-        patience = config.policy.drain_timeout_secs + model.sleep_timeout_secs + 120.0
-        if not isinstance(self._loop.state.models[name].phase, Serving):
-            patience += config.startup_timeout(model)
-
-        def settled(state: State) -> bool:
-            record = state.models.get(name)
-            if record is None:
-                return True
-            at_rest = isinstance(record.phase, (Stopped, Parked, Failed))
-            return self._loop.handled >= asked and at_rest
-
-        try:
-            await self._loop.wait_for(settled, patience)
-        except TimeoutError:
-            raise Refused(
-                Reason.WAIT_EXPIRED, f"cannot park {name}: not parked after {patience:g} s"
-            ) from None
 
     async def _mode(self, args: Mapping[str, Any]) -> Any:
         mode = args.get("mode")
@@ -174,7 +127,7 @@ class Verbs:
         before = self._loop.state
         self._loop.post(ModeSet(True, name))
         try:
-            await self._bring_up(name)
+            await bring_up(self._loop, name)
         except Refused:
             self._loop.post(ModeSet(before.manual, before.pinned))  # no pin that nobody serves
             raise
@@ -213,7 +166,25 @@ class Verbs:
     async def _reload_config(self, args: Mapping[str, Any]) -> Any:
         return await self._reload()
 
+    # ---- checkpoints ----------------------------------------------------------------------------
 
-def _on_its_way(state: State, name: str) -> bool:
-    record = state.models[name]
-    return not isinstance(record.phase, (Stopped, Parked, Failed)) or name in state.reservations
+    async def _images(self, args: Mapping[str, Any]) -> Any:
+        return {"images": await self._checkpoints.listing()}
+
+    async def _checkpoint(self, args: Mapping[str, Any], tell: Tell) -> Any:
+        warm_up = args.get("warm_up", True)
+        if not isinstance(warm_up, bool):
+            raise Refused(Reason.BAD_REQUEST, f'"warm_up" must be true or false, not {warm_up!r}')
+        name, eviction = self._model(args), self._eviction(args)
+        return await self._checkpoints.make(name, eviction, warm_up=warm_up, tell=tell)
+
+    async def _restore(self, args: Mapping[str, Any], tell: Tell) -> Any:
+        return await self._checkpoints.restore(self._model(args), tell=tell)
+
+    async def _validate(self, args: Mapping[str, Any], tell: Tell) -> Any:
+        policies = args.get("policies")
+        if not isinstance(policies, list) or not policies:
+            raise Refused(Reason.BAD_REQUEST, 'cannot validate: "policies" is missing or empty')
+        evictions = [self._eviction({"eviction": policy}) for policy in policies]
+        wanted = [eviction for eviction in evictions if eviction is not None]
+        return await Validation(self._loop, self._model(args), tell).run(wanted)

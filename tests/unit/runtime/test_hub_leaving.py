@@ -37,7 +37,7 @@ class Events:
 async def _with_peer(
     tmp_path: pathlib.Path, manner: str
 ) -> tuple[Hub, Events, asyncio.subprocess.Process]:
-    async def ask(_: object) -> object:
+    async def ask(*_: object) -> object:
         return None
 
     events = Events()
