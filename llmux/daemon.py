@@ -102,11 +102,18 @@ class Supervisor:
 
     async def start(self) -> None:
         """Adopt what lives. After this the state is true and the hub may be connected."""
+        await self.prepare()
         try:
             notes = self._store.load()
         except StateFileError as error:
             log.warning("%s; going by what is observed", error)
             notes = {}
+        state = self.loop.state
+        adopted, effects = await adopt_engines(state, self.loop.executor, self.drivers, notes)
+        self.loop.enter(adopted, effects)
+
+    async def prepare(self) -> None:
+        """All there, and nothing looked at or touched yet: enough to list images."""
         state = await first_state(self._config, self.drivers)
         self.loop = Loop(state, executor=self._executor, store=self._store, send=self._send)
         self.verbs = Verbs(self.loop, self.drivers.output, self.reload)
@@ -117,8 +124,6 @@ class Supervisor:
             allowed_uids=self._uids,
         )
         self.loop.listeners.append(_Catalogue(self))
-        adopted, effects = await adopt_engines(state, self.loop.executor, self.drivers, notes)
-        self.loop.enter(adopted, effects)
 
     def _executor(self, post: Callable[[Any], None]) -> Executor:
         return Executor(self.drivers, post, lambda *_: None)
@@ -334,10 +339,13 @@ async def _order(config: Config, ask: Ask, tell: Tell) -> Any:
         raise LlmuxError("cannot work without the supervisor: not root", hint="use sudo")
     if ask.verb == "checkpoint" and ask.args.get("eviction"):
         config = _with_eviction(config, ask.args)
-    lock = await _alone(patience=0.0)
     supervisor = Supervisor(
         config, _system_drivers(config), FileStateStore(f"{RUNTIME}/state.json"), lambda: config
     )
+    if ask.verb == "images":
+        await supervisor.prepare()
+        return await supervisor.verbs.answer(ask)
+    lock = await _alone(patience=0.0)
     try:
         await supervisor.start()
         try:

@@ -7,12 +7,21 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from llmux.errors import ControlError, Reason, Refused
-from llmux.protocol import MAX_LINE, Answer, Ask, Hello, decode
+from llmux.errors import ControlError, LlmuxError, Reason, Refused
+from llmux.protocol import MAX_LINE, Answer, Ask, Hello, Progress, Tell, decode
+
+
+class NotRunningError(ControlError):
+    """No supervisor listens: what does not need one may be done without."""
 
 
 def ask(
-    path: str, verb: str, args: Mapping[str, Any] | None = None, *, timeout: float | None = None
+    path: str,
+    verb: str,
+    args: Mapping[str, Any] | None = None,
+    *,
+    timeout: float | None = None,
+    progress: Tell | None = None,
 ) -> Any:
     """The verb's result. Raises Refused with the supervisor's reason, ControlError when it cannot
     be reached. ``timeout`` in seconds; None = as long as the supervisor itself bounds it."""
@@ -24,11 +33,18 @@ def ask(
             with sock.makefile("rb") as lines:
                 while line := lines.readline(MAX_LINE * 4):
                     message = decode(line)
+                    if isinstance(message, Progress) and progress is not None:
+                        progress(message.phase, message.seconds, message.done, message.total)
                     if isinstance(message, Answer) and message.id == 1:
                         return _result(message)
         except FileNotFoundError as error:
-            raise ControlError(
+            raise NotRunningError(
                 f"cannot reach the supervisor: {path} does not exist",
+                hint="is it running? `systemctl status llmux`",
+            ) from error
+        except ConnectionRefusedError as error:
+            raise NotRunningError(
+                f"cannot reach the supervisor: nobody listens at {path}",
                 hint="is it running? `systemctl status llmux`",
             ) from error
         except PermissionError as error:
@@ -54,4 +70,6 @@ def _result(answer: Answer) -> Any:
         reason = Reason(answer.code or "")
     except ValueError:
         reason = Reason.INTERNAL
+    if reason is Reason.INTERNAL:  # it was tried, and failed
+        raise LlmuxError(answer.message or "failed")
     raise Refused(reason, answer.message or "refused", retry_after=answer.retry_after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,20 @@ def _problem(problem: Any) -> dict[str, Any]:
     return {name: getattr(problem, name) for name in ("file", "line", "column", "path", "message")}
 
 
+def doctor(args: argparse.Namespace) -> int:
+    """The configuration tells what is needed; without a good one the host is looked at alone."""
+    from llmux import daemon
+    from llmux.cli.doctor import doctor as show
+    from llmux.config.load import load_config
+
+    config = None
+    try:
+        config = load_config(args.config, check_files=False)
+    except LlmuxError as error:
+        print(f"llmux: the host only, without a configuration: {error}", file=sys.stderr)
+    return show(config, as_json=args.json, run_checks=daemon.look_at_host)
+
+
 def version(args: argparse.Namespace) -> None:
     print(json.dumps({"version": __version__}) if args.json else f"llmux {__version__}")
 
@@ -87,14 +102,14 @@ def version(args: argparse.Namespace) -> None:
 def ps(args: argparse.Namespace) -> None:
     result = ask(args.socket, "status")
     if args.json:
-        _print_json(result["models"])
+        print_json(result["models"])
         return
     rows = [("MODEL", "STATE", "SINCE", "PARKED AS", "WAITING", "IN FLIGHT", "GPUS", "PID", "")]
     rows += [
         (
             name,
             model["state"],
-            _ago(model["since_secs"]) if model["pid"] else "-",
+            span(model["since_secs"]) if model["pid"] else "-",
             model["parked_as"] or "-",
             str(model["queue_depth"]),
             str(model["in_flight"]),
@@ -104,13 +119,13 @@ def ps(args: argparse.Namespace) -> None:
         )
         for name, model in sorted(result["models"].items())
     ]
-    _print_table(rows)
+    print_table(rows)
 
 
 def status(args: argparse.Namespace) -> None:
     result = ask(args.socket, "status")
     if args.json:
-        _print_json(result)
+        print_json(result)
         return
     mode = result["mode"]
     print(f"state  {result['state']}")
@@ -145,7 +160,7 @@ def reload(args: argparse.Namespace) -> None:
 def logs(args: argparse.Namespace) -> None:
     result = ask(args.socket, "logs", {"model": args.model, "lines": args.lines})
     if args.json:
-        _print_json(result)
+        print_json(result)
     else:
         print("\n".join(result["lines"]))
 
@@ -153,16 +168,16 @@ def logs(args: argparse.Namespace) -> None:
 def _order(args: argparse.Namespace, verb: str, values: dict[str, Any]) -> None:
     result = ask(args.socket, verb, {k: v for k, v in values.items() if v is not None})
     if args.json:
-        _print_json(result)
+        print_json(result)
     else:
         print(result["message"])
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _ago(seconds: float) -> str:
+def span(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f}s"
     if seconds < 7200:
@@ -170,7 +185,7 @@ def _ago(seconds: float) -> str:
     return f"{seconds / 3600:.0f}h"
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmux import __version__
-from llmux.cli import commands
+from llmux.cli import checkpoints, commands
 from llmux.errors import ConfigError, ControlError, LlmuxError, Refused
 
 CONFIG = "/etc/llmux/config.yaml"
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.verb is None:
-        args = parser.parse_args([*_global_options(args), "serve"])
+        args = parser.parse_args([*_global_options(args), *_verb_of(args)])
     try:
         result = args.run(args)
     except LlmuxError as error:
@@ -48,6 +48,32 @@ def _global_options(args: argparse.Namespace) -> list[str]:
     return ["--config", args.config, *(["--verbose"] if args.verbose else [])]
 
 
+def _verb_of(args: argparse.Namespace) -> list[str]:
+    """The verb of a command line of the earlier system, which had options instead."""
+    match args:
+        case argparse.Namespace(old_checkpoint=str(model)):
+            warm_up = ["--no-warmup"] if args.old_no_warmup else []
+            eviction = [f"--eviction={args.old_eviction}"] if args.old_eviction else []
+            return ["checkpoint", *warm_up, *eviction, "--", model]
+        case argparse.Namespace(old_validate=str(model)):
+            policies = [f"--policies={args.old_policies}"] if args.old_policies else []
+            return ["validate", *policies, "--", model]
+        case argparse.Namespace(old_restore=str(model)):
+            return ["restore", "--detached", "--", model]
+        case _:
+            return ["serve"]
+
+
+def _add_old_forms(parser: argparse.ArgumentParser) -> None:
+    old = parser.add_argument_group("as the earlier system had it", "the verbs below do the same")
+    old.add_argument("--checkpoint", dest="old_checkpoint", metavar="MODEL")
+    old.add_argument("--no-warmup", dest="old_no_warmup", action="store_true")
+    old.add_argument("--eviction", dest="old_eviction", metavar="W+P")
+    old.add_argument("--validate", dest="old_validate", metavar="MODEL")
+    old.add_argument("--policies", dest="old_policies", metavar="W+P,…")
+    old.add_argument("--restore-detached", dest="old_restore", metavar="MODEL")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmux",
@@ -58,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--config", default=CONFIG, metavar="FILE", help=f"({CONFIG})")
     parser.add_argument("-v", "--verbose", action="store_true", help="debug messages")
     parser.add_argument("-V", "--version", action="version", version=f"llmux {__version__}")
+    _add_old_forms(parser)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     def verb(name: str, run: commands.Command, text: str) -> argparse.ArgumentParser:
@@ -98,6 +125,32 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("model")
     logs.add_argument("-n", "--lines", type=int, default=100)
     client("reload", commands.reload, "read the configuration anew")
+    _add_checkpoints(client)
+    doctor = verb("doctor", commands.doctor, "what this host has and lacks")
+    doctor.add_argument("--json", action="store_true", help="for machines")
     version = verb("version", commands.version, "print the version")
     version.add_argument("--json", action="store_true", help="for machines")
     return parser
+
+
+def _add_checkpoints(
+    client: Callable[[str, commands.Command, str], argparse.ArgumentParser],
+) -> None:
+    make = client("checkpoint", checkpoints.checkpoint, "make a model's image, or list all images")
+    make.add_argument("model", nargs="?", help="without it: the images that there are")
+    make.add_argument("--list", action="store_true", help="the images that there are")
+    make.add_argument("--eviction", metavar="W+P", help="instead of the model's own")
+    make.add_argument("--no-warmup", action="store_true", help="no inference before the dump")
+    restore = client("restore", checkpoints.restore, "bring a model back from its image")
+    restore.add_argument("model")
+    restore.add_argument(
+        "--detached", action="store_true", help="leave the engine running (it always is)"
+    )
+    validate = client("validate", checkpoints.validate, "try ways of parking a model")
+    validate.add_argument("model")
+    validate.add_argument(
+        "--policies",
+        default=checkpoints.POLICIES,
+        metavar="W+P,…",
+        help=f"({checkpoints.POLICIES})",
+    )
