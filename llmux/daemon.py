@@ -26,6 +26,7 @@ from typing import Any
 from llmux import __version__
 from llmux.config.check import check_embedded, check_host
 from llmux.config.diff import diff_config
+from llmux.config.lastgood import LastGood
 from llmux.config.load import load_config, load_marked
 from llmux.config.schema import Config
 from llmux.core.effects import SwitchFinished
@@ -47,7 +48,6 @@ from llmux.drivers.output import EngineFiles
 from llmux.drivers.store import FileStateStore
 from llmux.errors import ConfigError, LlmuxError, Reason, Refused, StateFileError
 from llmux.gateway.server import bind_all, serve_gateway
-from llmux.lastgood import LastGood
 from llmux.ports import DeviceCheckpointer, Notifier, StateStore, UnitManager
 from llmux.protocol import Ask, Tell
 from llmux.runtime.drivers import Drivers, Places

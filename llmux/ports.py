@@ -123,6 +123,11 @@ class Engine(Protocol):
 
     async def reload_weights(self, address: Address, deadline: float) -> None: ...
 
+    async def communicators(self, address: Address, *, up: bool, deadline: float) -> None:
+        """Take the collective communicators of a tensor-parallel engine down, or set them up again
+        (NCCL's buffers survive neither a CUDA checkpoint nor CRIU). EngineUnhealthy when the engine
+        has no hook for it."""
+
     async def reset_prefix_cache(self, address: Address, deadline: float) -> None: ...
 
     async def sleeping(self, address: Address, deadline: float) -> bool | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+from llmux.config.vllm_args import TENSOR_PARALLEL, find_flag
+
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 DEFAULT_GPU_MEMORY = 0.9  # vLLM's own default for --gpu-memory-utilization
@@ -76,6 +78,13 @@ class ModelConfig:
     canary: bool = True
     allow_tensor_parallel_parking: bool = False  # cuda_suspend and checkpoint across several GPUs
 
+    @property
+    def tensor_parallel_size(self) -> int:
+        """As the engine's own arguments say; from nothing else can it be known (facts, not guesses:
+        counting processes has misled before)."""
+        flag = find_flag(self.extra_args, TENSOR_PARALLEL)
+        return int(flag.value) if flag and flag.value and flag.value.isdigit() else 1
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
@@ -108,7 +117,30 @@ class GatewayConfig:
     listen: tuple[str, ...] = ()  # "host:port" or "unix:/path"; empty = 127.0.0.1:port
     workers: int = 1
     max_body_bytes: int = 64 * 1024 * 1024
-    max_waiting: int = 1024  # requests that may wait for one model in one worker
+    max_waiting: int = 1024  # requests that may wait for one model; each worker has its part
+    keys_file: str | None = None  # a path, or credential:NAME; None = nobody needs a key
+    allow_public_without_keys: bool = False
+    tls_certificate: str | None = None  # a path, or credential:NAME; with tls_key, for all of TCP
+    tls_key: str | None = None
+    metrics_listen: tuple[str, ...] = ()  # empty = 127.0.0.1:metrics_port
+
+
+class KeyRole(StrEnum):
+    USE = "use"
+    ADMIN = "admin"  # the control endpoints as well
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One API key, as its hash. Limits hold for the whole gateway: a worker has its part of them,
+    rounded up."""
+
+    name: str
+    sha256: bytes
+    role: KeyRole = KeyRole.USE
+    models: frozenset[str] | None = None  # None = all
+    max_in_flight: int | None = None
+    requests_per_minute: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +163,12 @@ class Config:
     def listen_addresses(self) -> tuple[str, ...]:
         """Where the gateway listens; without a choice only the loopback, on ``port``."""
         return self.gateway.listen or (f"127.0.0.1:{self.port}",)
+
+    def metrics_addresses(self) -> tuple[str, ...]:
+        """Where /metrics alone is served, to whoever can connect."""
+        if self.metrics_port == 0:
+            return ()
+        return self.gateway.metrics_listen or (f"127.0.0.1:{self.metrics_port}",)
 
     def startup_timeout(self, model: ModelConfig) -> float:
         own = model.startup_timeout_secs

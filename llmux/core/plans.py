@@ -27,6 +27,8 @@ class StepKind(StrEnum):
     RESET_PREFIX_CACHE = "reset_prefix_cache"
     FREEZE = "freeze"
     THAW = "thaw"
+    COMM_SUSPEND = "comm_suspend"
+    COMM_RESUME = "comm_resume"
     CUDA_SUSPEND = "cuda_suspend"
     CUDA_RESUME = "cuda_resume"
     DUMP = "dump"
@@ -81,6 +83,7 @@ RELEASE_SECS = 10.0  # the driver frees a killed process's memory within a secon
 SLEEP_RELEASE_SECS = 3.0
 CANARY_SECS = 60.0  # eight tokens; the first request after a start may compile kernels
 PROBE_SECS = 30.0
+COMM_SECS = 60.0  # NCCL's rendezvous of all ranks
 DESCRIBE_SECS = 5.0
 SPAWN_SECS = 30.0  # measured 5-40 ms; D-Bus and a busy machine are the rest
 
@@ -125,6 +128,11 @@ def stop_plan(model: ModelConfig, *, grace: bool = True) -> Plan:
     return Plan("stop", _down(model, grace=grace), Outcome.DOWN)
 
 
+def _communicators(model: ModelConfig, kind: StepKind) -> list[Step]:
+    """Around a CUDA checkpoint of several workers: their shared buffers survive neither way."""
+    return [Step(kind, COMM_SECS)] if model.tensor_parallel_size > 1 else []
+
+
 def reuse_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     """Parked by an image that is there already: the processes only have to go."""
     return Plan("park", _down(model, grace=False), Outcome.PARKED, eviction)
@@ -143,12 +151,14 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
             steps.append(Step(StepKind.FREEZE, FREEZE_SECS))
         case Process.CUDA_SUSPEND:
             # the driver's thread in the engine does the work: never on a frozen one
+            steps += _communicators(model, StepKind.COMM_SUSPEND)
             steps.append(Step(StepKind.CUDA_SUSPEND, model.sleep_timeout_secs))
             steps.append(Step(StepKind.FREEZE, FREEZE_SECS))
         case Process.CHECKPOINT:
             if eviction.weights is not Weights.RETAIN:
                 # prompts in cached blocks have no business on a disk
                 steps.append(Step(StepKind.RESET_PREFIX_CACHE, PROBE_SECS, optional=True))
+            steps += _communicators(model, StepKind.COMM_SUSPEND)
             steps.append(Step(StepKind.CUDA_SUSPEND, model.sleep_timeout_secs, if_any=True))
             steps.append(Step(StepKind.DUMP, model.checkpoint_timeout_secs))
     if (eviction.weights, eviction.process) not in KEEPS_GPU:
@@ -165,9 +175,11 @@ def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
         case Process.CUDA_SUSPEND:
             steps.append(Step(StepKind.THAW, FREEZE_SECS))
             steps.append(Step(StepKind.CUDA_RESUME, model.wake_timeout_secs))
+            steps += _communicators(model, StepKind.COMM_RESUME)
         case Process.CHECKPOINT:
             steps.append(Step(StepKind.RESTORE, model.checkpoint_timeout_secs))
             steps.append(Step(StepKind.CUDA_RESUME, model.wake_timeout_secs, if_any=True))
+            steps += _communicators(model, StepKind.COMM_RESUME)
     wake = model.wake_timeout_secs
     match eviction.weights:
         case Weights.OFFLOAD:

@@ -30,6 +30,12 @@ BODY_CAP: Final = 16 * 1024 * 1024  # vLLM's openapi.json has about 0.3 MB
 EXCERPT: Final = 500  # characters of an error body that go into a message
 # What vLLM does after a failed wake is worth two more tries, half a second and a second later; a
 # third never helped (two years of reports on the earlier program).
+# Worker methods by which an engine takes its communicators down and sets them up again: vLLM's own
+# since 0.32, and those of the patches that were used before.
+COMMUNICATOR_HOOKS: Final = {
+    False: ("checkpoint_prepare", "suspend_nccl"),
+    True: ("checkpoint_restore", "resume_nccl"),
+}
 RETRY_PAUSES: Final = (0.5, 1.0)
 PROBE_TIMEOUT: Final = 5.0  # one /health: a busy API server answers late, a hung one never
 FIRST_PAUSE: Final = 0.005
@@ -182,6 +188,25 @@ class VllmEngine:
         await self._order(
             address, "reload the weights of", "/collective_rpc", payload, end, deadline
         )
+
+    async def communicators(self, address: Address, *, up: bool, deadline: float) -> None:
+        end = time.monotonic() + deadline
+        operation = "restore the communicators of" if up else "suspend the communicators of"
+        last: EngineUnhealthy | None = None
+        for method in COMMUNICATOR_HOOKS[up]:
+            try:
+                payload = {"method": method}
+                await self._order(address, operation, "/collective_rpc", payload, end, deadline)
+            except EngineUnhealthy as error:
+                last = error  # this version may know the next one
+            else:
+                return
+        raise EngineUnhealthy(
+            operation,
+            f"the engine at {address}",
+            f"it knows neither of {', '.join(COMMUNICATOR_HOOKS[up])}",
+            hint="park a tensor-parallel model with keep_running or stop instead",
+        ) from last
 
     async def reset_prefix_cache(self, address: Address, deadline: float) -> None:
         end = time.monotonic() + deadline

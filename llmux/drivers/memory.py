@@ -401,6 +401,10 @@ class MemoryEngine:
             self._world.violate(f"reload of {engine.handle.model} before its weights are awake")
         engine.spoiled = False
 
+    async def communicators(self, address: Address, *, up: bool, deadline: float) -> None:
+        verb = "restore" if up else "suspend"
+        await self._reach("engine.communicators", f"{verb} the communicators of", address, verb)
+
     async def reset_prefix_cache(self, address: Address, deadline: float) -> None:
         await self._reach("engine.reset_prefix_cache", "reset the prefix cache of", address)
 

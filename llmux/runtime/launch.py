@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pwd
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +15,8 @@ from llmux.config.schema import ModelConfig, Process, Weights
 from llmux.ports import LaunchSpec
 from llmux.protocol import Address
 from llmux.runtime.drivers import Drivers, Places
+
+log = logging.getLogger("llmux")
 
 # sun_path holds 107 bytes; vLLM's own sockets below the same directory need room for a uuid.
 LONGEST_DIRECTORY = 48
@@ -78,7 +82,13 @@ def engine_address(config: ModelConfig, places: Places) -> Address:
 
 
 def needs_dev_mode(config: ModelConfig) -> bool:
-    """Sleep and wake are vLLM's development endpoints; they are opened only when they are used."""
+    """Sleep, wake and the communicators' hooks are vLLM's development endpoints; they are opened
+    only when they are used."""
+    suspends = config.eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT)
+    return sleeps(config) or (suspends and config.tensor_parallel_size > 1)
+
+
+def sleeps(config: ModelConfig) -> bool:
     return config.eviction.weights is not Weights.RETAIN
 
 
@@ -93,7 +103,7 @@ def engine_argv(config: ModelConfig, address: Address, command: tuple[str, ...])
         "--served-model-name",
         config.name,
         *where,
-        *(("--enable-sleep-mode",) if needs_dev_mode(config) else ()),
+        *(("--enable-sleep-mode",) if sleeps(config) else ()),
         *config.extra_args,
     )
 
@@ -125,6 +135,23 @@ def remove_stale_socket(address: Address) -> None:
     if address.uds is not None:
         with suppress(FileNotFoundError):
             os.unlink(address.uds)
+
+
+SLEEP_BROKEN = ((0, 14), (0, 17))  # vllm#32714: from the first to before the second
+
+
+def warn_about(config: ModelConfig, version: str | None) -> None:
+    """Say so when the engine's version is known to do wrong what the model's parking needs. What it
+    does is verified anyway: memory that is not freed ends in a stop."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
+    if sleeps(config) and SLEEP_BROKEN[0] <= numbers < SLEEP_BROKEN[1]:
+        log.warning(
+            "vLLM %s frees no weights on sleep (vllm#32714): upgrade to 0.17 or later, or park %s"
+            " with weights: retain",
+            version,
+            config.name,
+            extra={"model": config.name},
+        )
 
 
 def launch_spec(

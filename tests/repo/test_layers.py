@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "llmux.daemon": {"llmux"},
 }
 # What the decisions may use of the standard library.
-PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "types", "typing"}
+PURE = {
+    "__future__", "collections", "dataclasses", "enum", "functools", "math", "types", "typing",
+}  # fmt: skip
 # Doors: module → the only parts that may go through it.
 DOORS = {
     "subprocess": {"llmux.drivers"},

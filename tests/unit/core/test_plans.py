@@ -7,7 +7,7 @@ import itertools
 import pytest
 from core_harness import DISCARD, STOP, model
 
-from llmux.config.schema import Eviction, Process, Weights
+from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.plans import (
     Outcome,
     Plan,
@@ -26,6 +26,7 @@ PARKED = [e for e in EVICTIONS if e.process is not Process.STOP]
 # a step on the way down and the one that takes it back
 MIRROR = {
     K.SLEEP: K.WAKE_UP,
+    K.COMM_SUSPEND: K.COMM_RESUME,
     K.FREEZE: K.THAW,
     K.CUDA_SUSPEND: K.CUDA_RESUME,
     K.DUMP: K.RESTORE,
@@ -136,3 +137,24 @@ def test_the_operator_s_time_outs_are_the_deadlines() -> None:
     assert [s.deadline for s in park_plan(slow, DISCARD).steps if s.kind is K.SLEEP] == [7.0]
     wakes = [s.deadline for s in wake_plan(slow, DISCARD).steps if s.kind is K.WAKE_UP]
     assert wakes == [9.0, 9.0]
+
+
+@pytest.mark.parametrize("process", [Process.CUDA_SUSPEND, Process.CHECKPOINT])
+def test_the_communicators_of_several_workers_go_before_cuda_and_come_back_after_it(
+    process: Process,
+) -> None:
+    model = ModelConfig("m", "org/m", extra_args=("--tensor-parallel-size", "2"))
+    eviction = Eviction(Weights.DISCARD, process)
+    park = [step.kind for step in park_plan(model, eviction).steps]
+    wake = [step.kind for step in wake_plan(model, eviction).steps]
+    assert park.index(StepKind.SLEEP) < park.index(StepKind.COMM_SUSPEND)
+    assert park.index(StepKind.COMM_SUSPEND) < park.index(StepKind.CUDA_SUSPEND)
+    assert wake.index(StepKind.CUDA_RESUME) < wake.index(StepKind.COMM_RESUME)
+    assert wake.index(StepKind.COMM_RESUME) < wake.index(StepKind.WAKE_UP)
+
+
+def test_a_single_worker_has_no_communicators_to_suspend() -> None:
+    kinds = {
+        step.kind for step in park_plan(MODEL, Eviction(Weights.RETAIN, Process.CHECKPOINT)).steps
+    }
+    assert StepKind.COMM_SUSPEND not in kinds

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmux.config.lastgood import LastGood
 from llmux.errors import ConfigError
-from llmux.lastgood import LastGood
 
 GOOD = "models: {a: {model_path: org/a}}\n"
 BAD = "modles: {}\n"
