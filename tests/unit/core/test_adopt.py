@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from core_harness import FREEZE, OFFLOAD, config_of, model
+from core_harness import OFFLOAD, config_of, model
 
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.adopt import Note, Observation, adopt
@@ -91,10 +91,10 @@ def test_a_waking_engine_wakes_by_how_it_was_parked_not_by_its_configuration() -
 # ---- without a note: what is seen counts --------------------------------------------------------
 
 
-def test_a_frozen_engine_is_parked() -> None:
+def test_a_frozen_engine_is_parked_and_presumed_asleep_when_it_can_sleep() -> None:
     record, _ = found(frozen=True, healthy=False, sleeping=None)
     assert isinstance(record.phase, Parked)
-    assert record.phase.eviction == FREEZE
+    assert record.phase.eviction == Eviction(Weights.DISCARD, Process.FREEZE)
 
 
 def test_a_sleeping_engine_is_parked_and_will_reload_to_be_safe() -> None:

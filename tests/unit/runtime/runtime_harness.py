@@ -27,7 +27,7 @@ from llmux.drivers.memory import (
     MemoryUnits,
     World,
 )
-from llmux.protocol import Cut, Grant, Message, Refuse, Revoke
+from llmux.protocol import Grant, Message, Refuse, Revoke
 from llmux.runtime.drivers import Drivers, Places
 from llmux.runtime.executor import Executor
 from llmux.runtime.loop import Loop
@@ -201,7 +201,8 @@ async def begin_life(
     store: MemoryStore,
     holds: Mapping[str, str] | None = None,
 ) -> Life:
-    """As the composition root does; one worker, "w", that answers every revoke with drained."""
+    """As the composition root does; one worker, "w", whose requests are over as soon as they are
+    let in and which answers every revoke with drained."""
     drivers = drivers_on(world, runtime)
     life: Life
 
@@ -210,8 +211,8 @@ async def begin_life(
         match message:
             case Revoke():
                 life.loop.post(WorkerDrained(worker, message.model, message.epoch))
-            case Grant() | Cut() | Refuse():
-                pass
+            case Grant() | Refuse():
+                life.demand(message.model)  # nobody waits any more; what was let in is over
 
     state = await first_state(config, drivers)
     loop = Loop(

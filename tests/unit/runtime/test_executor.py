@@ -80,9 +80,7 @@ async def test_a_start_a_parking_and_a_wake_do_their_steps_in_order(
     assert world.violations == []
 
 
-@pytest.mark.parametrize(
-    "eviction", [OFFLOAD, DISCARD, OFFLOAD_FREEZE, RETAIN_FREEZE], ids=str
-)
+@pytest.mark.parametrize("eviction", [OFFLOAD, DISCARD, OFFLOAD_FREEZE, RETAIN_FREEZE], ids=str)
 @in_loop
 async def test_every_way_of_parking_has_a_way_back(
     world: World, tmp_path: Path, eviction: Eviction
