@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from llmux import __version__
 from llmux.cli import checkpoints, commands
+from llmux.cli.key import add_arguments, key
 from llmux.errors import ConfigError, ControlError, LlmuxError, Refused
 
 CONFIG = "/etc/llmux/config.yaml"
@@ -124,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     logs = client("logs", commands.logs, "the last lines of a model's engine")
     logs.add_argument("model")
     logs.add_argument("-n", "--lines", type=int, default=100)
+    add_arguments(verb("key", key, "make an API key; only its hash is kept"))
     client("reload", commands.reload, "read the configuration anew")
     _add_checkpoints(client)
     doctor = verb("doctor", commands.doctor, "what this host has and lacks")

@@ -6,6 +6,7 @@ asked by whoever is about to run engines here: the same file may be right for an
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pwd
 import shutil
@@ -61,7 +62,9 @@ def cross_faults(draft: Draft) -> list[Fault]:
 def _ports(draft: Draft) -> Iterator[Fault]:
     """Engines, gateway and metrics share the machine's ports; a clash shows only when they bind."""
     config = draft.config
-    claims: list[tuple[int, KeyPath]] = [(config.metrics_port, ("metrics_port",))]
+    claims: list[tuple[int, KeyPath]] = []
+    if not config.gateway.metrics_listen:
+        claims.append((config.metrics_port, ("metrics_port",)))
     if config.gateway.listen:
         for path, _, port in _tcp_addresses(draft):
             claims.append((port, path))
@@ -110,6 +113,38 @@ def _listen_twice(draft: Draft) -> Iterator[Fault]:
 
 def _index(path: KeyPath) -> int:
     return path[-1] if isinstance(path[-1], int) else 0
+
+
+def _public_without_keys(draft: Draft) -> Iterator[Fault]:
+    gateway = draft.config.gateway
+    own: KeyPath = ("gateway", "allow_public_without_keys")
+    if gateway.keys_file or gateway.allow_public_without_keys:
+        return
+    if not draft.sound(own, ("gateway", "keys_file"), ("gateway", "listen")):
+        return
+    for path, host, _ in _tcp_addresses(draft):
+        if not _is_loopback(host):
+            message = (
+                "anybody who reaches this address could use and control all models: set "
+                "gateway.keys_file, or gateway.allow_public_without_keys: true"
+            )
+            yield draft.marks.fault(path, message)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+def _half_tls(draft: Draft) -> Iterator[Fault]:
+    gateway = draft.config.gateway
+    pair = {"tls_certificate": gateway.tls_certificate, "tls_key": gateway.tls_key}
+    for name, other in (("tls_certificate", "tls_key"), ("tls_key", "tls_certificate")):
+        path: KeyPath = ("gateway", name)
+        if pair[name] and not pair[other] and draft.sound(path, ("gateway", other)):
+            yield draft.marks.fault(path, f"TLS needs gateway.{other} as well")
 
 
 def _backoff(draft: Draft) -> Iterator[Fault]:
@@ -201,6 +236,8 @@ def _parallel_parking(draft: Draft) -> Iterator[Fault]:
 _CROSS_CHECKS: Final[tuple[Check, ...]] = (
     _ports,
     _listen_twice,
+    _public_without_keys,
+    _half_tls,
     _backoff,
     _gpu_numbers,
     _gpu_memory,
@@ -322,6 +359,12 @@ _NEEDS_SERVICE: Final = {
 def check_embedded(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:
     """What `llmux serve` cannot do: its engines are plain child processes, without root."""
     problems = []
+    if config.gateway.workers > 1:
+        message = (
+            f"cannot have {config.gateway.workers} workers in one process: "
+            "write 1, or run llmux as a service"
+        )
+        problems.append(marks.problem(("gateway", "workers"), message))
     for name, model in config.models.items():
         need = _NEEDS_SERVICE.get(model.eviction.process)
         if need:

@@ -235,6 +235,14 @@ def absolute_path(node: Node) -> str:
     return path
 
 
+def secret_path(node: Node) -> str:
+    """A file of its own, or one that systemd hands over (LoadCredential=)."""
+    value = text(node)
+    if not re.fullmatch(r"/.+|credential:[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise invalid(node, f"expected an absolute path or credential:NAME, got {quote(value)}")
+    return value
+
+
 def executable(node: Node) -> str:
     """A bare name, searched on PATH, or an absolute path."""
     name = _text(node, "the name or the absolute path of a program")

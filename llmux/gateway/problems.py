@@ -27,6 +27,9 @@ PROBLEMS: dict[Reason, tuple[int, str]] = {
     Reason.ALREADY_RUNNING: (409, "invalid_request_error"),
     Reason.QUEUE_FULL: (503, "server_error"),
     Reason.BODY_TOO_LARGE: (413, "invalid_request_error"),
+    Reason.NO_KEY: (401, "authentication_error"),
+    Reason.FORBIDDEN: (403, "permission_error"),
+    Reason.RATE_LIMITED: (429, "rate_limit_error"),
     Reason.SUPERVISOR_UNREACHABLE: (503, "server_error"),
     Reason.NOT_FOUND: (404, "invalid_request_error"),
     Reason.METHOD_NOT_ALLOWED: (405, "invalid_request_error"),
@@ -39,17 +42,23 @@ DEFAULT_RETRY_AFTER = 1.0
 
 STATUS_LINES: dict[int, bytes] = {
     400: b"400 Bad Request",
+    401: b"401 Unauthorized",
+    403: b"403 Forbidden",
     404: b"404 Not Found",
     405: b"405 Method Not Allowed",
     408: b"408 Request Timeout",
     409: b"409 Conflict",
     413: b"413 Content Too Large",
+    429: b"429 Too Many Requests",
     431: b"431 Request Header Fields Too Large",
     500: b"500 Internal Server Error",
     502: b"502 Bad Gateway",
     503: b"503 Service Unavailable",
     504: b"504 Gateway Timeout",
 }
+
+
+CHALLENGE = b'www-authenticate: Bearer realm="llmux"\r\n'
 
 
 class HttpRefused(Refused):
@@ -82,8 +91,26 @@ def retry_after_of(problem: Refused) -> int | None:
     return max(1, math.ceil(seconds))
 
 
-def error_object(problem: Refused) -> dict[str, Any]:
-    """OpenAI's ``{"error": {"message", "type", "param", "code"}}``."""
+# Anthropic's error types; what is not here follows from the status.
+ANTHROPIC_TYPES: dict[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def error_object(problem: Refused, *, anthropic: bool = False) -> dict[str, Any]:
+    """OpenAI's ``{"error": {"message", "type", "param", "code"}}``, or Anthropic's shape."""
+    if anthropic:
+        kind = ANTHROPIC_TYPES.get(status_of(problem), "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(problem)}}
     return {
         "error": {
             "message": str(problem),
@@ -94,13 +121,15 @@ def error_object(problem: Refused) -> dict[str, Any]:
     }
 
 
-def error_body(problem: Refused) -> bytes:
-    return json.dumps(error_object(problem)).encode()
+def error_body(problem: Refused, *, anthropic: bool = False) -> bytes:
+    return json.dumps(error_object(problem, anthropic=anthropic)).encode()
 
 
-def error_response(problem: Refused, *, extra: bytes = b"", close: bool = False) -> bytes:
+def error_response(
+    problem: Refused, *, extra: bytes = b"", close: bool = False, anthropic: bool = False
+) -> bytes:
     """A whole HTTP/1.1 answer; ``extra`` are header lines, each with its CRLF."""
-    body = error_body(problem)
+    body = error_body(problem, anthropic=anthropic)
     retry_after = retry_after_of(problem)
     return b"".join(
         (
@@ -108,6 +137,7 @@ def error_response(problem: Refused, *, extra: bytes = b"", close: bool = False)
             STATUS_LINES[status_of(problem)],
             b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(body),
             b"retry-after: %d\r\n" % retry_after if retry_after is not None else b"",
+            CHALLENGE if problem.reason is Reason.NO_KEY else b"",
             extra,
             b"connection: close\r\n\r\n" if close else b"\r\n",
             body,
@@ -115,6 +145,7 @@ def error_response(problem: Refused, *, extra: bytes = b"", close: bool = False)
     )
 
 
-def error_event(problem: Refused) -> bytes:
+def error_event(problem: Refused, *, anthropic: bool = False) -> bytes:
     """The error as a server-sent event. The leading blank line ends an event that was cut short."""
-    return b"\n\ndata: " + error_body(problem) + b"\n\n"
+    name = b"event: error\n" if anthropic else b""
+    return b"\n\n" + name + b"data: " + error_body(problem, anthropic=anthropic) + b"\n\n"

@@ -129,6 +129,7 @@ def test_every_key_is_read() -> None:
             max_bytes=200 * 1024**3,
         ),
         gateway=GatewayConfig(
+            allow_public_without_keys=True,
             listen=("0.0.0.0:80", "[::1]:3000", "localhost:3001", "unix:/run/llmux/http.sock"),
             workers=4,
             max_body_bytes=1_500_000,
@@ -260,4 +261,4 @@ def test_values_keep_their_places_for_later_problems() -> None:
     assert at(("policy", "eviction", "process")).line == 25
     assert at(("nothing", "such")).line == 1
     problem = marked.marks.problem(("engine_user",), "cannot be")
-    assert str(problem) == f"{GOOD / 'full.yaml'}:52:14: engine_user: cannot be"
+    assert str(problem) == f"{GOOD / 'full.yaml'}:53:14: engine_user: cannot be"

@@ -1,0 +1,63 @@
+"""How much one key may use: requests in flight and requests a minute. Pure; the clock is handed in.
+
+With several workers each keeps its part (limit / workers, rounded up): nothing is shared between
+them, and a client whose connections all land on one worker may get less than its limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from llmux.config.schema import Key
+from llmux.errors import Reason, Refused
+
+
+def share(limit: int, workers: int) -> int:
+    return math.ceil(limit / workers)
+
+
+class KeyUse:
+    """What one key uses in this worker. ``begin`` raises Refused; each begin has one ``end``."""
+
+    __slots__ = ("_burst", "_clock", "_filled_at", "_rate", "_tokens", "in_flight", "key", "most")
+
+    def __init__(self, key: Key, workers: int, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tokens = self._burst = 0.0
+        self._filled_at = clock()
+        self.in_flight = 0
+        self.set_limits(key, workers)
+        self._tokens = self._burst
+
+    def set_limits(self, key: Key, workers: int) -> None:
+        """The key's limits may change while requests run; what runs is not touched."""
+        self.key = key
+        self.most = None if key.max_in_flight is None else share(key.max_in_flight, workers)
+        a_minute = key.requests_per_minute
+        self._rate = None if a_minute is None else a_minute / workers / 60
+        self._burst = 0.0 if a_minute is None else max(1.0, a_minute / workers)
+        self._tokens = min(self._tokens, self._burst)
+
+    def begin(self) -> None:
+        if self.most is not None and self.in_flight >= self.most:
+            raise Refused(
+                Reason.RATE_LIMITED,
+                f"this key may have {self.key.max_in_flight} requests at a time",
+                retry_after=1.0,
+            )
+        if self._rate is not None:
+            now = self._clock()
+            self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+            self._filled_at = now
+            if self._tokens < 1:
+                raise Refused(
+                    Reason.RATE_LIMITED,
+                    f"this key may make {self.key.requests_per_minute:g} requests a minute",
+                    retry_after=(1 - self._tokens) / self._rate,
+                )
+            self._tokens -= 1
+        self.in_flight += 1
+
+    def end(self) -> None:
+        self.in_flight -= 1
