@@ -57,6 +57,7 @@ from llmux.runtime.loop import Loop
 from llmux.runtime.reconcile import adopt_engines, first_state
 from llmux.runtime.status import catalog
 from llmux.runtime.verbs import Verbs
+from llmux.runtime.warmup import warm_up
 from llmux.runtime.watchdog import StatusLine, feed_watchdog, tell_ready
 from llmux.runtime.words import parse_eviction
 
@@ -421,6 +422,12 @@ def _cuda(config: Config) -> DeviceCheckpointer | None:
 
 async def _announce(supervisor: Supervisor, notifier: Notifier, stop: asyncio.Event) -> None:
     await tell_ready(supervisor.loop, notifier)
+    await _warm(supervisor, stop)
+
+
+async def _warm(supervisor: Supervisor, stop: asyncio.Event) -> None:
+    if supervisor.loop.state.config.warmup:
+        await warm_up(supervisor.loop)
     await stop.wait()
 
 
@@ -550,7 +557,7 @@ async def _serve_in(
             )
         )
         try:
-            await _until(stop, supervisor.loop.run(), _ended_early(front))
+            await _until(stop, supervisor.loop.run(), _ended_early(front), _warm(supervisor, stop))
         finally:
             gateway_stop.set()
             with contextlib.suppress(asyncio.CancelledError):
