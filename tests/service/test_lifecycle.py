@@ -10,6 +10,20 @@ from pathlib import Path
 import pytest
 from daemon_harness import SECONDS, Daemon, Start, in_background, wait_gone
 
+# ---- warm-up ------------------------------------------------------------------------------------
+
+
+def test_a_warm_up_leaves_every_model_parked_that_parking_keeps_something_of(
+    start_daemon: Start,
+) -> None:
+    asleep = {"eviction": "offload+keep_running"}
+    models = {"alpha": asleep, "beta": asleep, "gamma": {"eviction": "retain+stop"}}
+    daemon = start_daemon(models, top={"warmup": True})
+    states = {"alpha": "parked", "beta": "parked", "gamma": "stopped"}
+    daemon.until(lambda: {name: daemon.model(name)["state"] for name in models} == states)
+    assert daemon.chat("beta").text.startswith("beta:")
+
+
 # ---- reload -------------------------------------------------------------------------------------
 
 
