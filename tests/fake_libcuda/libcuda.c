@@ -11,6 +11,9 @@
  *   die                the calling process ends at once
  *   lie                return 0, change nothing
  *
+ * DIR/hook, when it is there and executable, is run as "hook checkpoint PID" and "hook restore PID"
+ * before the state changes: it moves the memory. When it fails the call returns OUT_OF_MEMORY (2).
+ *
  * The rules are those of the driver API (cuda.h 12.8): wrong state is ILLEGAL_STATE (401), unknown
  * process INVALID_VALUE (1), no cuInit before NOT_INITIALIZED (3).
  */
@@ -24,7 +27,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { OK = 0, INVALID_VALUE = 1, NOT_INITIALIZED = 3, ILLEGAL_STATE = 401 };
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, ILLEGAL_STATE = 401 };
 enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2, FAILED = 3 };
 
 static int initialised;
@@ -121,6 +124,17 @@ static int fault(const char *call, int pid, int *code)
 	return count >= 1;
 }
 
+static int move_memory(const char *call, int pid)
+{
+	char path[PATH_MAX], command[PATH_MAX + 64];
+
+	if (strcmp(call, "checkpoint") && strcmp(call, "restore")) return 0;
+	path_of(path, "hook");
+	if (access(path, X_OK)) return 0;
+	snprintf(command, sizeof command, "%s %s %d", path, call, pid);
+	return system(command);
+}
+
 static int step(const char *call, int pid, int from, int to)
 {
 	int code, state;
@@ -130,6 +144,7 @@ static int step(const char *call, int pid, int from, int to)
 	state = get_state(pid);
 	if (state < 0) return INVALID_VALUE;
 	if (state != from) return ILLEGAL_STATE;
+	if (move_memory(call, pid)) return OUT_OF_MEMORY;
 	set_state(pid, to);
 	return OK;
 }

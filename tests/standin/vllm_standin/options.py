@@ -39,6 +39,7 @@ class Options:
         self.gpus: list[int] = [0]
         # the stand-in's: memory
         self.ledger: str | None = None
+        self.cuda: str | None = None
         self.capacity_gib = 80.0
         self.weights_gib = 1.0
         self.context_gib = 1.0
@@ -68,6 +69,7 @@ class Options:
 # flag → attribute and type; each can also be given as STANDIN_<NAME> in the environment
 STANDIN_FLAGS: dict[str, type] = {
     "ledger": str,
+    "cuda": str,
     "capacity-gib": float,
     "weights-gib": float,
     "context-gib": float,

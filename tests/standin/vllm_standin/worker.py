@@ -56,6 +56,13 @@ class GpuMemory:
         self._model = options.name
         self._held: dict[str, int] = {}
         self._start = find_start_time("self") or 0
+        self._cuda = f"{options.cuda}/procs/{os.getpid()}" if options.cuda else None
+
+    def use_cuda(self) -> None:
+        """From now on a process that the fake driver (tests/fake_libcuda) knows: running."""
+        if self._cuda is not None:
+            with open(self._cuda, "w", encoding="ascii") as file:
+                file.write("0\n")
 
     def held(self, kind: str) -> int:
         return self._held.get(kind, 0)
@@ -74,9 +81,16 @@ class GpuMemory:
         start = find_start_time("self") or 0
         if start == self._start:
             return False
+        if self._cuda is not None and not self._is_running():
+            return False  # the driver takes the memory when it is told to
         self._start = start
         self._register(self._held)
         return True
+
+    def _is_running(self) -> bool:
+        assert self._cuda is not None
+        with open(self._cuda, encoding="ascii") as file:
+            return file.read().strip() == "0"
 
     def _register(self, held: dict[str, int]) -> None:
         if self._ledger is not None and held:
@@ -126,6 +140,7 @@ class Worker:
 
     def load(self) -> None:
         options = self._options
+        self._gpu.use_cuda()
         self._gpu.allocate("context", int(options.context_gib * GIB))
         self._gpu.allocate("weights", self._weights_bytes)
         self._load_weights()
