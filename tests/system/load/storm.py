@@ -30,6 +30,12 @@ ORDERLY = ("restart gateway", "restart both")
 UNITS = {"supervisor": witness.SUPERVISOR, "gateway": witness.GATEWAY}
 
 
+def members(units: list[str]) -> tuple[list[int], list[int]]:
+    """(main processes, all processes) of the units: when one is struck, nobody of it may answer."""
+    mains = [witness.main_pid(name) for name in units]
+    return mains, [pid for name in units for pid in witness.processes(witness.SLICE / name)]
+
+
 @dataclass(slots=True)
 class Blow:
     """``begun`` to ``over``: in between the victims may still have accepted a connection."""
@@ -83,13 +89,12 @@ class Storm:
     async def strike(self, what: str, before: dict[str, set[int]]) -> None:
         await self._answers(self.random.randrange(1, 8))
         await asyncio.sleep(self.random.random() * 0.1)  # anywhere between two events
-        begun = monotonic()
         verb, _, target = what.partition(" ")
         names = [UNITS[name] for name in (UNITS if target == "both" else [target])]
+        # in a thread: while this program stands still, running requests end and no new ones begin
+        mains, victims = await asyncio.to_thread(members, names)
+        begun = monotonic()
         if verb == "kill":
-            # all of the unit, not only the first: nobody of it may answer any more
-            victims = [pid for name in names for pid in witness.processes(witness.SLICE / name)]
-            mains = [witness.main_pid(name) for name in names]
             for main in mains:
                 os.kill(main, signal.SIGKILL)
             await asyncio.to_thread(witness.gone, victims, 20.0)
@@ -99,7 +104,7 @@ class Storm:
         self.blows.append(blow)
         async with asyncio.timeout(LONGEST_SECS):
             await self._served_anew(blow.over)
-        self._look(what, before)
+        await asyncio.to_thread(self._look, what, before)
 
     def _look(self, what: str, before: dict[str, set[int]]) -> None:
         which = f"blow {len(self.blows)} ({what})"
