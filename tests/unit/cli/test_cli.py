@@ -1,0 +1,192 @@
+"""The command line: what it asks, what it prints, with what status it ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmux import __version__
+from llmux.cli.main import EXIT_CODES, exit_code, main
+from llmux.errors import ConfigError, LlmuxError, Reason
+from llmux.protocol import Answer, Ask, Catalog, Hello, decode
+
+Reply = Callable[[Ask], Answer]
+
+MODEL: dict[str, Any] = {
+    "state": "parked",
+    "since_secs": 300.0,
+    "pid": 42,
+    "parked_as": "offload+keep_running",
+    "queue_depth": 1,
+    "in_flight": 2,
+    "gpus": [0, 1],
+    "message": None,
+}
+
+
+class Supervisor:
+    """Answers one question as it is told to."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.asked: list[Ask] = []
+        self.reply: Reply = lambda ask: Answer(ask.id, True, {"message": "done"})
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(path)
+        self._socket.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:
+                return
+            with peer, peer.makefile("rb") as lines:
+                for line in lines:
+                    match decode(line):
+                        case Hello(role="cli"):
+                            peer.sendall(Catalog.of([]).encode())  # news in between are no answer
+                        case Ask() as ask:
+                            self.asked.append(ask)
+                            peer.sendall(self.reply(ask).encode())
+                            break
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join(5)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    made = Supervisor(str(tmp_path / "s.sock"))
+    yield made
+    made.close()
+
+
+def run(supervisor: Supervisor, *words: str) -> int:
+    return main([*words, "--socket", supervisor.path])
+
+
+@pytest.mark.parametrize(
+    ("words", "verb", "args"),
+    [
+        (["load", "a"], "load", {"model": "a"}),
+        (["unload", "a"], "unload", {"model": "a"}),
+        (["sleep", "a"], "sleep", {"model": "a"}),
+        (["sleep", "a", "--eviction", "retain+stop"], "sleep",
+         {"model": "a", "eviction": "retain+stop"}),
+        (["pin", "a"], "pin", {"model": "a"}),
+        (["unpin"], "unpin", {}),
+        (["reload"], "reload", {}),
+    ],
+)  # fmt: skip
+def test_an_order_is_asked_and_its_answer_printed(
+    supervisor: Supervisor,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    verb: str,
+    args: dict[str, str],
+) -> None:
+    assert run(supervisor, *words) == 0
+    assert (supervisor.asked[0].verb, supervisor.asked[0].args) == (verb, args)
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_json_is_the_answer_itself(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(supervisor, "load", "a", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"message": "done"}
+
+
+def test_ps_is_a_table_for_people_and_json_for_machines(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor.reply = lambda ask: Answer(ask.id, True, {"models": {"qwen": MODEL}})
+    assert run(supervisor, "ps") == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["MODEL", "STATE", "SINCE", "PARKED", "AS", "WAITING", "IN", "FLIGHT",
+                            "GPUS", "PID"]  # fmt: skip
+    assert row.split() == ["qwen", "parked", "5m", "offload+keep_running", "1", "2", "0,1", "42"]
+    assert run(supervisor, "ps", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"qwen": MODEL}
+
+
+def test_logs_are_printed_as_they_are(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor.reply = lambda ask: Answer(ask.id, True, {"lines": ["one", "two"]})
+    assert run(supervisor, "logs", "a", "-n", "2") == 0
+    assert supervisor.asked[0].args == {"model": "a", "lines": 2}
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_refusal_ends_with_3_and_says_why_on_stderr(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor.reply = lambda ask: Answer(
+        ask.id, False, None, Reason.UNKNOWN_MODEL.value, "Model not found: a"
+    )
+    assert run(supervisor, "load", "a") == 3
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "llmux: Model not found: a\n")
+
+
+def test_a_failure_inside_the_supervisor_ends_with_1(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor.reply = lambda ask: Answer(ask.id, False, None, "internal_error", "cannot do it")
+    assert run(supervisor, "load", "a") == 1
+    assert capsys.readouterr().err == "llmux: cannot do it\n"
+
+
+def test_no_supervisor_ends_with_4_and_the_next_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ps", "--socket", str(tmp_path / "none.sock")]) == 4
+    assert "systemctl status llmux" in capsys.readouterr().err
+
+
+def test_check_names_what_is_wrong_and_ends_with_78(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("models:\n  a:\n    model_path: m\n    gpu_memory: 3\n")
+    assert main(["check", "-c", str(file)]) == 78
+    assert f"{file}:4:17: models.a.gpu_memory: " in capsys.readouterr().err
+    assert main(["check", "--json", "-c", str(file)]) == 78
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert (problem["line"], problem["column"]) == (4, 17)
+    file.write_text("models:\n  a:\n    model_path: m\n")
+    assert main(["check", "-c", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file}: good, 1 model\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"llmux {__version__}\n"
+
+
+def test_a_misspelt_verb_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["laod", "a"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'laod'" in capsys.readouterr().err
+
+
+def test_every_failure_of_ours_has_an_exit_status() -> None:
+    def below(kind: type[LlmuxError]) -> set[type[LlmuxError]]:
+        return {kind}.union(*(below(sub) for sub in kind.__subclasses__()))
+
+    for kind in below(LlmuxError):
+        assert any(issubclass(kind, listed) for listed, _ in EXIT_CODES), kind
+    assert exit_code(ConfigError(())) == 78
