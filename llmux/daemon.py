@@ -49,13 +49,15 @@ from llmux.drivers.store import FileStateStore
 from llmux.errors import ConfigError, LlmuxError, Reason, Refused, StateFileError
 from llmux.gateway.server import bind_all, serve_gateway
 from llmux.ports import DeviceCheckpointer, Notifier, StateStore, UnitManager
-from llmux.protocol import Ask, Tell
+from llmux.protocol import Ask, Catalog, Collect, Tell
 from llmux.runtime.drivers import Drivers, Places
+from llmux.runtime.events import EventFeed, Feeds
 from llmux.runtime.executor import Executor
 from llmux.runtime.hub import Hub
 from llmux.runtime.loop import Loop
 from llmux.runtime.reconcile import adopt_engines, first_state
 from llmux.runtime.status import catalog
+from llmux.runtime.telemetry import Telemetry
 from llmux.runtime.verbs import Verbs
 from llmux.runtime.warmup import warm_up
 from llmux.runtime.watchdog import StatusLine, feed_watchdog, tell_ready
@@ -92,6 +94,11 @@ class Supervisor:
         allowed_uids: frozenset[int] = frozenset(),
     ) -> None:
         self.drivers = drivers
+        self.feeds = Feeds()
+        self.events = EventFeed(self.feeds)
+        self.telemetry = Telemetry(__version__, drivers.gpu, drivers.dumper)
+        if isinstance(drivers.output, EngineFiles):
+            drivers.output.on_line = self.feeds.line
         self._config = config
         self._store = store
         self._load = reload
@@ -120,14 +127,28 @@ class Supervisor:
         self.verbs = Verbs(self.loop, self.drivers.output, self.reload)
         self.hub = Hub(
             post=self.loop.post,
-            ask=self.verbs.answer,
-            catalog=lambda: catalog(self.loop.state, self.loop.executor, self._began),
+            ask=self._answer,
+            catalog=lambda: self.catalog(self.loop.state),
             allowed_uids=self._uids,
+            feeds=self.feeds,
         )
-        self.loop.listeners.append(_Catalogue(self))
+        self.loop.listeners += [_Catalogue(self), self.telemetry, self.events]
+
+    def catalog(self, state: State) -> Catalog:
+        return catalog(state, self.loop.executor, self.loop.last_switches, self._began)
 
     def _executor(self, post: Callable[[Any], None]) -> Executor:
-        return Executor(self.drivers, post, lambda *_: None)
+        return Executor(self.drivers, post, self.telemetry.stepped)
+
+    async def _answer(self, ask: Ask, tell: Tell) -> object:
+        if ask.verb == "events":
+            return {"events": list(self.events.recent)}
+        if ask.verb == "metrics":
+            hub = self.hub
+            return await self.telemetry.answer(
+                ask.args, self.feeds, hub.workers(), lambda w, n: hub.send(w, Collect(n))
+            )
+        return await self.verbs.answer(ask, tell)
 
     def _send(self, worker: str, message: Any) -> None:
         self.hub.send(worker, message)
@@ -174,7 +195,7 @@ class _Catalogue:
 
     def published(self, old: State, new: State) -> None:
         supervisor = self._supervisor
-        now = catalog(new, supervisor.loop.executor, supervisor._began)
+        now = supervisor.catalog(new)
         if now != self._last:
             self._last = now
             supervisor.hub.broadcast(now)

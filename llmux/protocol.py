@@ -115,6 +115,8 @@ class ModelInfo:
     state: str
     created: int = 0
     max_model_len: int | None = None
+    aliases: list[str] = field(default_factory=list)
+    switch_secs: float | None = None  # how long it last took to make it resident, room included
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,47 @@ class Progress(Message):
 
 
 Tell = Callable[[str, float, int, int], None]  # a Progress without its id
+
+
+# ---- watching -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Watch(Message):
+    """Send news of a topic on this connection from now on, or no more.
+
+    ``topic`` is "events" (every transition and switch) or "logs" (the lines of ``model``'s engine).
+    """
+
+    kind: ClassVar[str] = "watch"
+    topic: str
+    model: str = ""
+    on: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class News(Message):
+    """To those who watch: one event (an object) or one line (a string)."""
+
+    kind: ClassVar[str] = "news"
+    topic: str
+    model: str
+    item: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Collect(Message):
+    """To a worker: say your metrics. Answered by Collected with the same id."""
+
+    kind: ClassVar[str] = "collect"
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collected(Message):
+    kind: ClassVar[str] = "collected"
+    id: int
+    snapshot: dict[str, Any] = field(default_factory=dict)
 
 
 def decode(line: bytes) -> Message:

@@ -147,6 +147,19 @@ def _half_tls(draft: Draft) -> Iterator[Fault]:
             yield draft.marks.fault(path, f"TLS needs gateway.{other} as well")
 
 
+def _names(draft: Draft) -> Iterator[Fault]:
+    """A name that two models answer to would go to one of them by chance."""
+    models = draft.config.models
+    owners: dict[str, KeyPath] = {name: ("models", name) for name in models}
+    for name, model in models.items():
+        for index, alias in enumerate(model.aliases):
+            path: KeyPath = ("models", name, "aliases", index)
+            first = owners.setdefault(alias, path)
+            if first is not path and draft.sound(path):
+                message = f"the name {quote(alias)} is taken by {draft.place(first)}"
+                yield draft.marks.fault(path, message)
+
+
 def _backoff(draft: Draft) -> Iterator[Fault]:
     policy = draft.config.policy
     first: KeyPath = ("policy", "backoff_secs")
@@ -238,6 +251,7 @@ _CROSS_CHECKS: Final[tuple[Check, ...]] = (
     _listen_twice,
     _public_without_keys,
     _half_tls,
+    _names,
     _backoff,
     _gpu_numbers,
     _gpu_memory,

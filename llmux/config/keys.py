@@ -107,6 +107,7 @@ MODEL: Final = Spec(
         "port": _PORT,
         "eviction": eviction,
         "extra_args": _ARGUMENTS,
+        "aliases": parse.listing(parse.alias, '["gpt-4o-mini"]'),
         "env": parse.environment,
         "checkpoint_path": parse.absolute_path,
         "gpus": parse.gpus,

@@ -297,6 +297,16 @@ def model_path(node: Node) -> str:
     return path
 
 
+def alias(node: Node) -> str:
+    """What a client may call a model: any printable text, "/" included."""
+    name = argument(node)
+    if not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
+        raise invalid(node, f"expected a name of up to 200 characters, got {quote(name)}")
+    if name.startswith("-"):
+        raise invalid(node, f"expected a name, got the option {quote(name)}")
+    return name
+
+
 def user_name(node: Node) -> str:
     name = _text(node, "a user name")
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}\$?", name):

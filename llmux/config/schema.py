@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
-from llmux.config.vllm_args import TENSOR_PARALLEL, find_flag
+from llmux.config.vllm_args import MAX_MODEL_LEN, TENSOR_PARALLEL, find_flag
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -63,6 +63,7 @@ class ModelConfig:
     port: int | None = None  # TCP on 127.0.0.1; None = a unix socket of ours
     eviction: Eviction = Eviction()
     extra_args: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()  # further names that clients may use
     env: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     checkpoint_path: str | None = None
     gpus: tuple[int, ...] | int = (0,)  # indices, or a count to be placed
@@ -77,6 +78,12 @@ class ModelConfig:
     stall_timeout_secs: float = 120.0  # busy and no byte for so long: probe, then kill; 0 = off
     canary: bool = True
     allow_tensor_parallel_parking: bool = False  # cuda_suspend and checkpoint across several GPUs
+
+    @property
+    def max_model_len(self) -> int | None:
+        """As the engine's own arguments say; None when it is left to the model (or to a suffix)."""
+        flag = find_flag(self.extra_args, MAX_MODEL_LEN)
+        return int(flag.value) if flag and flag.value and flag.value.isdigit() else None
 
     @property
     def tensor_parallel_size(self) -> int:

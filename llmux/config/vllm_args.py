@@ -15,6 +15,7 @@ from typing import Final
 from llmux.config.marks import quote
 
 GPU_MEMORY: Final = ("--gpu-memory-utilization",)
+MAX_MODEL_LEN: Final = ("--max-model-len",)
 TENSOR_PARALLEL: Final = ("--tensor-parallel-size", "-tp")
 PIPELINE_PARALLEL: Final = ("--pipeline-parallel-size", "-pp")
 

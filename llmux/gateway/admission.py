@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
+from math import inf
 from typing import Any
 
 from llmux.errors import Reason, Refused
@@ -37,9 +38,12 @@ class Stage(Enum):
 class Ticket:
     """One request as admission sees it; ``repeatable`` until the first byte of an answer."""
 
-    __slots__ = ("arrived", "deadline", "lease", "model", "repeatable", "retried", "stage")
+    __slots__ = (
+        "arrived", "deadline", "lease", "limit", "model", "repeatable", "retried", "stage",
+    )  # fmt: skip
 
-    def __init__(self, model: str, arrived: float, deadline: float) -> None:
+    def __init__(self, model: str, arrived: float, deadline: float, limit: float = inf) -> None:
+        self.limit = limit  # the client's own; no second wait goes beyond it
         self.model = model
         self.arrived = arrived
         self.deadline = deadline
@@ -197,7 +201,7 @@ class Admission:
         self._land(ticket)
         ticket.retried = True
         ticket.lease = None
-        ticket.deadline = self._clock() + self.wait_secs
+        ticket.deadline = min(self._clock() + self.wait_secs, ticket.limit)
         line = self._line(ticket.model)
         later = line.waiting
         self._wait(ticket, line)

@@ -18,7 +18,7 @@ from sanic.response import json as json_response
 
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
-from llmux.gateway import openai, problems
+from llmux.gateway import openai, problems, routes
 from llmux.gateway.gateway import Gateway
 from llmux.gateway.link import Link
 
@@ -73,8 +73,11 @@ def _add_routes(app: App) -> None:
     app.add_route(_health, "/health", methods=["GET", "HEAD"], name="health")
     app.add_route(_health, "/health/live", methods=["GET", "HEAD"], name="live")
     app.add_route(_ready, "/health/ready", methods=["GET", "HEAD"], name="ready")
-    app.add_route(_models, "/v1/models", methods=["GET"], name="models")
-    app.add_route(_model, "/v1/models/<model:path>", methods=["GET"], name="model")
+    for prefix in ("/v1", ""):
+        app.add_route(
+            _models, f"{prefix}/models", methods=["GET", "HEAD"], name=f"models{prefix[1:]}"
+        )
+    app.add_route(_model, "/v1/models/<model:path>", methods=["GET", "HEAD"], name="model")
     for method, name in CONTROL_VERBS:
         app.add_route(
             _control, f"/control/<name:{name}>", methods=[method], name=f"{method}-{name}"
@@ -112,15 +115,10 @@ async def _models(request: Request) -> HTTPResponse:
 
 async def _model(request: Request, model: str) -> HTTPResponse:
     gateway: Gateway = request.app.ctx.gateway
-    info = gateway.models.get(model)
-    if info is None:
-        raise Refused(
-            Reason.UNKNOWN_MODEL,
-            f'the model "{model[:200]}" does not exist',
-            hint="GET /v1/models lists the models",
-            param="model",
-        )
-    return json_response(openai.model_object(info))
+    name = gateway.find_model(model)
+    if name is None:
+        raise openai.unknown_model(model)
+    return json_response(openai.model_object(gateway.models[name], called=model))
 
 
 async def _control(request: Request, name: str) -> HTTPResponse:
@@ -162,7 +160,9 @@ def _on_error(request: Request, exception: Exception) -> HTTPResponse:
     if "allow" in problem.fields:
         headers["allow"] = problem.fields["allow"]
     status = problems.status_of(problem)
-    return json_response(problems.error_object(problem), status=status, headers=headers)
+    anthropic = routes.speaks_anthropic(request.raw_url.partition(b"?")[0])
+    body = problems.error_object(problem, anthropic=anthropic)
+    return json_response(body, status=status, headers=headers)
 
 
 def _problem(request: Request, exception: Exception) -> Refused:
@@ -175,11 +175,13 @@ def _problem(request: Request, exception: Exception) -> Refused:
             f"cannot {request.method} {request.path}: only {allowed or 'other methods'} allowed",
             allow=allowed,
         )
-    if request.path.encode() in openai.INFERENCE_PATHS:  # POST never arrives here
+    if methods := routes.methods_of(request.raw_url.partition(b"?")[0]):
+        # with one of these it would not have come here
+        allowed = ", ".join(methods)
         return Refused(
             Reason.METHOD_NOT_ALLOWED,
-            f"cannot {request.method} {request.path}: only POST is allowed",
-            allow="POST",
+            f"cannot {request.method} {request.path}: only {allowed} is allowed",
+            allow=allowed,
         )
     if isinstance(exception, SanicException) and exception.status_code == 404:
         return Refused(Reason.NOT_FOUND, f"there is no {request.method} {request.path[:200]}")

@@ -21,8 +21,11 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 
 from llmux.errors import Reason, Refused
 from llmux.gateway import openai, problems
+from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
 from llmux.gateway.incoming import Incoming, new_request_id
+from llmux.gateway.keys import Guard, check_role, secret_of
 from llmux.gateway.relay import Exchange
+from llmux.gateway.routes import Source
 
 if TYPE_CHECKING:
     from llmux.gateway.gateway import Gateway
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 MAX_HEAD = 16_000  # below Sanic's ceiling of 16384, which sees the head again for its own routes
 MAX_QUEUED = 16  # pipelined requests held before the connection is no longer read …
 MAX_QUEUED_BYTES = 1024 * 1024  # … and the bytes of their bodies
-RECEIVE_SECS = 60.0  # a started request must make progress within this
+RECEIVE_SECS = 60.0  # for a request to arrive …
+RECEIVE_RATE = 4096  # … and a second more for each so many bytes of its body
 KEEP_ALIVE_SECS = 120.0  # an idle connection is kept this long
 FLUSH_SECS = 30.0  # a closed connection's last bytes, to a client that reads slowly
 LINGER_SECS = 2.0  # after an early refusal: time for the client to read it before the reset
@@ -40,7 +44,7 @@ class FrontProtocol(HttpProtocol):
     """``exchange``: the inference request being answered; ``_sanic_busy``: Sanic answers one."""
 
     __slots__ = (
-        "_advancing", "_body", "_current", "_deaf", "_head_bytes", "_parser", "_queue",
+        "_advancing", "_began", "_body", "_current", "_deaf", "_head_bytes", "_parser", "_queue",
         "_sanic_busy", "_size", "_url", "deadline", "exchange", "gateway", "writing_paused",
     )  # fmt: skip
 
@@ -57,6 +61,7 @@ class FrontProtocol(HttpProtocol):
         self._url = b""
         self._body: list[bytes] = []
         self._size = 0
+        self._began = 0.0  # when the first byte of what is being received came
         self._deaf = False  # what still arrives is thrown away
         self._sanic_busy = False
         self._advancing = False
@@ -84,7 +89,7 @@ class FrontProtocol(HttpProtocol):
         except httptools.HttpParserError as error:
             self._reject(problems.HttpRefused(400, f"cannot read the request: {error}"))
         if self._current is not None and self.exchange is None and not self._sanic_busy:
-            self.deadline = self.gateway.clock() + RECEIVE_SECS
+            self.deadline = self._began + RECEIVE_SECS + self._size / RECEIVE_RATE
         self._next()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -123,6 +128,8 @@ class FrontProtocol(HttpProtocol):
         if self._deaf:
             return
         self._current = Incoming()
+        self._began = self.gateway.clock()
+        self._size = 0
         self._head_bytes = 0
         self._url = b""
 
@@ -156,7 +163,16 @@ class FrontProtocol(HttpProtocol):
         wrong = incoming.read_head()
         if wrong is not None:
             self._reject(problems.HttpRefused(400, wrong))
-        elif incoming.length > self.gateway.max_body_bytes:
+            return
+        incoming.find_route()
+        guard = self.gateway.guard
+        if guard is not None and not self._identify(guard, incoming):
+            return
+        if incoming.match is not None and incoming.match.route.source is Source.FORM:
+            self._begin_upload(incoming)
+        if self._deaf:
+            return
+        if incoming.length > self.gateway.max_body_bytes:
             self._reject(self._too_large())
         elif incoming.expects_continue and not self._busy():
             # A busy connection gets no 100: it would land inside the answer before it. The client
@@ -169,8 +185,47 @@ class FrontProtocol(HttpProtocol):
         self._size += len(body)
         if self._size > self.gateway.max_body_bytes:
             self._reject(self._too_large())
-            return
-        self._body.append(body)
+        elif self._current.upload is not None:
+            self._upload(self._current, self._current.upload, body)
+        else:
+            self._body.append(body)
+
+    def _identify(self, guard: Guard, incoming: Incoming) -> bool:
+        """Before the body: what one may not ask is not received either."""
+        secret = secret_of(incoming.authorization, incoming.x_api_key)
+        incoming.withhold_credentials()
+        try:
+            incoming.key = guard.identify(incoming.path, secret, self.transport)
+            if incoming.match is None:
+                check_role(incoming.key, incoming.path)
+        except Refused as problem:
+            self._reject(problem)
+            return False
+        return True
+
+    def _begin_upload(self, incoming: Incoming) -> None:
+        try:
+            incoming.finder = ModelFinder(boundary_of(incoming.header(b"content-type")))
+        except FormError as error:
+            self._reject(problems.HttpRefused(400, f"cannot read the request body: {error}"))
+        incoming.upload = Upload()
+
+    def _upload(self, incoming: Incoming, upload: Upload, data: bytes) -> None:
+        finder = incoming.finder
+        assert finder is not None, "an upload begins with its finder"
+        try:
+            upload.write(data)
+            finder.feed(data)
+        except FormError as error:
+            self._reject(problems.HttpRefused(400, f"cannot read the request body: {error}"))
+        except OSError as error:
+            cause = error.strerror or str(error)
+            self._reject(Refused(Reason.INTERNAL, f"cannot keep the upload: {cause}"))
+        else:
+            model = incoming.match.model if incoming.match else None
+            model = finder.model if model is None else model
+            if model and self.gateway.find_model(model) is None:
+                self._reject(openai.unknown_model(model))  # before all of it has been sent
 
     def on_message_complete(self) -> None:
         incoming, self._current = self._current, None
@@ -229,13 +284,12 @@ class FrontProtocol(HttpProtocol):
         self.deadline = 0.0
         if incoming.problem is not None:
             self._answer_problem(incoming, incoming.problem)
-        elif incoming.method == b"POST" and incoming.path in openai.INFERENCE_PATHS:
+        elif incoming.match is not None:
             try:
-                model = openai.model_of(incoming.body)
+                self.exchange = self.gateway.exchange(self, incoming, incoming.match)
             except Refused as problem:
                 self._answer_problem(incoming, problem)
                 return
-            self.exchange = Exchange(self.gateway, self, incoming, model)
             self.gateway.submit(self.exchange)
         else:
             self._hand_to_sanic(incoming)
@@ -244,7 +298,9 @@ class FrontProtocol(HttpProtocol):
         self.gateway.observer.answered("", problems.status_of(problem))
         close = not incoming.keep_alive or self.gateway.draining
         extra = b"x-request-id: %b\r\n" % incoming.request_id
-        self.write(problems.error_response(problem, extra=extra, close=close))
+        self.write(
+            problems.error_response(problem, extra=extra, close=close, anthropic=incoming.anthropic)
+        )
         self._answered(close=close)
 
     def exchange_done(self, *, close: bool) -> None:
@@ -275,8 +331,10 @@ class FrontProtocol(HttpProtocol):
     def _hand_to_sanic(self, incoming: Incoming) -> None:
         self._sanic_busy = True
         close = self._deaf or self.gateway.draining
-        if self._task is None:
+        if self.conn_info is None:
             self.conn_info = ConnInfo(self.transport, unix=self._unix)  # type: ignore[arg-type]  # a Transport is what it reads
+        self.conn_info.ctx.key = incoming.key
+        if self._task is None:
             self.recv_buffer = bytearray(incoming.sanic_request(close=close))
             task = self.connection_task()  # type: ignore[no-untyped-call]  # Sanic's
             self._task = self.loop.create_task(task)

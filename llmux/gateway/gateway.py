@@ -10,14 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
 from llmux.gateway import problems
 from llmux.gateway.admission import Admission, Lease, Ticket
+from llmux.gateway.incoming import Incoming
+from llmux.gateway.keys import Guard, LoadKeys, begin_use
+from llmux.gateway.limits import share
 from llmux.gateway.link import Link
 from llmux.gateway.observer import Observer
-from llmux.gateway.relay import Exchange
+from llmux.gateway.openai import names_of
+from llmux.gateway.relay import Exchange, KeptExchange
+from llmux.gateway.routes import Match
 from llmux.gateway.upstream import EngineFailure, EnginePool
 from llmux.protocol import (
     Catalog,
@@ -33,15 +39,21 @@ from llmux.protocol import (
     Revoke,
 )
 
+if TYPE_CHECKING:
+    from llmux.gateway.front import FrontProtocol
+
 logger = logging.getLogger(__name__)
 
+MAX_RESPONSES = 10_000  # ids remembered; vLLM keeps the answers themselves until it ends
 REPORT_SECS = 0.1  # a dying engine breaks all its streams at once; one report is enough
 
 
 class Gateway:
     """``draining``: the worker is stopping; connections are closed after their present answer."""
 
-    def __init__(self, config: Config, link: Link, *, worker: str) -> None:
+    def __init__(
+        self, config: Config, link: Link, *, worker: str, keys: LoadKeys | None = None
+    ) -> None:
         self.config = config
         self.max_body_bytes = config.gateway.max_body_bytes
         self.observer = Observer()
@@ -49,16 +61,21 @@ class Gateway:
         self.clients = 0  # connections open
         self.client_left = asyncio.Event()  # set whenever a client's connection ends
         self.models: dict[str, ModelInfo] = {
-            name: ModelInfo(name=name, state="unknown") for name in config.models
+            name: ModelInfo(name=name, state="unknown", aliases=list(model.aliases))
+            for name, model in config.models.items()
         }
+        self._names = names_of(self.models.values())
+        self._responses: dict[str, str] = {}  # id → the model whose engine keeps it; oldest first
         self._worker = worker
         self.link = link
         self._loop = asyncio.get_running_loop()
         self.clock: Callable[[], float] = self._loop.time
+        workers = config.gateway.workers
+        self.guard = None if keys is None else Guard(keys, workers=workers, clock=self.clock)
         self._timer: asyncio.TimerHandle | None = None
         self.admission = Admission(
             clock=self.clock,
-            max_waiting=config.gateway.max_waiting,
+            max_waiting=share(config.gateway.max_waiting, workers),
             wait_secs=config.policy.request_timeout_secs,
             models=self.models,
             on_change=link.demand_changed,
@@ -73,8 +90,34 @@ class Gateway:
 
     # ---- requests -------------------------------------------------------------------------------
 
+    def find_model(self, name: str) -> str | None:
+        """The model of that name or alias."""
+        return self._names.get(name)
+
+    def exchange(self, front: FrontProtocol, incoming: Incoming, match: Match) -> Exchange:
+        """For a request that is whole. Raises Refused."""
+        name = incoming.model()
+        if name is None:
+            name = self._responses.get(match.response_id or "")
+            if name is None:
+                raise Refused(
+                    Reason.NOT_FOUND, f'there is no response "{match.response_id}" here', param="id"
+                )
+        model = self._names.get(name, name)
+        alias = None if model == name else name
+        kind = KeptExchange if match.route.keeps else Exchange
+        return kind(self, front, incoming, model, alias=alias)
+
+    def keeps_response(self, response_id: str, model: str) -> None:
+        self._responses[response_id] = model
+        if len(self._responses) > MAX_RESPONSES:
+            del self._responses[next(iter(self._responses))]
+
     def submit(self, exchange: Exchange) -> None:
         try:
+            if exchange.key is not None:
+                begin_use(exchange.key, exchange.model)
+                exchange.counted = True
             lease = self.admission.submit(exchange)
         except Refused as problem:
             exchange.refuse(problem)
@@ -160,6 +203,7 @@ class Gateway:
                 self._refuse_all(self.admission.refuse(message.model), lambda _model: refusal)
             case Catalog():
                 self.models = {info.name: info for info in message.infos()}
+                self._names = names_of(self.models.values())
                 self.admission.set_models(self.models)
             case _:
                 logger.warning("the supervisor sent a message that a gateway has no use for: %s",

@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import string
 
 from llmux.errors import Refused
+from llmux.gateway import openai, routes
+from llmux.gateway.forms import ModelFinder, Upload
+from llmux.gateway.limits import KeyUse
+from llmux.gateway.routes import Match, Source
 
 # About the connection, not the message (RFC 9110 7.6.1), or written anew: not passed on.
 NOT_FORWARDED = frozenset(
     {
+        b"authorization",
         b"connection",
         b"content-length",
         b"expect",
         b"keep-alive",
+        b"origin",  # else an engine answers for itself which pages may read its answer
         b"proxy-authorization",
         b"proxy-connection",
         b"te",
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
+        b"x-api-key",
         b"x-request-id",
+        b"x-request-timeout",
+        b"x-stainless-timeout",
     }
 )
 MAX_REQUEST_ID = 128
+TIMEOUTS = frozenset({b"x-request-timeout", b"x-stainless-timeout"})
+_SECONDS = re.compile(rb"[0-9]{1,7}(?:\.[0-9]{1,9})?")
 
 # What a header's name is made of (RFC 9110 5.6.2) and what a request target may contain. The parser
 # in Debian 12 lets "Content-Length : 5" pass as a header called "content-length ".
@@ -48,8 +60,9 @@ class Incoming:
     """Filled by the client's parser; complete when ``body`` is whole or ``problem`` is set."""
 
     __slots__ = (
-        "_forwarded", "body", "expects_continue", "headers", "keep_alive", "length", "method",
-        "problem", "request_id", "target", "version_1_0",
+        "_credentials", "_forwarded", "authorization", "body", "expects_continue", "finder",
+        "headers", "keep_alive", "key", "length", "match", "method", "origin", "problem",
+        "request_id", "target", "timeout_secs", "upload", "version_1_0", "x_api_key",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -63,6 +76,15 @@ class Incoming:
         self.version_1_0 = False
         self.request_id = b""
         self.problem: Refused | None = None
+        self.match: Match | None = None  # the way to an engine, if there is one
+        self.upload: Upload | None = None  # in place of ``body``
+        self.finder: ModelFinder | None = None
+        self.origin = b""
+        self.timeout_secs: float | None = None  # how long the client itself will wait
+        self.authorization = b""
+        self.x_api_key = b""
+        self.key: KeyUse | None = None  # whose request it is, where keys are asked for
+        self._credentials = b""  # those two, for an engine with keys of its own
         self._forwarded = b""  # header lines for the engine, each with its CRLF
 
     @property
@@ -81,6 +103,7 @@ class Incoming:
         lengths = 0
         lines: list[bytes] = []
         named: list[bytes] = []
+        credentials: list[bytes] = []
         for name, value in self.headers:
             lowered = name.lower()
             if name.translate(None, _TOKEN) or not name:
@@ -98,8 +121,18 @@ class Incoming:
                 lengths += 1
             elif lowered == b"x-request-id":
                 self._take_request_id(value)
+            elif lowered in TIMEOUTS:
+                self._take_timeout(value)
+            elif lowered == b"origin":
+                self.origin = value
             elif lowered == b"connection":
                 named += value.lower().split(b",")
+            elif lowered == b"authorization":
+                self.authorization = value
+                credentials.append(name + b": " + value)
+            elif lowered == b"x-api-key":
+                self.x_api_key = value
+                credentials.append(name + b": " + value)
             elif lowered == b"expect":
                 self.expects_continue = not self.version_1_0
         if lengths > 1:
@@ -108,8 +141,11 @@ class Incoming:
         if dropped:
             lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
         self._forwarded = b"".join([line + b"\r\n" for line in lines])
-        breaks = self._forwarded.count(b"\n") + self._forwarded.count(b"\r")
-        if breaks != 2 * len(lines) or b"\0" in self._forwarded:
+        if credentials:
+            self._credentials = b"".join([line + b"\r\n" for line in credentials])
+        written = self._forwarded + self._credentials
+        breaks = written.count(b"\n") + written.count(b"\r")
+        if breaks != 2 * (len(lines) + len(credentials)) or b"\0" in written:
             return "a header contains a control character"
         if not self.request_id:
             self.request_id = new_request_id()
@@ -119,9 +155,52 @@ class Incoming:
         if len(given) <= MAX_REQUEST_ID and given.isascii() and given.decode("ascii").isprintable():
             self.request_id = given
 
+    def _take_timeout(self, given: bytes) -> None:
+        """Seconds, as OpenAI's and Anthropic's clients send them; the shorter of two counts."""
+        if _SECONDS.fullmatch(given):
+            seconds = float(given)
+            if self.timeout_secs is None or seconds < self.timeout_secs:
+                self.timeout_secs = seconds
+
+    def header(self, name: bytes) -> bytes:
+        """The first of that (lower-case) name, b"" without one."""
+        return next((value for key, value in self.headers if key.lower() == name), b"")
+
+    def find_route(self) -> None:
+        """Whether this goes to an engine; the engine is then asked for its own path."""
+        path, mark, query = self.target.partition(b"?")
+        self.match = match = routes.find(self.method, path)
+        if match is not None and match.path != path:
+            self.target = match.path + mark + query
+
+    def model(self) -> str | None:
+        """The name the client gave, once the body is whole; None: the path's id must tell.
+        Raises Refused."""
+        match = self.match
+        assert match is not None, "asked of requests for engines only"
+        if match.model is not None:
+            return match.model
+        if match.route.source is Source.JSON:
+            return openai.model_of(self.body)
+        if match.route.source is Source.RESPONSE_ID:
+            return None
+        name = self.finder.model if self.finder is not None else None
+        if not name:
+            raise openai.no_model("missing" if name is None else "empty")
+        return name
+
+    @property
+    def anthropic(self) -> bool:
+        return self.match is not None and self.match.route.anthropic
+
+    def withhold_credentials(self) -> None:
+        """They were meant for us: no engine gets them."""
+        self._credentials = b""
+
     def engine_head(self) -> bytes:
-        return b"%b %b HTTP/1.1\r\n%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-            self.method, self.target, self._forwarded, self.request_id, len(self.body),
+        size = len(self.body) if self.upload is None else self.upload.size
+        return b"%b %b HTTP/1.1\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
+            self.method, self.target, self._forwarded, self._credentials, self.request_id, size,
         )  # fmt: skip
 
     def sanic_request(self, *, close: bool) -> bytes:

@@ -12,16 +12,6 @@ from typing import Any
 from llmux.errors import Reason, Refused
 from llmux.protocol import ModelInfo
 
-# What a client may send to an engine. Everything else of the engine's API (its development
-# endpoints above all) has no route here and cannot be reached.
-INFERENCE_PATHS = frozenset(
-    {
-        b"/v1/chat/completions",
-        b"/v1/completions",
-        b"/v1/embeddings",
-    }
-)
-
 
 def model_of(body: bytes) -> str:
     """The ``model`` of a JSON body. The engine reads the body with the same parser (json.loads), so
@@ -39,23 +29,46 @@ def model_of(body: bytes) -> str:
     model = parsed.get("model")
     if not isinstance(model, str) or not model:
         what = "missing" if model is None else "not a string" if model != "" else "empty"
-        raise Refused(
-            Reason.BAD_REQUEST,
-            f'cannot tell which model is meant: "model" is {what}',
-            hint="GET /v1/models lists the models",
-            param="model",
-        )
+        raise no_model(what)
     return model
 
 
-def model_object(info: ModelInfo) -> dict[str, Any]:
-    """One entry of /v1/models; ``state`` is ours, the rest is what OpenAI and vLLM send."""
+def no_model(what: str) -> Refused:
+    return Refused(
+        Reason.BAD_REQUEST,
+        f'cannot tell which model is meant: "model" is {what}',
+        hint="GET /v1/models lists the models",
+        param="model",
+    )
+
+
+def unknown_model(name: str) -> Refused:
+    return Refused(
+        Reason.UNKNOWN_MODEL,
+        f'the model "{name[:200]}" does not exist',
+        hint="GET /v1/models lists the models",
+        param="model",
+    )
+
+
+def names_of(infos: Iterable[ModelInfo]) -> dict[str, str]:
+    """Every name and alias → the model; a model's own name wins over another's alias."""
+    known = list(infos)
+    names = {alias: info.name for info in known for alias in info.aliases}
+    return names | {info.name: info.name for info in known}
+
+
+def model_object(info: ModelInfo, called: str | None = None) -> dict[str, Any]:
+    """One entry of /v1/models; ``state`` and ``aliases`` are ours, the rest is what OpenAI and vLLM
+    send. ``called``: the alias that was asked for."""
     entry: dict[str, Any] = {
-        "id": info.name,
+        "id": called or info.name,
         "object": "model",
         "created": info.created,
         "owned_by": "llmux",
+        "root": info.name,
         "state": info.state,
+        "aliases": info.aliases,
     }
     if info.max_model_len is not None:
         entry["max_model_len"] = info.max_model_len

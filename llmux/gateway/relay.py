@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+from math import inf
 from typing import TYPE_CHECKING
 
 from llmux.errors import Reason, Refused
 from llmux.gateway import problems
 from llmux.gateway.admission import Lease, Stage, Ticket
+from llmux.gateway.forms import Upload
 from llmux.gateway.incoming import Incoming
+from llmux.gateway.reshaping import RenamingConnection, UnchunkingConnection
 from llmux.gateway.upstream import EngineConnection, EngineFailure, EnginePool, ResponseHead
 
 if TYPE_CHECKING:
@@ -25,6 +29,9 @@ logger = logging.getLogger(__name__)
 # The engine's headers about its connection to us, and those that we write ourselves.
 NOT_PASSED_ON = frozenset(
     {
+        b"access-control-allow-credentials",  # which pages may read it is said by us or not at all
+        b"access-control-allow-origin",
+        b"access-control-expose-headers",
         b"connection",
         b"keep-alive",
         b"proxy-authenticate",
@@ -37,20 +44,34 @@ NOT_PASSED_ON = frozenset(
     }
 )
 
+# The id of an answer that the engine keeps is its first; vLLM writes it at the very beginning.
+LOOK_BYTES = 4096
+_RESPONSE_ID = re.compile(rb'"id":\s*"([A-Za-z0-9_-]{1,200})"')
+
 
 class Exchange(Ticket):
     """Ends once, in ``response_end``, ``refuse``, ``break_off`` or ``client_gone``."""
 
     __slots__ = (
-        "_chunked", "_close", "_event_stream", "_front", "_gateway", "_incoming", "_status",
-        "_transport", "_wait_ms", "connection",
+        "_alias", "_anthropic", "_chunked", "_close", "_event_stream", "_first_due", "_front",
+        "_gateway", "_incoming", "_status", "_transport", "_wait_ms", "connection", "counted",
+        "key",
     )  # fmt: skip
 
     def __init__(
-        self, gateway: Gateway, front: FrontProtocol, incoming: Incoming, model: str
+        self,
+        gateway: Gateway,
+        front: FrontProtocol,
+        incoming: Incoming,
+        model: str,
+        *,
+        alias: str | None = None,
     ) -> None:
         now = gateway.clock()
-        super().__init__(model, now, now + gateway.admission.wait_secs)
+        limit = inf if incoming.timeout_secs is None else now + incoming.timeout_secs
+        super().__init__(model, now, min(now + gateway.admission.wait_secs, limit), limit)
+        self._alias = alias  # what the client called the model; None: by its own name
+        self._anthropic = incoming.anthropic
         self._gateway = gateway
         self._front: FrontProtocol | None = front
         self._incoming: Incoming | None = incoming
@@ -60,6 +81,9 @@ class Exchange(Ticket):
         self._event_stream = False
         self._close = not incoming.keep_alive
         self._wait_ms = 0
+        self._first_due = False  # the head came alone
+        self.key = incoming.key
+        self.counted = False  # in what the key uses
         self.connection: EngineConnection | None = None
 
     # ---- what admission decided -----------------------------------------------------------------
@@ -71,7 +95,7 @@ class Exchange(Ticket):
         observer = self._gateway.observer
         if observer.waited is not None:
             observer.waited(self.model, waited)
-        pool.send(self, unchunk=self._incoming.version_1_0)
+        pool.send(self)
 
     def refuse(self, problem: Refused) -> None:
         """End with an error: an answer of its own when none was begun, else see break_off."""
@@ -86,7 +110,7 @@ class Exchange(Ticket):
         close = self._close or self._gateway.draining
         extra = self._own_headers(incoming.request_id, incoming.version_1_0, close)
         self._end(completed=False)
-        front.write(problems.error_response(problem, extra=extra))
+        front.write(problems.error_response(problem, extra=extra, anthropic=self._anthropic))
         front.exchange_done(close=close)
 
     def break_off(self, problem: Refused, *, between_chunks: bool) -> None:
@@ -98,7 +122,7 @@ class Exchange(Ticket):
             return
         self._gateway.observer.broken[self.model] += 1
         if self._event_stream and (between_chunks or not self._chunked):
-            event = problems.error_event(problem)
+            event = problems.error_event(problem, anthropic=self._anthropic)
             if self._chunked:
                 event = b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
             front.write(event)
@@ -121,6 +145,9 @@ class Exchange(Ticket):
             connection.abort()
         self._front = self._transport = None
         self._incoming = None
+        if self.counted and self.key is not None:
+            self.counted = False
+            self.key.end()
         self._gateway.admission.leave(self, completed=completed)
 
     def drop_connection(self) -> None:
@@ -145,9 +172,22 @@ class Exchange(Ticket):
 
     # ---- the engine's answer (upstream.Sink) ----------------------------------------------------
 
-    def payload(self) -> tuple[bytes, bytes]:
+    def payload(self) -> tuple[bytes, bytes | Upload]:
+        incoming = self._incoming
+        assert incoming is not None, "the request is held until the first byte of an answer"
+        return incoming.engine_head(), incoming.upload or incoming.body
+
+    def connection_type(self) -> type[EngineConnection]:
+        if self._alias is not None:
+            return RenamingConnection
+        incoming = self._incoming
+        assert incoming is not None, "the request is held until the first byte of an answer"
+        return UnchunkingConnection if incoming.version_1_0 else EngineConnection
+
+    def renaming(self) -> tuple[str, str, bool]:
+        """The model's name, what to call it, and whether in chunks."""
         assert self._incoming is not None, "the request is held until the first byte of an answer"
-        return self._incoming.engine_head(), self._incoming.body
+        return self.model, self._alias or self.model, not self._incoming.version_1_0
 
     def wants_connection(self) -> bool:
         return self.stage is Stage.IN_FLIGHT and self.connection is None and self._status == 0
@@ -158,13 +198,15 @@ class Exchange(Ticket):
         self.repeatable = False
         self._incoming = None  # frees the body: a stream may last for minutes
         self._status = head.status
-        self._chunked = head.chunked and not incoming.version_1_0
-        unsized = head.until_close or (head.chunked and incoming.version_1_0)
+        renamed = self._alias is not None  # and of another length
+        chunked = head.chunked or (renamed and not head.until_close)
+        self._chunked = chunked and not incoming.version_1_0
+        unsized = head.until_close or (chunked and incoming.version_1_0)
         self._close = self._close or unsized or self._gateway.draining
         lines = [b"HTTP/1.1 " + head.status_line]
         for name, value in head.headers:
             lowered = name.lower()
-            if lowered not in NOT_PASSED_ON:
+            if lowered not in NOT_PASSED_ON and not (renamed and lowered == b"content-length"):
                 lines.append(name + b": " + value)
             if lowered == b"content-type" and value.startswith(b"text/event-stream"):
                 self._event_stream = True
@@ -178,7 +220,11 @@ class Exchange(Ticket):
             self.pause()
         if first and self.lease is not None:
             self.lease.line.progress += 1
-        self._gateway.observer.answered(self.model, head.status)
+        observer = self._gateway.observer
+        observer.answered(self.model, head.status)
+        if first:
+            observer.first_byte(self.model, self._gateway.clock() - self.arrived)
+        self._first_due = not first
 
     def _own_headers(self, request_id: bytes, version_1_0: bool, close: bool) -> bytes:
         connection = b""
@@ -192,12 +238,18 @@ class Exchange(Ticket):
 
     def response_bytes(self, data: bytes) -> None:
         # The hot path of every stream: one call per chunk.
+        if self._first_due:
+            self._first_due = False
+            gateway = self._gateway
+            gateway.observer.first_byte(self.model, gateway.clock() - self.arrived)
         if self._transport is not None and self.lease is not None:
             self._transport.write(data)
             self.lease.line.progress += 1
 
     def response_end(self) -> None:
         front = self._front
+        gateway = self._gateway
+        gateway.observer.finished(self.model, gateway.clock() - self.arrived)
         self._end(completed=True)
         if front is not None:
             front.exchange_done(close=self._close)
@@ -208,3 +260,39 @@ class Exchange(Ticket):
     def failure_problem(self, failure: EngineFailure) -> Refused:
         reason = Reason.ENGINE_DIED if failure.connected else Reason.ENGINE_UNREACHABLE
         return Refused(reason, f'cannot get an answer from model "{self.model}": {failure.error}')
+
+
+class KeptExchange(Exchange):
+    """A request whose answer the engine keeps under an id, which is looked for in passing."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        front: FrontProtocol,
+        incoming: Incoming,
+        model: str,
+        *,
+        alias: str | None = None,
+    ) -> None:
+        super().__init__(gateway, front, incoming, model, alias=alias)
+        self._seen: bytes | None = b""  # None: found, or not to be found
+
+    def response_head(self, head: ResponseHead, first: bytes) -> None:
+        super().response_head(head, first)
+        self._look(first)
+
+    def response_bytes(self, data: bytes) -> None:
+        super().response_bytes(data)
+        if self._seen is not None:
+            self._look(data)
+
+    def _look(self, data: bytes) -> None:
+        if self._seen is None:
+            return
+        self._seen += data[:LOOK_BYTES]
+        if (found := _RESPONSE_ID.search(self._seen)) is not None:
+            self._gateway.keeps_response(found[1].decode(), self.model)
+        if found is not None or len(self._seen) >= LOOK_BYTES:
+            self._seen = None

@@ -20,10 +20,13 @@ from llmux.config.schema import Config
 from llmux.gateway.app import App, build_app
 from llmux.gateway.front import FrontProtocol
 from llmux.gateway.gateway import Gateway
+from llmux.gateway.keys import LoadKeys
 from llmux.gateway.link import Link, LinkTarget
 from llmux.ports import Notifier
 
 logger = logging.getLogger(__name__)
+
+Reload = list[Callable[[], None]]  # filled by the worker with what a SIGHUP shall do
 
 BACKLOG = 4096  # what waits here while a worker restarts; the kernel caps it at somaxconn
 SWEEP_SECS = 1.0  # deadlines of client connections are coarse
@@ -43,6 +46,8 @@ async def serve_gateway(
     on_started: Callable[[Gateway], None] | None = None,
     watchdog_secs: float | None = None,
     drain_secs: float = DRAIN_SECS,
+    keys: LoadKeys | None = None,
+    reload: Reload | None = None,
 ) -> None:
     """Serve until ``stop`` is set, then drain. Returns when every client connection is gone.
 
@@ -51,11 +56,14 @@ async def serve_gateway(
     """
     listeners = list(sockets) or bind_all(config.listen_addresses())
     supervisor = Link(link)
-    gateway = Gateway(config, supervisor, worker=worker or f"gateway-{os.getpid()}")
+    name = worker or f"gateway-{os.getpid()}"
+    gateway = Gateway(config, supervisor, worker=name, keys=keys)
     app = build_app(config, gateway, supervisor)
     servers: list[Any] = []
     background: list[asyncio.Task[None]] = []
     loop = asyncio.get_running_loop()
+    if reload is not None and gateway.guard is not None:
+        reload.append(gateway.guard.reload)
     try:
         background.append(loop.create_task(supervisor.run()))
         servers = await _listen(app, listeners)

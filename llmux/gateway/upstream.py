@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import httptools
 
+from llmux.gateway.forms import Upload
 from llmux.protocol import Address
 
 MAX_HEAD = 64 * 1024  # h11's and uvicorn's own bound for a head
@@ -50,7 +51,9 @@ class Sink(Protocol):
 
     connection: EngineConnection | None
 
-    def payload(self) -> tuple[bytes, bytes]: ...
+    def payload(self) -> tuple[bytes, bytes | Upload]: ...
+    def renaming(self) -> tuple[str, str, bool]: ...
+    def connection_type(self) -> type[EngineConnection]: ...
     def wants_connection(self) -> bool: ...
     def response_head(self, head: ResponseHead, first: bytes) -> None: ...
     def response_bytes(self, data: bytes) -> None: ...
@@ -67,8 +70,9 @@ class EngineConnection(asyncio.Protocol):
 
     poolable = True
     __slots__ = (
-        "_between", "_broken", "_complete", "_head", "_head_done", "_headers", "_keep_alive",
-        "_parser", "_pieces", "_until_close", "pool", "served", "sink", "transport",
+        "_between", "_broken", "_complete", "_full", "_head", "_head_done", "_headers",
+        "_keep_alive", "_parser", "_pieces", "_sent", "_until_close", "_upload", "pool", "served",
+        "sink", "transport",
     )  # fmt: skip
 
     def __init__(self, pool: EnginePool) -> None:
@@ -80,6 +84,7 @@ class EngineConnection(asyncio.Protocol):
         self._pieces: list[bytes] | None = None  # collected by the subclass that unchunks
         self._head = b""
         self._headers: list[tuple[bytes, bytes]] = []
+        self._full = False  # the engine takes no more for now
         self._reset()
 
     def _reset(self) -> None:
@@ -89,6 +94,8 @@ class EngineConnection(asyncio.Protocol):
         self._between = True
         self._until_close = False
         self._broken: str | None = None
+        self._upload: Upload | None = None  # what is still to be sent of it, from ``_sent`` on
+        self._sent = 0
 
     def send(self, sink: Sink) -> None:
         self.sink = sink
@@ -97,15 +104,37 @@ class EngineConnection(asyncio.Protocol):
         self._headers = []
         self._reset()
         head, body = sink.payload()
+        if not isinstance(body, bytes):
+            self._upload = body
+            self.transport.write(head)
+            self._send_upload()
+            return
         # Every write() is a system call at once (uvloop >= 0.18): copying a small body is cheaper.
         if len(body) <= COPY_BYTES:
             self.transport.write(head + body)
         else:
             self.transport.writelines((head, body))
 
+    def _send_upload(self) -> None:
+        """As much as the engine takes; ``resume_writing`` comes back for more."""
+        while self._upload is not None and not self._full:
+            data = self._upload.read(self._sent, COPY_BYTES)
+            if data:
+                self._sent += len(data)
+                self.transport.write(data)
+            else:
+                self._upload = None
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._send_upload()
+
     def abort(self) -> None:
         """Close now; whoever listened hears nothing more. vLLM then ends the request."""
-        self.sink = None
+        self.sink = self._upload = None
         if self.transport is not None:
             self.transport.abort()
 
@@ -147,6 +176,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         sink, self.sink = self.sink, None
+        self._upload = None
         self._parser = None  # the parser and this object refer to each other
         self.pool.lost(self)
         if sink is None:
@@ -180,7 +210,7 @@ class EngineConnection(asyncio.Protocol):
         rest = data[end:]
         if status < 200:  # 100 Continue, 103 Early Hints: not the answer
             self._headers = []
-            self._reset()
+            self._head_done = self._complete = False
             if rest:
                 self._feed_head(rest)
             return
@@ -219,7 +249,8 @@ class EngineConnection(asyncio.Protocol):
         elif self._complete and self.sink is sink:  # else the client left meanwhile
             self.sink = sink.connection = None
             self.served += 1
-            reusable = self._keep_alive and not self.transport.get_write_buffer_size()
+            unsent = self._upload is not None or self.transport.get_write_buffer_size()
+            reusable = self._keep_alive and not unsent
             self.pool.release(self, reusable)
             sink.response_end()
 
@@ -255,21 +286,6 @@ class EngineConnection(asyncio.Protocol):
         self._complete = True
 
 
-class UnchunkingConnection(EngineConnection):
-    """For HTTP/1.0 clients, which do not know chunks: passes on the body alone. Never reused."""
-
-    poolable = False
-    __slots__ = ()
-
-    def __init__(self, pool: EnginePool) -> None:
-        super().__init__(pool)
-        self._pieces = []
-
-    def on_body(self, body: bytes) -> None:
-        assert self._pieces is not None, "set for as long as this object lives"
-        self._pieces.append(body)
-
-
 class EnginePool:
     """All connections to one engine under one lease.
 
@@ -288,18 +304,17 @@ class EnginePool:
     def empty(self) -> bool:
         return not self._open and not self._connecting
 
-    def send(self, sink: Sink, *, unchunk: bool = False) -> None:
+    def send(self, sink: Sink) -> None:
         """Send the sink's payload at once on an idle connection, else on a new one."""
-        while self._idle and not unchunk:
+        while self._idle and sink.connection_type() is EngineConnection:
             connection = self._idle.pop()
             if not connection.transport.is_closing():
                 connection.send(sink)
                 return
-        self.send_fresh(sink, unchunk=unchunk)
+        self.send_fresh(sink)
 
-    def send_fresh(self, sink: Sink, *, unchunk: bool = False) -> None:
-        factory = UnchunkingConnection if unchunk else EngineConnection
-        task = asyncio.get_running_loop().create_task(self._connect(sink, factory))
+    def send_fresh(self, sink: Sink) -> None:
+        task = asyncio.get_running_loop().create_task(self._connect(sink, sink.connection_type()))
         self._connecting.add(task)
         task.add_done_callback(self._connect_done)
 

@@ -102,6 +102,7 @@ def engine_argv(config: ModelConfig, address: Address, command: tuple[str, ...])
         config.model_path,
         "--served-model-name",
         config.name,
+        *config.aliases,
         *where,
         *(("--enable-sleep-mode",) if sleeps(config) else ()),
         *config.extra_args,

@@ -129,15 +129,27 @@ def _model(name: str, state: State, executor: Executor) -> dict[str, Any]:
     }
 
 
-def catalog(state: State, executor: Executor, started: float) -> Catalog:
-    """For /v1/models. ``started``: wall-clock seconds, the `created` of every model."""
+def catalog(
+    state: State, executor: Executor, switches: Mapping[str, SwitchFinished], started: float
+) -> Catalog:
+    """For /v1/models and Retry-After. ``started``: wall-clock seconds, every model's `created`."""
     infos = []
     for name, record in state.models.items():
         if record.removed:
             continue
         instance = executor.instances.get(name)
         longest = instance.max_model_len if instance else None
-        infos.append(ModelInfo(name, record.state.value, int(started or time()), longest))
+        switch = switches.get(name)
+        infos.append(
+            ModelInfo(
+                name,
+                record.state.value,
+                int(started or time()),
+                longest or record.config.max_model_len,
+                list(record.config.aliases),
+                round(switch.serving_at - switch.decided_at, 3) if switch else None,
+            )
+        )
     return Catalog.of(infos)
 
 

@@ -30,6 +30,7 @@ M = TypeVar("M", bound=Message)
 
 SECONDS = 10.0  # how long any single wait in a test may take
 MODELS = ("alpha", "beta")
+ALIASES = {"alpha": ("alef", "org/alpha")}
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -97,7 +98,10 @@ class FakeSupervisor:
                 self.heard.append(message)
                 if isinstance(message, Hello):
                     self.hellos.append(message)
-                    infos = [ModelInfo(name, "stopped") for name in self.models]
+                    infos = [
+                        ModelInfo(name, "stopped", aliases=list(ALIASES.get(name, ())))
+                        for name in self.models
+                    ]
                     writer.write(Catalog.of(infos).encode())
                 elif message.kind == "ask":
                     body = {"type": "answer", "id": message.id, **self.answer(message)}  # type: ignore[attr-defined]

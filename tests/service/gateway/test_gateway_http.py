@@ -68,7 +68,13 @@ async def test_bad_requests_get_openai_errors() -> None:
     "path",
     ["/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache", "/metrics",
      "/v1/load_lora_adapter", "/v1/../sleep", "/v1/chat/completions/../../../sleep", "/%73leep",
-     "//sleep", "/v1/chat/completions#/../sleep", "http://x/sleep"],
+     "//sleep", "/v1/chat/completions#/../sleep", "http://x/sleep", "/Sleep", "/v1/completions/",
+     "/V1/completions", "http://x/v1/completions", "/upstream/alpha/sleep",
+     "/upstream/alpha/v1/../sleep", "/upstream/alpha%2fsleep/v1/models/", "/upstream/alpha//sleep",
+     "/upstream/alpha/v1/completions/../../sleep", "/upstream/alpha/%73leep", "/upstream//sleep",
+     "/upstream/alpha/collective_rpc", "/upstream/alpha/metrics", "/upstream/../sleep",
+     "/v1/responses/../../sleep", "/v1/responses/%2e%2e/cancel", "/v1/responses/x/../sleep",
+     "/v/sleep", "/v1/chat/completions/render", "/invocations", "/inference/v1/generate"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_engine_development_endpoints_are_out_of_reach(method: str, path: str) -> None:
@@ -81,6 +87,7 @@ def test_engine_development_endpoints_are_out_of_reach(method: str, path: str) -
             client = await s.client()
             client.send(path, {"model": "alpha"}, method=method)
             assert (await client.answer()).status in (400, 404, 405)
+            await until(lambda: s.in_flight() == 0)
             assert not engine.requests
 
     run()
@@ -279,7 +286,8 @@ async def test_models_show_state() -> None:
         status, body = await ask(s, "/v1/models/alpha", method="GET")
         assert status == 200
         assert body == {
-            "id": "alpha", "object": "model", "created": 0, "owned_by": "llmux", "state": "stopped",
+            "id": "alpha", "object": "model", "created": 0, "owned_by": "llmux", "root": "alpha",
+            "state": "stopped", "aliases": ["alef", "org/alpha"],
         }  # fmt: skip
 
 

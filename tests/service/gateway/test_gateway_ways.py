@@ -1,0 +1,240 @@
+"""Every way to an engine: uploads, aliases, responses by id, /upstream, Anthropic's errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from gateway_harness import EngineRequest, a_config, in_loop, soon, stage, until
+
+from llmux.gateway import forms
+from llmux.protocol import Revoke
+
+
+def form(*parts: tuple[str, bytes], boundary: str = "XX") -> tuple[bytes, str]:
+    body = b""
+    for name, value in parts:
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
+        body += head.encode() + value + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), (
+        f"Content-Type: multipart/form-data; boundary={boundary}"
+    )
+
+
+async def size(request: EngineRequest) -> None:
+    request.json({"size": len(request.body)})
+
+
+@in_loop
+async def test_an_upload_larger_than_memory_arrives_byte_for_byte() -> None:
+    async with stage() as s:
+        engine = await s.engine(size)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        big = bytes(range(256)) * 12_000  # 3 MB: more than is kept in memory
+        for parts in (
+            (("model", b"alpha"), ("file", big)),
+            (("file", big), ("model", b"alpha")),
+            (("file", b""), ("model", b"alpha")),
+        ):
+            body, content_type = form(*parts)
+            client.send("/v1/audio/transcriptions", body=body, headers=(content_type,))
+            assert (await client.answer()).json() == {"size": len(body)}
+            assert engine.requests[-1].body == body
+        assert engine.accepted == 1
+
+
+@in_loop
+async def test_an_upload_survives_the_death_of_its_engine() -> None:
+    async def die(request: EngineRequest) -> None:
+        request.die()
+
+    async with stage() as s:
+        engine = await s.engine(die)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        body, content_type = form(("model", b"alpha"), ("file", b"x" * forms.MEMORY_BYTES * 2))
+        client.send("/v1/audio/translations", body=body, headers=(content_type,))
+        await engine.next_request(1)
+        s.supervisor.say(Revoke("alpha", "e1", dead=True))
+        await until(lambda: s.waiting() == 1)
+        other = await s.engine(size, name="other")
+        s.supervisor.grant(other, epoch="e2")
+        assert (await client.answer()).json() == {"size": len(body)}
+        assert other.requests[0].body == body
+
+
+@in_loop
+async def test_uploads_that_are_refused() -> None:
+    async with stage(a_config(max_body_bytes=1 << 20)) as s:
+        for body, content_type, status in (
+            (form(("file", b"x"))[0], form()[1], 400),
+            (form(("model", b""))[0], form()[1], 400),
+            (form(("model", b"nobody"))[0], form()[1], 404),
+            (b"{}", "Content-Type: application/json", 400),
+            (form(("model", b"alpha"), ("model", b"beta"))[0], form()[1], 400),
+            (form(("file", b"x" * (1 << 20)))[0], form()[1], 413),
+        ):
+            client = await s.client()
+            client.send("/v1/audio/transcriptions", body=body, headers=(content_type,))
+            answer = await client.answer()
+            assert answer.status == status, answer
+        assert s.waiting() == 0
+
+
+@in_loop
+async def test_an_upload_for_a_model_that_is_not_there_ends_early() -> None:
+    async with stage() as s:
+        client = await s.client()
+        body, content_type = form(("model", b"nobody"), ("file", b"x" * 100_000))
+        head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n"
+        head += f"{content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.writer.write(head.encode() + body[:1000])
+        assert (await client.answer()).code == "model_not_found"
+
+
+# ---- aliases ------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_the_client_reads_the_name_it_sent() -> None:
+    quoted = json.dumps('"model":"alpha"')
+
+    async def answer(request: EngineRequest) -> None:
+        if json.loads(request.body).get("stream"):
+            request.start_stream()
+            for number in range(3):
+                request.event(json.dumps({"model": "alpha", "n": number}))
+                await request.writer.drain()
+            request.end_stream()
+        else:
+            body = f'{{"id":"x","model": "alpha","text":{quoted}}}'.encode()
+            request.writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
+            for at in range(0, len(body), 5):
+                request.writer.write(body[at : at + 5])
+                await request.writer.drain()
+
+    async with stage() as s:
+        engine = await s.engine(answer)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        for name in ("org/alpha", "alef", "alpha"):
+            client.chat(name)
+            plain = (await client.answer()).json()
+            assert plain == {"id": "x", "model": name, "text": '"model":"alpha"'}
+            assert json.loads(engine.requests[-1].body)["model"] == name
+            client.chat(name, stream=True)
+            events = (await client.answer()).body.decode().split("\n\n")
+            assert [json.loads(e[6:])["model"] for e in events[:3]] == [name] * 3
+            assert events[3] == "data: [DONE]"
+        client.send(payload={"model": "alef"}, version="1.0")
+        assert json.loads((await client.answer()).body)["model"] == "alef"
+        other = await s.client()
+        other.send("/v1/models/org/alpha", method="GET")
+        listed = (await other.answer()).json()
+        assert (listed["id"], listed["root"]) == ("org/alpha", "alpha")
+
+
+# ---- responses by id, /upstream, Anthropic ------------------------------------------------------
+
+
+@in_loop
+async def test_responses_go_to_the_engine_that_keeps_them() -> None:
+    async def keep(request: EngineRequest) -> None:
+        if request.line.startswith("POST /v1/responses "):
+            request.json({"id": "resp_7", "model": "beta"})
+        else:
+            request.json({"line": request.line})
+
+    async with stage() as s:
+        alpha, beta = await s.engine(name="a"), await s.engine(keep, name="b")
+        s.supervisor.grant(alpha)
+        s.supervisor.grant(beta, "beta", "b1")
+        client = await s.client()
+        client.send("/v1/responses/resp_7", method="GET")
+        answer = await client.answer()
+        assert (answer.status, answer.code) == (404, "not_found")
+        client.send("/v1/responses", {"model": "beta", "input": "x"})
+        await client.answer()
+        client.send("/v1/responses/resp_7?include=x", method="GET")
+        assert (await client.answer()).json() == {
+            "line": "GET /v1/responses/resp_7?include=x HTTP/1.1"
+        }
+        client.send("/responses/resp_7/cancel")
+        assert (await client.answer()).json()["line"].startswith("POST /v1/responses/resp_7/cancel")
+        assert not alpha.requests
+
+
+@in_loop
+async def test_upstream_says_which_model_whatever_the_body_says() -> None:
+    async def line(request: EngineRequest) -> None:
+        request.json({"line": request.line})
+
+    async with stage() as s:
+        engine = await s.engine(line)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        for path, method, engine_line in (
+            ("/upstream/alpha/v1/completions?x=1", "POST", "POST /v1/completions?x=1 HTTP/1.1"),
+            ("/upstream/alef/tokenize", "POST", "POST /tokenize HTTP/1.1"),
+            ("/upstream/org%2Falpha/health", "GET", "GET /health HTTP/1.1"),
+        ):
+            client.send(path, method=method, body=b"not json" if method == "POST" else b"")
+            assert (await client.answer()).json() == {"line": engine_line}
+        client.send("/upstream/nobody/v1/models", method="GET")
+        assert (await client.answer()).code == "model_not_found"
+
+
+@in_loop
+async def test_errors_of_anthropics_routes_have_anthropics_shape() -> None:
+    async def cut(request: EngineRequest) -> None:
+        request.start_stream()
+        request.event("{}")
+        await request.writer.drain()
+        request.die()
+
+    async with stage() as s:
+        client = await s.client()
+        for status, kind, request in (
+            (404, "not_found_error", {"payload": {"model": "nobody"}}),
+            (400, "invalid_request_error", {"body": b"{"}),
+            (405, "invalid_request_error", {"method": "GET"}),
+        ):
+            client.send("/v1/messages", **request)  # type: ignore[arg-type]
+            answer = await client.answer()
+            assert answer.status == status
+            assert answer.json()["type"] == "error"
+            assert answer.json()["error"]["type"] == kind
+        engine = await s.engine(cut)
+        s.supervisor.grant(engine)
+        client.send("/v1/messages", {"model": "alpha", "stream": True})
+        body = (await client.answer()).body
+        assert b'event: error\ndata: {"type": "error", "error": {"type": "api_error"' in body
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_the_engines_work_within_100_ms(stream: bool) -> None:
+    @in_loop
+    async def run() -> None:
+        async def begin(request: EngineRequest) -> None:
+            if stream:
+                request.start_stream()
+                request.event("one")
+            await request.reader.read(1)
+
+        async with stage() as s:
+            engine = await s.engine(begin)
+            s.supervisor.grant(engine)
+            client = await s.client()
+            client.chat(stream=stream)
+            request = await engine.next_request(1)
+            if stream:
+                await client.head()
+            clock = s.gateway.clock
+            left = clock()
+            client.leave()
+            await soon(request.gone.wait())
+            assert clock() - left < 0.1
+
+    run()

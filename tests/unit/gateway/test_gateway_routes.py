@@ -1,0 +1,130 @@
+"""The allow-list, and the model's name in forms."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmux.gateway import forms
+from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
+from llmux.gateway.routes import POSTS, Source, find, methods_of, speaks_anthropic
+
+
+@pytest.mark.parametrize(
+    ("path", "engine_path"),
+    [
+        (b"/v1/chat/completions", b"/v1/chat/completions"),
+        (b"/chat/completions", b"/v1/chat/completions"),
+        (b"/v/chat/completions", b"/v1/chat/completions"),
+        (b"/responses", b"/v1/responses"),
+        (b"/reranking", b"/v1/rerank"),
+        (b"/v1/classify", b"/classify"),
+        (b"/v1/messages/count_tokens", b"/v1/messages/count_tokens"),
+    ],
+)
+def test_every_name_of_a_route_leads_to_the_engines_own(path: bytes, engine_path: bytes) -> None:
+    match = find(b"POST", path)
+    assert match is not None
+    assert match.path == engine_path
+    assert find(b"GET", path) is None
+
+
+def test_engines_are_asked_for_their_own_paths_only() -> None:
+    own = {match.path for match in POSTS.values()}
+    assert own == {
+        b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/embeddings",
+        b"/v1/rerank", b"/v1/score", b"/tokenize", b"/detokenize", b"/classify", b"/pooling",
+        b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/audio/speech",
+        b"/v1/messages", b"/v1/messages/count_tokens",
+    }  # fmt: skip
+
+
+def test_upstream_names_the_model_and_keeps_the_route() -> None:
+    match = find(b"POST", b"/upstream/org%2Falpha/v1/messages")
+    assert match is not None
+    assert (match.model, match.path, match.route.anthropic) == ("org/alpha", b"/v1/messages", True)
+    get = find(b"GET", b"/upstream/alpha/v1/models")
+    assert get is not None
+    assert get.route.source is Source.PATH
+    for path in (b"/sleep", b"/metrics", b"", b"/", b"/v1/completions/", b"/v1/load_lora_adapter"):
+        assert find(b"GET", b"/upstream/alpha" + path) is None
+        assert find(b"POST", b"/upstream/alpha" + path) is None
+    assert find(b"POST", b"/upstream/%ff/v1/completions") is None
+
+
+def test_responses_are_found_by_their_id() -> None:
+    match = find(b"GET", b"/responses/resp_1")
+    assert match is not None
+    assert (match.path, match.response_id) == (b"/v1/responses/resp_1", "resp_1")
+    cancel = find(b"POST", b"/v1/responses/resp_1/cancel")
+    assert cancel is not None
+    assert cancel.path == b"/v1/responses/resp_1/cancel"
+    assert methods_of(b"/v1/responses/resp_1") == ("GET",)
+    assert find(b"GET", b"/v1/responses/a%2fb") is None
+
+
+def test_who_speaks_anthropic() -> None:
+    assert speaks_anthropic(b"/v1/messages")
+    assert speaks_anthropic(b"/upstream/m/v1/messages/count_tokens")
+    assert not speaks_anthropic(b"/v1/completions")
+
+
+# ---- forms --------------------------------------------------------------------------------------
+
+FORM = (
+    b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a; name=model\"\r\n"
+    b"Content-Type: audio/wav\r\n\r\n\r\n--X not yet\r\n\r\nmodel\r\n"
+    b"--XX\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nalpha\r\n--XX--\r\n"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 50, 1000])
+def test_the_model_is_found_however_the_form_is_cut(step: int) -> None:
+    finder = ModelFinder(b"XX")
+    for at in range(0, len(FORM), step):
+        finder.feed(FORM[at : at + step])
+    assert finder.model == "alpha"
+
+
+def test_a_file_is_not_held() -> None:
+    finder = ModelFinder(b"XX")
+    finder.feed(b'--XX\r\nContent-Disposition: form-data; name="file"\r\n\r\n')
+    for _ in range(100):
+        finder.feed(b"\r\n--X" * 1000)
+    assert len(finder._rest) < 100
+    finder.feed(b"\r\n--XX\r\nContent-Disposition: form-data; name=model\r\n\r\nm\r\n--XX--")
+    assert finder.model == "m"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        FORM.replace(b"--XX--\r\n", b"") + FORM,
+        b'--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\n' + b"x" * 2000,
+        b'--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\n\xff\r\n--XX',
+        b"--XX\r\nX: " + b"y" * 20_000,
+    ],
+)
+def test_forms_that_are_refused(form: bytes) -> None:
+    finder = ModelFinder(b"XX")
+    with pytest.raises(FormError):
+        finder.feed(form + b"\r\n--XX--\r\n")
+
+
+def test_the_boundary() -> None:
+    assert boundary_of(b"multipart/form-data; boundary=abc") == b"abc"
+    assert boundary_of(b'Multipart/Form-Data; charset=x; Boundary="a b\\"c"') == b'a b"c'
+    for wrong in (b"", b"application/json", b"multipart/form-data", b"multipart/mixed; boundary=a"):
+        with pytest.raises(FormError):
+            boundary_of(wrong)
+
+
+def test_a_long_upload_lies_on_disk_and_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "MEMORY_BYTES", 10)
+    upload = Upload()
+    for piece in (b"abcde", b"fghij", b"klmno", b"p"):
+        upload.write(piece)
+    assert upload.size == 16
+    assert upload.read(0, 100) == b"abcdefghijklmnop"
+    assert upload.read(8, 4) == b"ijkl"
+    assert upload.read(16, 4) == b""
+    assert not upload._memory
