@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     script=steps,
     evictions=st.tuples(st.sampled_from(EVICTIONS), st.sampled_from(EVICTIONS)),
@@ -106,7 +107,8 @@ async def _crash_and_go_on(
             assert world.engines[name].handle.pid == pids[name], f"{name} was disturbed"
             assert life.state_of(name) == "serving"
         for name in MODELS:  # and everyone who comes now is served
-            life.demand(name, waiting=1)
+            if life.state_of(name) != "serving":
+                life.demand(name, waiting=1)
             await life.until(lambda state, name=name: serves(state, name))  # type: ignore[misc]  # bound by a default
         check(life, world)
         await life.drop()
@@ -123,14 +125,16 @@ async def _play(life: Life, script: list[Step], hold: Hold) -> None:
                 life.loop.post(ParkAsked(name))
             case "unload":
                 life.loop.post(ParkAsked(name, STOP))
-            case _:
+            case _ if life.state_of(name) != "serving":  # else it would be let in at once
                 life.demand(name, waiting=1)
-        resting = asyncio.ensure_future(life.settled())
-        reached = asyncio.ensure_future(hold.reached.wait())
-        await asyncio.wait({resting, reached}, return_when=asyncio.FIRST_COMPLETED)
-        for future in (resting, reached):
+        resting: asyncio.Future[Any] = asyncio.ensure_future(life.settled())
+        reached: asyncio.Future[Any] = asyncio.ensure_future(hold.reached.wait())
+        done, pending = await asyncio.wait({resting, reached}, return_when=asyncio.FIRST_COMPLETED)
+        for future in pending:
             future.cancel()
-        await asyncio.gather(resting, reached, return_exceptions=True)
+        await asyncio.gather(*pending, return_exceptions=True)
+        for future in done:
+            future.result()
         if hold.reached.is_set():
             return
 
