@@ -101,7 +101,7 @@ class EngineFiles:
         self._directory = images_dir
         self._journal = journal or Journal()
         self._max_file = max_file
-        self._on_line = on_line
+        self.on_line = on_line
         self._models: dict[str, _Model] = {}
         self._inotify: Inotify | None = None
         self._reported_drops = 0
@@ -256,8 +256,8 @@ class EngineFiles:
         for start in range(0, len(text), MAX_LINE):
             line = text[start : start + MAX_LINE]
             model.lines.append(line)
-            if self._on_line is not None:
-                self._on_line(model.name, line)
+            if self.on_line is not None:
+                self.on_line(model.name, line)
             self._forward(model, line)
 
     def _forward(self, model: _Model, line: str) -> None:

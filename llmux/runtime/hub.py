@@ -30,6 +30,7 @@ from llmux.protocol import (
     Answer,
     Ask,
     Catalog,
+    Collected,
     Demand,
     Drained,
     EngineLost,
@@ -37,8 +38,10 @@ from llmux.protocol import (
     Message,
     Progress,
     Tell,
+    Watch,
     decode,
 )
+from llmux.runtime.events import Feeds
 
 log = logging.getLogger("llmux")
 
@@ -61,10 +64,12 @@ class Hub:
         ask: Verb,
         catalog: Callable[[], Catalog],
         allowed_uids: frozenset[int] = frozenset(),
+        feeds: Feeds | None = None,
     ) -> None:
         self._post = post
         self._ask = ask
         self._catalog = catalog
+        self._feeds = feeds or Feeds()
         self._uids = allowed_uids | {0, os.getuid()}
         self._workers: dict[str, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,6 +115,10 @@ class Hub:
         for writer in list(self._workers.values()):
             self._write(writer, message)
 
+    def workers(self) -> list[str]:
+        """Those connected now."""
+        return list(self._workers)
+
     def _write(self, writer: asyncio.StreamWriter, message: Message) -> None:
         if writer.transport.get_write_buffer_size() > MAX_UNSENT:
             log.warning("a peer of the control socket reads nothing: connection dropped")
@@ -147,6 +156,7 @@ class Hub:
             log.debug("control connection ended: %s", error)
         finally:
             writer.close()
+            self._feeds.left(writer)
             # a worker that came back on a new connection has replaced this one already
             if worker is not None and self._workers.get(worker) is writer:
                 del self._workers[worker]
@@ -199,6 +209,10 @@ class Hub:
                 self._post(WorkerDrained(worker, message.model, message.epoch))
             case EngineLost() if worker is not None:
                 self._post(EngineSuspect(message.model, message.epoch, message.error))
+            case Watch():
+                self._feeds.watch(writer, message, lambda news: self._write(writer, news))
+            case Collected() if worker is not None:
+                self._feeds.collected(worker, message)
             case _:
                 raise ControlError(f"cannot accept a {message.kind} message from this peer")
 
