@@ -84,6 +84,19 @@ class Verbs:
         except ValueError as error:
             raise Refused(Reason.BAD_REQUEST, f"cannot read the eviction: {error}") from error
 
+    def _check_gpus(self, name: str, eviction: Eviction | None) -> None:
+        """What the configuration refuses an operator cannot order either."""
+        config = self._loop.state.models[name].config
+        count = config.gpus if isinstance(config.gpus, int) else len(config.gpus)
+        copied = eviction and eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT)
+        if eviction and copied and count > 1 and not config.allow_tensor_parallel_parking:
+            raise Refused(
+                Reason.BAD_REQUEST,
+                f"cannot use {eviction.process} with a model on {count} GPUs: NCCL's connections"
+                " do not survive it in a stock vLLM",
+                hint="for a vLLM that can, set allow_tensor_parallel_parking: true",
+            )
+
     # ---- verbs ----------------------------------------------------------------------------------
 
     async def _status(self, args: Mapping[str, Any]) -> Any:
@@ -111,6 +124,7 @@ class Verbs:
     async def _sleep(self, args: Mapping[str, Any]) -> Any:
         name = self._model(args)
         eviction = self._eviction(args)
+        self._check_gpus(name, eviction)
         await bring_down(self._loop, name, eviction)
         record = self._loop.state.models[name]
         return {"message": f"Model {name} is {record.state}", "state": process_state(record)}
@@ -154,6 +168,7 @@ class Verbs:
         name, eviction = self._model(args), self._eviction(args)
         if eviction is None:
             raise Refused(Reason.BAD_REQUEST, 'cannot set the eviction: "eviction" is missing')
+        self._check_gpus(name, eviction)
         self._loop.post(EvictionSet(name, eviction))
         return {"message": f"Eviction of {name} set to {eviction}"}
 
@@ -176,6 +191,7 @@ class Verbs:
         if not isinstance(warm_up, bool):
             raise Refused(Reason.BAD_REQUEST, f'"warm_up" must be true or false, not {warm_up!r}')
         name, eviction = self._model(args), self._eviction(args)
+        self._check_gpus(name, eviction)
         return await self._checkpoints.make(name, eviction, warm_up=warm_up, tell=tell)
 
     async def _restore(self, args: Mapping[str, Any], tell: Tell) -> Any:
@@ -185,6 +201,9 @@ class Verbs:
         policies = args.get("policies")
         if not isinstance(policies, list) or not policies:
             raise Refused(Reason.BAD_REQUEST, 'cannot validate: "policies" is missing or empty')
+        name = self._model(args)
         evictions = [self._eviction({"eviction": policy}) for policy in policies]
         wanted = [eviction for eviction in evictions if eviction is not None]
-        return await Validation(self._loop, self._model(args), tell).run(wanted)
+        for eviction in wanted:
+            self._check_gpus(name, eviction)
+        return await Validation(self._loop, name, tell).run(wanted)
