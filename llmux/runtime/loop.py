@@ -100,6 +100,8 @@ class Loop:
         if phases_changed(old, state):
             self._store.save(notes_of(state, self.executor))
             _log_transitions(old, state)
+        elif orders_changed(old, state):
+            self._store.save(notes_of(state, self.executor))
         for listener in self.listeners:
             listener.published(old, state)
         for effect in effects:
@@ -150,6 +152,17 @@ class Loop:
 def phases_changed(old: State, new: State) -> bool:
     return old.models.keys() != new.models.keys() or any(
         record.phase is not old.models[name].phase for name, record in new.models.items()
+    )
+
+
+def orders_changed(old: State, new: State) -> bool:
+    """What operators ordered is to outlive us even when no model moves for it."""
+    if (old.manual, old.pinned) != (new.manual, new.pinned):
+        return True
+    return any(
+        record.eviction_override != old.models[name].eviction_override
+        for name, record in new.models.items()
+        if name in old.models
     )
 
 
