@@ -14,7 +14,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 
-from llmux.drivers import criu_cli, criu_host, criu_img, criu_shm
+from llmux.drivers import criu_amx, criu_cli, criu_host, criu_img, criu_shm
 from llmux.drivers.criu_dump import Tools, failed, to_its_end
 from llmux.drivers.images import ImageStore
 from llmux.drivers.images_manifest import Manifest, ManifestError
@@ -141,6 +141,8 @@ class Restore:
         argv = criu_cli.restore_arguments(
             self._tools.criu, self._image.path, self._work, self._tools.libdir
         )
+        if criu_amx.is_needed():
+            argv = criu_amx.wrapped(argv)
         spec = replace(
             self._launch,
             argv=tuple(argv),
