@@ -27,6 +27,10 @@ class SdNotifier:
         self._sd: Any = sdnotify.SystemdNotifier() if os.environ.get("NOTIFY_SOCKET") else None
         if self._sd is not None and self._sd.socket is None:
             self._sd = None
+        if self._sd is not None:
+            # A manager that reads nothing must not hold the event loop up. sdnotify swallows the
+            # error, so a message is lost then; systemd's own buffer takes hundreds.
+            self._sd.socket.setblocking(False)
 
     @property
     def active(self) -> bool:

@@ -209,16 +209,19 @@ class Executor:
             log.error("cannot quarantine the image of %s: %s", image.model, error)
 
     def _death(self, instance: Instance, died: asyncio.Future[str]) -> str:
-        tail = self._drivers.output.tail(instance.config.name, TAIL_LINES)
-        text = f"it died: {died.result()}"
-        return text + ("; its last lines:\n" + "\n".join(tail) if tail else "")
+        return f"it died: {self._with_last_lines(instance.config.name, died.result())}"
+
+    def _with_last_lines(self, model: str, description: str) -> str:
+        tail = self._drivers.output.tail(model, TAIL_LINES)
+        return description + ("; its last lines:\n" + "\n".join(tail) if tail else "")
 
     def _exited(self, handle: UnitHandle, description: str) -> None:
         instance = self.instances.get(handle.model)
         if instance is None or instance.handle != handle:
             return
         if instance.died is None:
-            self._post(EngineExited(handle.model, description))
+            text = self._with_last_lines(handle.model, description)
+            self._post(EngineExited(handle.model, text))
         elif not instance.died.done():
             instance.died.set_result(description)
 

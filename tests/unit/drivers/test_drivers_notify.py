@@ -46,6 +46,13 @@ def test_messages_arrive_as_utf8(systemd: socket.socket) -> None:
     assert systemd.recv(999).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
 
 
+def test_a_manager_that_reads_nothing_does_not_hold_us_up(systemd: socket.socket) -> None:
+    notifier = SdNotifier()
+    for number in range(20_000):  # more than any socket's buffer takes
+        notifier.status(f"line {number}")
+    assert systemd.recv(4096) == b"STATUS=line 0"
+
+
 def test_sockets_go_into_the_fd_store(systemd: socket.socket) -> None:
     notifier = SdNotifier()
     with socket.socket() as listener:
