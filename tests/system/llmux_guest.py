@@ -17,7 +17,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from _lab.guest import Guest  # noqa: E402 (the path first)
+from _lab.guest import Guest as Guest  # noqa: E402 (the path first)
 
 LOAD = "/srv/llmux/tests/system/load"
 GPU = "/var/tmp/gpu"

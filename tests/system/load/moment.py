@@ -61,7 +61,7 @@ async def run(moment: str, orders: dict[str, object]) -> dict[str, object]:
     caused = order(cause)
 
     def under_way() -> bool:
-        return witness.states().get("alpha") == state and bool(witness.scopes().get("alpha"))
+        return witness.states().get("alpha") == state and witness.engine_runs("alpha")
 
     await asyncio.to_thread(witness.until, f"alpha is {state}", under_way)
     engines = witness.scopes()["alpha"]

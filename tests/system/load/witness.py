@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -66,6 +67,15 @@ def scopes() -> dict[str, set[int]]:
         name = path.name.removeprefix("llmux-").removesuffix(".scope")
         found[name] = set(processes(path))
     return found
+
+
+def engine_runs(model: str) -> bool:
+    """Its launcher has been let through the gate and has become the engine."""
+    for pid in scopes().get(model, ()):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if b"standin.py\0serve" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True
+    return False
 
 
 def strays(models: Iterable[str]) -> list[str]:
