@@ -51,6 +51,7 @@ def test_a_manager_that_reads_nothing_does_not_hold_us_up(systemd: socket.socket
     for number in range(20_000):  # more than any socket's buffer takes
         notifier.status(f"line {number}")
     assert systemd.recv(4096) == b"STATUS=line 0"
+    notifier.close()
 
 
 def test_sockets_go_into_the_fd_store(systemd: socket.socket) -> None:
