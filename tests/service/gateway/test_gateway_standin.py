@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 
-from gateway_harness import Client, Stage, in_loop, soon, stage, until
+from gateway_harness import Client, in_loop, stage, until
+from standin_process import standin
 
 from llmux.protocol import Drained, Grant, Revoke
-
-STANDIN = Path(__file__).parents[2] / "standin" / "standin.py"
-
-
-@asynccontextmanager
-async def standin(s: Stage, model: str, *flags: str) -> AsyncIterator[Path]:
-    path = s.directory / f"{model}.sock"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(STANDIN), "serve", f"/models/{model}", "--served-model-name", model,
-        "--uds", str(path), *flags,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    while b"startup complete" not in (line := await soon(process.stderr.readline())):
-        assert line, "the stand-in ended before it was ready"
-    stderr = asyncio.ensure_future(process.stderr.read())
-    try:
-        yield path
-    finally:
-        process.terminate()
-        await soon(process.wait())
-        await soon(stderr)
 
 
 async def events(client: Client) -> list[str]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from . import completions, text
+from .endpoints import Endpoints
 from .engine_client import CallFailedError, EngineClient, EngineDeadError, EngineFailedError
 from .faults import Faults
 from .http import Connection, HttpError, Request, error_body
@@ -63,6 +64,7 @@ class Server:
         self._created = int(time.time())
         self._chunks_sent = 0
         self._load = 0
+        self._endpoints = Endpoints(options, self._model_request, self._generate, self._embed)
         self._routes = self._make_routes()
 
     # life
@@ -195,6 +197,7 @@ class Server:
             "/v1/chat/completions": ("POST", self._chat),
             "/v1/completions": ("POST", self._plain),
             "/v1/embeddings": ("POST", self._embeddings),
+            **self._endpoints.routes(),
         }
         if self._options.dev_mode:
             routes |= {
@@ -236,6 +239,8 @@ class Server:
             and request.headers.get("authorization") != f"Bearer {key}"
         ):
             return _unauthorized
+        if request.path.startswith("/v1/responses/"):
+            return self._endpoints.by_id
         if request.path not in self._routes:
             raise HttpError(404, "Not Found", "Not Found")
         method, handler = self._routes[request.path]
@@ -345,18 +350,9 @@ class Server:
         encoding = body.get("encoding_format") or "float"
         data = []
         for index, item in enumerate(inputs):
-            engine_request = {
-                "id": f"embd-{os.urandom(16).hex()}",
-                "prompt": item,
-                "max_tokens": 1,
-                "embed": True,
-            }
-            async for output in self._engine.generate(engine_request):
-                if "content" not in output:
-                    raise CallFailedError("the request was aborted")
-                vector = text.embedding(self._options.name, item, dimensions, output["content"])
-                encoded = completions.encode_embedding(vector, encoding)
-                data.append({"index": index, "object": "embedding", "embedding": encoded})
+            vector = text.embedding(self._options.name, item, dimensions, await self._embed(item))
+            encoded = completions.encode_embedding(vector, encoding)
+            data.append({"index": index, "object": "embedding", "embedding": encoded})
         tokens = sum(text.count_tokens(item) for item in inputs)
         self._metrics.prompt_tokens += tokens
         response = {
@@ -368,6 +364,21 @@ class Server:
             "usage": {**completions.usage(tokens, 0), "prompt_tokens_details": None},
         }
         connection.respond_json(200, response)
+
+    async def _embed(self, item: str) -> Any:
+        """What the core makes of a text that is read and not gone on with."""
+        engine_request = {
+            "id": f"embd-{os.urandom(16).hex()}",
+            "prompt": item,
+            "max_tokens": 1,
+            "embed": True,
+        }
+        content = None
+        async for output in self._engine.generate(engine_request):
+            if "content" not in output:
+                raise CallFailedError("the request was aborted")
+            content = output["content"]
+        return content
 
     # asleep and awake
 
