@@ -8,7 +8,7 @@ import sys
 import tempfile
 from typing import Any
 
-from llmux_guest import GPU, LEDGER, SUPERVISOR, LlmuxGuest, model
+from llmux_guest import GATEWAY, GPU, LEDGER, SUPERVISOR, LlmuxGuest, model
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "fake_libcuda"))
 
@@ -44,6 +44,7 @@ class ParkingLab:
     def __init__(self, llmux: LlmuxGuest) -> None:
         self.llmux = llmux
         self.run = llmux.run
+        self._cursor = ""
         for name in ("procs", "faults"):
             self.run(["install", "-d", "-m", "0777", f"{CUDA}/{name}"])
         with tempfile.TemporaryDirectory() as directory:
@@ -57,9 +58,19 @@ class ParkingLab:
         )
 
     def begin(self, models: dict[str, dict[str, Any]], **top: Any) -> None:
-        self.llmux.end()
-        self.run(["sh", "-c", f"rm -rf {IMAGES}/* {CUDA}/procs/* {CUDA}/faults/* {LEDGER}.saved"])
+        self.end()
+        # killed engines leave files in /dev/shm; here it is the test that killed them
+        mess = f"{IMAGES}/* {CUDA}/procs/* {CUDA}/faults/* {LEDGER}.saved /dev/shm/*"
+        self.run(["sh", "-c", f"rm -rf {mess}"])
+        last = self.run(["journalctl", "--no-pager", "-n", "0", "--show-cursor"]).stdout
+        self._cursor = last.partition("-- cursor: ")[2].strip()
         self.llmux.begin(models, **{**AS_ROOT, **top})
+
+    def end(self) -> None:
+        """A frozen engine hears no SIGTERM: without the kill, stopping its scope takes 10 s."""
+        self.run(["systemctl", "stop", SUPERVISOR, GATEWAY], check=False)
+        self.run(["systemctl", "kill", "--signal=SIGKILL", "llmux-*.scope"], check=False)
+        self.llmux.end()
 
     def ask(self, name: str, prompt: str = "hello", *, timeout: float = 30) -> dict[str, Any]:
         return self.llmux.ask(name, prompt, timeout=timeout)
@@ -77,12 +88,22 @@ class ParkingLab:
         return json.loads(done.stdout) if done.stdout else None
 
     def said(self, words: str) -> list[str]:
-        """The supervisor's lines of this boot that have the words."""
-        text = self.llmux.journal("-u", SUPERVISOR)
+        """llmux's lines since begin() that have the words."""
+        text = self.llmux.journal(f"--after-cursor={self._cursor}")
         return [line for line in text.splitlines() if words in line]
 
     def images(self) -> dict[str, dict[str, Any]]:
         return {row["model"]: row for row in self.cli("checkpoint")}
+
+    def shm_names(self) -> set[str]:
+        return set(self.run(["ls", "/dev/shm"]).stdout.split())
+
+    def shm_names_of_engines(self) -> set[str]:
+        """What living engines have open there."""
+        script = "for p in $(cat /sys/fs/cgroup/llmux.slice/llmux-*.scope/engine/cgroup.procs); do"
+        script += " grep -o '/dev/shm/[^ ]*' /proc/$p/maps; ls -l /proc/$p/fd; done"
+        words = self.run(["sh", "-c", script], check=False).stdout.split()
+        return {word.removeprefix("/dev/shm/") for word in words}
 
     def cuda_fault(self, call: str, words: str) -> None:
         """See libcuda.c; for "hang" the call waits for somebody to open its FIFO."""
