@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from sanic import Request, Sanic
 from sanic.exceptions import MethodNotAllowed, SanicException
@@ -19,7 +20,9 @@ from sanic.response import json as json_response
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
 from llmux.gateway import openai, problems, routes
+from llmux.gateway.control import add_control_routes
 from llmux.gateway.gateway import Gateway
+from llmux.gateway.keys import may_use
 from llmux.gateway.link import Link
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ def build_app(config: Config, gateway: Gateway, link: Link) -> App:
         }
     )
     _add_routes(app)
+    add_control_routes(app)
     app.register_middleware(_name_request, "response")
     app.error_handler.add(Exception, _on_error)
     return app
@@ -110,13 +114,17 @@ async def _ready(request: Request) -> HTTPResponse:
 
 async def _models(request: Request) -> HTTPResponse:
     gateway: Gateway = request.app.ctx.gateway
-    return json_response(openai.model_list(gateway.models.values()))
+    key = request.conn_info.ctx.key if request.conn_info else None
+    visible = (info for info in gateway.models.values() if may_use(key, info.name))
+    return json_response(openai.model_list(visible))
 
 
 async def _model(request: Request, model: str) -> HTTPResponse:
     gateway: Gateway = request.app.ctx.gateway
+    model = unquote(model)  # clients write the "/" of a name as %2F
     name = gateway.find_model(model)
-    if name is None:
+    key = request.conn_info.ctx.key if request.conn_info else None
+    if name is None or not may_use(key, name):
         raise openai.unknown_model(model)
     return json_response(openai.model_object(gateway.models[name], called=model))
 

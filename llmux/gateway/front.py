@@ -23,7 +23,7 @@ from llmux.errors import Reason, Refused
 from llmux.gateway import openai, problems
 from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
 from llmux.gateway.incoming import Incoming, new_request_id
-from llmux.gateway.keys import Guard, check_role, secret_of
+from llmux.gateway.keys import Guard, check_page, check_role, secret_of
 from llmux.gateway.relay import Exchange
 from llmux.gateway.routes import Source
 
@@ -165,8 +165,7 @@ class FrontProtocol(HttpProtocol):
             self._reject(problems.HttpRefused(400, wrong))
             return
         incoming.find_route()
-        guard = self.gateway.guard
-        if guard is not None and not self._identify(guard, incoming):
+        if not self._identify(self.gateway.guard, incoming):
             return
         if incoming.match is not None and incoming.match.route.source is Source.FORM:
             self._begin_upload(incoming)
@@ -190,8 +189,18 @@ class FrontProtocol(HttpProtocol):
         else:
             self._body.append(body)
 
-    def _identify(self, guard: Guard, incoming: Incoming) -> bool:
+    def _identify(self, guard: Guard | None, incoming: Incoming) -> bool:
         """Before the body: what one may not ask is not received either."""
+        if guard is None:
+            if incoming.match is not None:
+                return True
+            site = incoming.header(b"sec-fetch-site")
+            try:
+                check_page(incoming.path, incoming.origin, site)
+            except Refused as problem:
+                self._reject(problem)
+                return False
+            return True
         secret = secret_of(incoming.authorization, incoming.x_api_key)
         incoming.withhold_credentials()
         try:

@@ -16,10 +16,12 @@ from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
 from llmux.gateway import problems
 from llmux.gateway.admission import Admission, Lease, Ticket
+from llmux.gateway.control_feeds import Feeds
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.keys import Guard, LoadKeys, begin_use
 from llmux.gateway.limits import share
 from llmux.gateway.link import Link
+from llmux.gateway.metrics import Exposition
 from llmux.gateway.observer import Observer
 from llmux.gateway.openai import names_of
 from llmux.gateway.relay import Exchange, KeptExchange
@@ -27,6 +29,8 @@ from llmux.gateway.routes import Match
 from llmux.gateway.upstream import EngineFailure, EnginePool
 from llmux.protocol import (
     Catalog,
+    Collect,
+    Collected,
     Cut,
     Demand,
     Drained,
@@ -35,6 +39,7 @@ from llmux.protocol import (
     Hello,
     Message,
     ModelInfo,
+    News,
     Refuse,
     Revoke,
 )
@@ -81,7 +86,11 @@ class Gateway:
             on_change=link.demand_changed,
             on_idle=self._on_idle,
         )
+        self.feeds = Feeds(link)
+        self.exposition = Exposition(self, worker)
+        self.observer.known = self.models
         link.attach(
+            greetings=self.feeds.greetings,
             hello=self._hello,
             demand=self.admission.demand,
             active=self._active_models,
@@ -125,13 +134,13 @@ class Gateway:
         if lease is None:
             self._set_timer()
         else:
-            exchange.admitted(lease, self._pool(lease))
+            exchange.admitted(lease, self.pool(lease))
 
     def _send_admitted(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             # One that was sent before it in this loop may have failed and taken this one along.
             if isinstance(ticket, Exchange) and ticket.lease is not None and ticket.in_flight:
-                ticket.admitted(ticket.lease, self._pool(ticket.lease))
+                ticket.admitted(ticket.lease, self.pool(ticket.lease))
 
     def engine_failed(self, exchange: Exchange, failure: EngineFailure) -> None:
         """The engine broke off or refused a connection while ``exchange`` was on it."""
@@ -165,17 +174,17 @@ class Gateway:
 
     # ---- leases and their connections -----------------------------------------------------------
 
-    def _pool(self, lease: Lease) -> EnginePool:
+    def pool(self, lease: Lease) -> EnginePool:
         pool: EnginePool | None = lease.pool
         if pool is None:
             pool = lease.pool = EnginePool(lease.address, lambda: self._check_drained(lease))
         return pool
 
     def _on_idle(self, lease: Lease) -> None:
-        self._pool(lease).close()  # calls _check_drained, now or when the last connection is gone
+        self.pool(lease).close()  # calls _check_drained, now or when the last connection is gone
 
     def _check_drained(self, lease: Lease) -> None:
-        if self._pool(lease).empty and self.admission.forget(lease):
+        if self.pool(lease).empty and self.admission.forget(lease):
             self.link.send(Drained(lease.model, lease.epoch))
 
     # ---- what the supervisor says ---------------------------------------------------------------
@@ -185,7 +194,7 @@ class Gateway:
             case Grant():
                 admitted = self.admission.grant(message.model, message.epoch, message.address)
                 if (held := self.admission.held(message.model)) is not None:
-                    self._pool(held).reopen()
+                    self.pool(held).reopen()
                 self._send_admitted(admitted)
             case Revoke():
                 self._revoke(message)
@@ -203,8 +212,13 @@ class Gateway:
                 self._refuse_all(self.admission.refuse(message.model), lambda _model: refusal)
             case Catalog():
                 self.models = {info.name: info for info in message.infos()}
+                self.observer.known = self.models
                 self._names = names_of(self.models.values())
                 self.admission.set_models(self.models)
+            case News():
+                self.feeds.heard(message)
+            case Collect():
+                self.link.send(Collected(message.id, self.exposition.snapshot()))
             case _:
                 logger.warning("the supervisor sent a message that a gateway has no use for: %s",
                                message.kind)  # fmt: skip
@@ -214,7 +228,7 @@ class Gateway:
         if lease is None:
             self.link.send(Drained(message.model, message.epoch))
             return
-        self._pool(lease).close()
+        self.pool(lease).close()
         if not message.dead:
             return
         problem = Refused(Reason.ENGINE_DIED, f'the engine of model "{message.model}" died')
@@ -263,6 +277,7 @@ class Gateway:
     def start_draining(self) -> None:
         """Nobody waits for a model any more; what is in flight goes on."""
         self.draining = True
+        self.feeds.close()
         self._refuse_all(self.admission.close(), lambda model: Refused(
             Reason.SHUTTING_DOWN,
             f'cannot wait for model "{model}": the gateway is shutting down',
@@ -278,4 +293,4 @@ class Gateway:
                 for ticket in list(lease.in_flight):
                     if isinstance(ticket, Exchange):
                         ticket.refuse(problem)
-                self._pool(lease).close()
+                self.pool(lease).close()

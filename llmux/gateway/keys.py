@@ -30,7 +30,7 @@ MAX_VERIFIED = 4096  # presented keys that need no hashing again
 OPEN_PATHS = frozenset({b"/health", b"/health/live", b"/health/ready"})
 # All that a key of role `use` reaches besides inference. What is not here is for admins, so that a
 # new route is closed until somebody opens it.
-USE_PATHS = (b"/v1/", b"/health")
+USE_PATHS = (b"/v1/", b"/health", b"/models")
 
 PEER = Key("peer", b"", KeyRole.ADMIN)  # root or our own user on a unix socket
 
@@ -105,6 +105,14 @@ def check_role(use: KeyUse | None, path: bytes) -> None:
     """For everything but inference. Raises Refused."""
     if use is not None and use.key.role is not KeyRole.ADMIN and not path.startswith(USE_PATHS):
         raise Refused(Reason.FORBIDDEN, "this API key may use models only, not control llmux")
+
+
+def check_page(path: bytes, origin: bytes, site: bytes) -> None:
+    """Without keys: a web page that somebody here looks at may not give orders through the browser
+    (which says so by Origin or Sec-Fetch-Site). Raises Refused."""
+    foreign = origin or site not in (b"", b"none", b"same-origin")
+    if foreign and not path.startswith(USE_PATHS):
+        raise Refused(Reason.FORBIDDEN, "web pages may not control llmux where there are no keys")
 
 
 def begin_use(use: KeyUse, model: str) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,6 +84,7 @@ class Link:
         self._demand: Callable[[str], Demand] = Demand
         self._active: Callable[[], list[str]] = list
         self._on_message: Callable[[Message], None] = lambda _message: None
+        self._greetings: Callable[[], Sequence[Message]] = tuple
 
     def attach(
         self,
@@ -92,7 +93,10 @@ class Link:
         demand: Callable[[str], Demand],
         active: Callable[[], list[str]],
         on_message: Callable[[Message], None],
+        greetings: Callable[[], Sequence[Message]] = tuple,
     ) -> None:
+        """``greetings`` are said after every hello."""
+        self._greetings = greetings
         self._hello, self._demand, self._active = hello, demand, active
         self._on_message = on_message
 
@@ -138,7 +142,8 @@ class Link:
         self.connects += 1
         progress = self._loop.create_task(self._report_progress())
         try:
-            self.send(self._hello())
+            for message in (self._hello(), *self._greetings()):
+                self.send(message)
             self._dirty = dict.fromkeys(self._active())
             self._flush()
             self.came_up.set()

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ from llmux.gateway.front import FrontProtocol
 from llmux.gateway.gateway import Gateway
 from llmux.gateway.keys import LoadKeys
 from llmux.gateway.link import Link, LinkTarget
+from llmux.gateway.metrics import serve_metrics
+from llmux.gateway.tls import Tls
 from llmux.ports import Notifier
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ async def serve_gateway(
     drain_secs: float = DRAIN_SECS,
     keys: LoadKeys | None = None,
     reload: Reload | None = None,
+    metrics_sockets: Sequence[socket.socket] = (),
+    tls: tuple[str, str] | None = None,
 ) -> None:
     """Serve until ``stop`` is set, then drain. Returns when every client connection is gone.
 
@@ -60,13 +65,16 @@ async def serve_gateway(
     gateway = Gateway(config, supervisor, worker=name, keys=keys)
     app = build_app(config, gateway, supervisor)
     servers: list[Any] = []
+    metrics_servers: list[asyncio.Server] = []
     background: list[asyncio.Task[None]] = []
     loop = asyncio.get_running_loop()
-    if reload is not None and gateway.guard is not None:
-        reload.append(gateway.guard.reload)
+    secured = None if tls is None else Tls(*tls)
+    if reload is not None:
+        reload += [part.reload for part in (gateway.guard, secured) if part is not None]
     try:
         background.append(loop.create_task(supervisor.run()))
-        servers = await _listen(app, listeners)
+        servers = await _listen(app, listeners, secured.context if secured else None)
+        metrics_servers += await serve_metrics(gateway.exposition, metrics_sockets)
         background.append(loop.create_task(_sweep(gateway, servers, notifier, watchdog_secs)))
         if on_listen is not None:
             on_listen(listeners)
@@ -83,6 +91,8 @@ async def serve_gateway(
             notifier.stopping()
         await _drain(gateway, servers, drain_secs)
     finally:
+        for server in metrics_servers:
+            server.close()
         await _close(app, gateway, servers, background)
 
 
@@ -163,12 +173,15 @@ def describe_socket(listener: socket.socket) -> str:
 # ---- running ------------------------------------------------------------------------------------
 
 
-async def _listen(app: App, listeners: Sequence[socket.socket]) -> list[Any]:
-    """One AsyncioServer of Sanic's per socket, all for the one app."""
+async def _listen(
+    app: App, listeners: Sequence[socket.socket], context: ssl.SSLContext | None
+) -> list[Any]:
+    """One AsyncioServer of Sanic's per socket, all for the one app. TLS is for TCP."""
     servers: list[Any] = []
     for listener in listeners:
         server = await app.create_server(
             sock=listener,
+            ssl=None if listener.family == socket.AF_UNIX else context,
             protocol=FrontProtocol,
             backlog=BACKLOG,
             return_asyncio_server=True,

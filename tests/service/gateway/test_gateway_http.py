@@ -66,7 +66,7 @@ async def test_bad_requests_get_openai_errors() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache", "/metrics",
+    ["/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache",
      "/v1/load_lora_adapter", "/v1/../sleep", "/v1/chat/completions/../../../sleep", "/%73leep",
      "//sleep", "/v1/chat/completions#/../sleep", "http://x/sleep", "/Sleep", "/v1/completions/",
      "/V1/completions", "http://x/v1/completions", "/upstream/alpha/sleep",
