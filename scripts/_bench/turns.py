@@ -21,7 +21,7 @@ TOKENS = 16
 
 
 class UnixConnection(http.client.HTTPConnection):
-    """An engine without llmux in between."""
+    """An engine without llmux in between. Closed at the end of a ``with``."""
 
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=TIMEOUT)
@@ -31,6 +31,12 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(TIMEOUT)
         self.sock.connect(self._path)
+
+    def __enter__(self) -> UnixConnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass

@@ -1,0 +1,76 @@
+"""What `criu restore` alone takes for an image that llmux made: nothing checked, no canary.
+
+Runs in the guest as root, with llmux installed and stopped:
+``python3 bare.py IMAGE COUNT MODEL SOCKET``. What an image needs around it is put back first and is
+not counted. Prints one JSON object per restore.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, "/usr/lib/llmux")
+sys.path.insert(1, str(pathlib.Path(__file__).parent))
+sys.dont_write_bytecode = True
+
+import turns  # noqa: E402
+
+from llmux.drivers import criu_amx, criu_cli, criu_host, criu_shm  # noqa: E402
+from llmux.drivers.criu_tree import SHM  # noqa: E402
+from llmux.drivers.images_manifest import load_manifest  # noqa: E402
+
+UNIT = "bare-restore.scope"
+WORK = "/var/tmp/bare-restore"
+
+
+def restore(image: str, model: str, socket: str) -> dict[str, object]:
+    manifest = load_manifest(image)
+    shutil.rmtree(WORK, ignore_errors=True)
+    os.makedirs(f"{WORK}/no-plugins", mode=0o700)
+    criu_host.put_right(manifest)
+    criu_host.clear_sockets(manifest)
+    made = criu_shm.put_back(manifest.shm, image)
+    criu = shutil.which("criu") or "criu"
+    argv = criu_cli.restore_arguments(criu, image, WORK, f"{WORK}/no-plugins")
+    if criu_amx.is_needed():
+        argv = criu_amx.wrapped(argv)
+    try:
+        began = time.monotonic()
+        subprocess.run(["systemd-run", "--quiet", "--scope", f"--unit={UNIT}", *argv], check=True)
+        restored = time.monotonic() - began
+        with turns.UnixConnection(socket) as connection:
+            turn = turns.complete(connection, model)
+        return {
+            "criu_s": restored,
+            "first_token_s": restored + turn.first_token_s,
+            "text": turn.text,
+            "logprobs": turn.logprobs,
+            "problem": turn.problem,
+        }
+    finally:
+        # returns when the unit is gone, all its processes with it
+        subprocess.run(["systemctl", "kill", "--signal=KILL", UNIT], check=False)
+        subprocess.run(["systemctl", "stop", UNIT], check=False)
+        for process in manifest.processes:
+            while os.path.exists(f"/proc/{process.pid}"):
+                time.sleep(0.001)  # init reaps it, without telling us
+        criu_shm.remove(made, SHM)
+
+
+def main(image: str, count: str, model: str, socket: str) -> int:
+    for _ in range(int(count)):
+        done = restore(image, model, socket)
+        print(json.dumps(done), flush=True)
+        if done["problem"]:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

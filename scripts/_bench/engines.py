@@ -1,0 +1,102 @@
+"""llmux with two real vLLM engines on the CPU in a guest: what the bench and the engine tests ask.
+
+Both models claim the whole GPU, so they take turns. In an nspawn guest CRIU cannot dump another
+user's processes (no CAP_SYS_RESOURCE), hence ``engine_user: root``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from _lab import vllm
+from _lab.guest import Guest
+
+from _bench.turns import Turn
+
+PROGRAMS = "/srv/llmux/scripts/_bench"
+CONFIG = "/etc/llmux/config.yaml"
+IMAGES = "/var/lib/llmux/checkpoints"
+URL = "http://127.0.0.1:3000"
+MODELS = tuple(vllm.MODELS)
+
+
+def socket_of(model: str) -> str:
+    return f"/run/llmux/engines/{model}/api.sock"
+
+
+def configuration(eviction: str) -> dict[str, Any]:
+    environment = vllm.environment()
+    # dev mode is llmux's to open, when the eviction needs it
+    env = {key: value for key, value in vllm.SETTINGS.items() if key != "VLLM_SERVER_DEV_MODE"}
+    return {
+        "vllm_command": [environment.vllm],
+        "engine_user": "root",
+        "metrics_port": 0,
+        "policy": {"min_active_secs": 0},
+        "models": {
+            name: {
+                "model_path": path,
+                "eviction": eviction,
+                "gpu_memory_parked": 0,  # there is no GPU that a frozen one could hold
+                "extra_args": list(vllm.SERVE_FLAGS),
+                "env": env,
+            }
+            for name, path in environment.models.items()
+        },
+    }
+
+
+class Engines:
+    """llmux in ``guest``, which was started ``with_vllm`` and with the package."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+
+    def begin(self, eviction: str) -> None:
+        """A fresh start: no engine, no image, both models parked like this."""
+        self.end()
+        self.guest.run(["rm", "-rf", IMAGES], timeout=60)
+        self.guest.write(CONFIG, json.dumps(configuration(eviction), indent=1), mode=0o640)
+        self.guest.run(["chgrp", "llmux", CONFIG])
+        self.guest.run(["systemctl", "start", "llmux"])
+
+    def end(self) -> None:
+        self.guest.run(["systemctl", "stop", "llmux.slice"], timeout=90)
+        self.guest.run(["systemctl", "reset-failed"])
+
+    def turns(self, models: Sequence[str]) -> list[Turn]:
+        """One request to each, in this order; each was answered, by the model it named."""
+        done = self.guest.run(
+            ["python3", f"{PROGRAMS}/turns.py", URL, *models],
+            timeout=60 + 60 * len(models),
+            check=False,
+        )
+        turns = [Turn(**json.loads(line)) for line in done.stdout.splitlines()]
+        problems = [turn.problem for turn in turns if turn.problem]
+        if done.returncode != 0 or problems or [turn.model for turn in turns] != list(models):
+            raise RuntimeError(f"{problems or done.stderr}\n{self.journal()}")
+        return turns
+
+    def bare_restores(self, model: str, count: int) -> list[dict[str, Any]]:
+        """``criu restore`` of the model's image without llmux, which is stopped for it."""
+        self.end()
+        image = f"{IMAGES}/{model}/images"
+        done = self.guest.run(
+            ["python3", f"{PROGRAMS}/bare.py", image, str(count), model, socket_of(model)],
+            timeout=60 + 30 * count,
+        )
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def image(self, model: str) -> dict[str, Any]:
+        """The manifest of the model's image."""
+        manifest: dict[str, Any] = json.loads(
+            self.guest.read(f"{IMAGES}/{model}/images/manifest.json")
+        )
+        return manifest
+
+    def journal(self, lines: int = 80) -> str:
+        """What the supervisor itself said last."""
+        said = ["_SYSTEMD_UNIT=llmux.service", "-n", str(lines), "-o", "short-monotonic"]
+        return self.guest.run(["journalctl", "--no-pager", *said]).stdout

@@ -1,0 +1,54 @@
+"""Debian 13 as it comes: its own kernel, its own CRIU, engines under a user of their own.
+
+In a whole virtual machine, where the memory controller works and root lacks no capability.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from llmux_guest import Guest, LlmuxGuest, model
+
+# Emulated: the boot alone takes from 20 s to 160 s, by what else the host does.
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+RESTORES = 10
+
+
+@pytest.fixture(scope="module")
+def machine(package: str) -> Iterator[LlmuxGuest]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to start a virtual machine")
+    with Guest.up(machine=True, debs=[package]) as guest:
+        yield LlmuxGuest(guest)
+
+
+def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGuest) -> None:
+    # as an operator would: every engine's scope, whatever its model's name
+    machine.guest.write(
+        "/etc/systemd/system/llmux-.scope.d/limits.conf", "[Scope]\nMemoryMax=700M\nTasksMax=300\n"
+    )
+    machine.run(["systemctl", "daemon-reload"])
+    models = ("alpha", "beta")
+    machine.begin(
+        {name: model("retain+checkpoint") for name in models},
+        checkpoint={"keep_images": False},  # so that each turn is a dump as well
+    )
+    seen = machine.load("cycles", str(RESTORES + 1), *models, timeout=600)
+    user = machine.run(["id", "-u", "llmux-engine"]).stdout.strip()
+    said = machine.journal("-u", "llmux.service")
+    assert said.count("criu restore: success") == len(models) * RESTORES, said
+    assert said.count("(no checkpoint available)") == len(models), said
+    for name in models:
+        first, *restored = seen[name]
+        assert first["memory.max"] == str(700 * 1024**2)
+        assert first["pids.max"] == "300"
+        processes = [value for key, value in first.items() if key.isdigit()]
+        assert len(processes) >= 3
+        for process in processes:
+            assert process["Uid"].split() == [user] * 4
+            assert int(process["CapEff"], 16) == int(process["CapBnd"], 16) == 0
+            assert (process["NoNewPrivs"], process["Seccomp"]) == ("1", "2")
+        assert restored == [first] * RESTORES
