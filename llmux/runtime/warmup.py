@@ -1,4 +1,4 @@
-"""``warmup: true``: once at start every model is brought up, checked and parked, one after the other.
+"""``warmup: true``: at start every model is brought up, checked and parked, one after the other.
 
 So the first request finds a parked model instead of a cold start. Clients may come meanwhile: they
 go first, since a model that somebody waits for is not parked before it has served. A model that

@@ -1,13 +1,14 @@
 """An OpenAI client that makes models take turns and checks every answer. Standard library only.
 
-Run inside the guest as well: ``python3 client.py URL MODEL MODEL …``. For each turn a stream is begun
-on the resident model; once its first token is there, the next model is asked for. So every switch
-has to wait for a stream, and the stream has to come to its end.
+Run inside the guest as well: ``python3 client.py URL named|any TOKENS MODEL …``. For each turn a stream
+is begun on the resident model; once its first token is there, the next model is asked for. So every
+switch has to wait for a stream, and the stream has to come to its end.
 """
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import sys
 import threading
@@ -143,7 +144,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[str]:
 def take_turns(client: Client, turns: list[str]) -> list[Result]:
     """One plain request per turn; while it waits, a stream still runs on the model before it."""
     results = [_switching(client, turns[0])]
-    for before, model in zip(turns, turns[1:], strict=False):
+    for before, model in itertools.pairwise(turns):
         first = threading.Event()
         across: list[Result] = []
         thread = threading.Thread(
