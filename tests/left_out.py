@@ -1,8 +1,8 @@
 """pytest plugin: lists what was left out and why, over all of a `scripts/test`; strict in CI.
 
-A skipped test is not a passed one. Skips of this run and of earlier ones of the same call, collected
-in the file $LLMUX_LEFT_OUT, are printed before pytest's last line. With CI=true any but those of
-GPU tests make the run a failure.
+A skipped test is not a passed one. Skips of this run and of earlier ones of the same call
+(collected in the file $LLMUX_LEFT_OUT) are printed before pytest's last line. With CI=true any but
+those of GPU tests make the run a failure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An OpenAI client that makes models take turns and checks every answer. Standard library only.
 
-Run inside the guest as well: ``python3 client.py URL named|any TOKENS MODEL …``. For each turn a stream
-is begun on the resident model; once its first token is there, the next model is asked for. So every
-switch has to wait for a stream, and the stream has to come to its end.
+Run inside the guest as well: ``python3 client.py URL named|any TOKENS MODEL …``. For each turn a
+stream is begun on the resident model; once its first token is there, the next model is asked for.
+So every switch has to wait for a stream, and the stream has to come to its end.
 """
 
 from __future__ import annotations
