@@ -26,6 +26,7 @@ class Reason(StrEnum):
     CANNOT_FIT = "model_cannot_fit"
     ALREADY_RUNNING = "already_running"
     QUEUE_FULL = "queue_full"
+    OVERLOADED = "model_overloaded"
     BODY_TOO_LARGE = "body_too_large"
     NO_KEY = "invalid_api_key"
     FORBIDDEN = "forbidden"

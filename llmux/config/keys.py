@@ -177,6 +177,7 @@ GATEWAY: Final = Spec(
         "workers": parse.integer(1, 256),
         "max_body_bytes": parse.size(1024, 16 * 1024**3),
         "max_waiting": parse.integer(1, 1_000_000),
+        "max_in_flight": parse.integer(1, 1_000_000),
         "keys_file": parse.secret_path,
         "allow_public_without_keys": parse.boolean,
         "tls_certificate": parse.secret_path,

@@ -125,6 +125,7 @@ class GatewayConfig:
     workers: int = 1
     max_body_bytes: int = 64 * 1024 * 1024
     max_waiting: int = 1024  # requests that may wait for one model; each worker has its part
+    max_in_flight: int = 1024  # requests of one model at its engine; each worker has its part
     keys_file: str | None = None  # a path, or credential:NAME; None = nobody needs a key
     allow_public_without_keys: bool = False
     tls_certificate: str | None = None  # a path, or credential:NAME; with tls_key, for all of TCP

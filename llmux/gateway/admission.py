@@ -9,18 +9,19 @@ Invariants, tested by tests/properties/test_admission.py:
   no ticket is handed out twice for one move and every waiter is answered exactly once;
 - a ticket in flight is counted on exactly one lease from before its request is written until its
   last byte, its failure or its client's departure;
-- nothing is admitted on a revoked lease, and nobody waits while a usable lease is held;
+- nothing is admitted on a revoked lease, or above ``max_in_flight`` on one;
+- nobody waits while a usable lease with room is held, and nobody overtakes who waits;
 - whoever waited is counted in flight by ``grant`` itself, so a revoke read after it waits for them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
-from enum import Enum, auto
-from math import inf
-from typing import Any
+from itertools import islice
 
 from llmux.errors import Reason, Refused
+from llmux.gateway.tickets import Lease, Line, Stage, Ticket
 from llmux.protocol import Address, Demand
 
 # How long an engine that refused a connection is left alone when the supervisor says nothing about
@@ -28,75 +29,9 @@ from llmux.protocol import Address, Demand
 SUSPECT_SECS = 1.0
 
 
-class Stage(Enum):
-    NEW = auto()
-    WAITING = auto()
-    IN_FLIGHT = auto()
-    ENDED = auto()
-
-
-class Ticket:
-    """One request as admission sees it; ``repeatable`` until the first byte of an answer."""
-
-    __slots__ = (
-        "arrived", "deadline", "lease", "limit", "model", "repeatable", "retried", "stage",
-    )  # fmt: skip
-
-    def __init__(self, model: str, arrived: float, deadline: float, limit: float = inf) -> None:
-        self.limit = limit  # the client's own; no second wait goes beyond it
-        self.model = model
-        self.arrived = arrived
-        self.deadline = deadline
-        self.stage = Stage.NEW
-        self.lease: Lease | None = None
-        self.repeatable = True
-        self.retried = False
-
-    @property
-    def in_flight(self) -> bool:
-        return self.stage is Stage.IN_FLIGHT
-
-
-class Lease:
-    """One epoch of one model: the right to send to ``address``. ``pool`` is the gateway's."""
-
-    __slots__ = (
-        "address", "epoch", "in_flight", "line", "pool", "reported_at", "revoked", "suspect_until",
-    )  # fmt: skip
-
-    def __init__(self, line: Line, epoch: str, address: Address) -> None:
-        self.line = line
-        self.epoch = epoch
-        self.address = address
-        self.in_flight: set[Ticket] = set()
-        self.revoked = False
-        self.suspect_until: float | None = None
-        self.pool: Any = None
-        self.reported_at = float("-inf")  # when the gateway last told the supervisor of trouble
-
-    @property
-    def model(self) -> str:
-        return self.line.model
-
-
-class Line:
-    """What is known of one model: its waiters in order of arrival and the epochs held for it."""
-
-    __slots__ = ("completed", "in_flight", "lease", "leases", "model", "progress", "waiting")
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.waiting: dict[Ticket, None] = {}  # a dict for order and removal in constant time
-        self.lease: Lease | None = None  # the one that new requests go to
-        self.leases: dict[str, Lease] = {}  # by epoch, draining ones included
-        self.in_flight = 0
-        self.progress = 0
-        self.completed = 0
-
-
 class Admission:
     """See the module. ``on_change(model)``: its demand changed. ``on_idle(lease)``: a revoked lease
-    has nothing in flight any more."""
+    has nothing in flight any more. ``on_room(tickets)``: these got the places that became free."""
 
     def __init__(
         self,
@@ -104,11 +39,15 @@ class Admission:
         clock: Callable[[], float],
         max_waiting: int,
         wait_secs: float,
+        max_in_flight: int = sys.maxsize,
         models: Iterable[str] = (),
         on_change: Callable[[str], None] = lambda _model: None,
         on_idle: Callable[[Lease], None] = lambda _lease: None,
+        on_room: Callable[[list[Ticket]], None] = lambda _tickets: None,
     ) -> None:
         self._clock = clock
+        self._max_in_flight = max_in_flight
+        self._on_room = on_room
         self._max_waiting = max_waiting
         self.wait_secs = wait_secs
         self._on_change = on_change
@@ -124,6 +63,9 @@ class Admission:
         """The lease the ticket is now in flight on, or None when it waits. Raises Refused."""
         line = self._lines.get(ticket.model)
         if line is None or line.lease is None or line.lease.suspect_until is not None:
+            self._enqueue(ticket, line)
+            return None
+        if len(line.lease.in_flight) >= self._max_in_flight:
             self._enqueue(ticket, line)
             return None
         self._admit(ticket, line.lease)
@@ -144,6 +86,13 @@ class Admission:
                 f'cannot wait for model "{ticket.model}": the gateway is shutting down',
             )
         line = line or self._line(ticket.model)
+        if len(line.waiting) >= self._max_waiting and line.usable:
+            raise Refused(
+                Reason.OVERLOADED,
+                f'model "{ticket.model}" has {line.in_flight} requests to answer and '
+                f"{len(line.waiting)} wait",
+                hint="try again later",
+            )
         if len(line.waiting) >= self._max_waiting:
             raise Refused(
                 Reason.QUEUE_FULL,
@@ -184,9 +133,14 @@ class Admission:
         lease = ticket.lease
         assert lease is not None, "a ticket in flight has a lease"
         lease.in_flight.remove(ticket)
-        lease.line.in_flight -= 1
-        if lease.revoked and not lease.in_flight:
-            self._on_idle(lease)
+        line = lease.line
+        line.in_flight -= 1
+        if lease.revoked:
+            if not lease.in_flight:
+                self._on_idle(lease)
+        elif line.waiting and line.usable:
+            line.departures.left(self._clock(), waiting=True)
+            self._on_room(self.admit_waiting(line.model))
 
     def wait_again(self, ticket: Ticket) -> bool:
         """From in flight back to its place among the waiters, once and only before the first byte.
@@ -234,12 +188,21 @@ class Admission:
         return admitted
 
     def admit_waiting(self, model: str) -> list[Ticket]:
-        """Those who waited and are now in flight, oldest first; none when no lease is usable."""
+        """Those who waited and are now in flight, oldest first, as many as there is room for; none
+        when no lease is usable."""
         line = self._lines.get(model)
         if line is None or line.lease is None or line.lease.suspect_until is not None:
             return []
-        admitted = list(line.waiting)
-        line.waiting.clear()
+        room = self._max_in_flight - len(line.lease.in_flight)
+        admitted = (
+            list(line.waiting)
+            if room >= len(line.waiting)
+            else list(islice(line.waiting, max(0, room)))
+        )
+        for ticket in admitted:
+            del line.waiting[ticket]
+        if not line.waiting:
+            line.departures.left(0.0, waiting=False)
         for ticket in admitted:
             self._admit(ticket, line.lease)
         if admitted:
@@ -255,6 +218,9 @@ class Admission:
             return None
         if line.lease is lease:
             line.lease = None
+            if line.waiting:  # they waited for a place, and now for the model
+                line.departures.left(0.0, waiting=False)
+                self._on_change(model)
         self._retire(lease)
         return lease
 
@@ -338,6 +304,18 @@ class Admission:
         self._closed = True
         return [ticket for model in list(self._lines) for ticket in self.refuse(model)]
 
+    def secs_to_place(self, model: str) -> float | None:
+        """How long the last in line will wait for a place; None when that is not known."""
+        line = self._lines.get(model)
+        if line is None or not line.usable:
+            return None
+        each = line.departures.secs_each(self._clock())
+        return None if each is None else each * (len(line.waiting) + 1)
+
+    def wanted(self) -> list[str]:
+        """Models that are waited for, and not only for a place."""
+        return [line.model for line in self._lines.values() if line.waiting and not line.usable]
+
     # ---- views ----------------------------------------------------------------------------------
 
     def _line(self, model: str) -> Line:
@@ -366,12 +344,15 @@ class Admission:
 
     def demand(self, model: str) -> Demand:
         line = self._line(model)
-        oldest = next(iter(line.waiting), None)
+        waiting, in_flight = len(line.waiting), line.in_flight
+        if line.usable:  # who waits only for a place is served already, as the supervisor sees it
+            waiting, in_flight = 0, in_flight + waiting
+        oldest = next(iter(line.waiting), None) if waiting else None
         return Demand(
             model=model,
-            waiting=len(line.waiting),
+            waiting=waiting,
             oldest_age=None if oldest is None else max(0.0, self._clock() - oldest.arrived),
-            in_flight=line.in_flight,
+            in_flight=in_flight,
             progress=line.progress,
             completed=line.completed,
         )

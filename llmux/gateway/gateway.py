@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
 from llmux.gateway import problems
-from llmux.gateway.admission import Admission, Lease, Ticket
+from llmux.gateway.admission import Admission
 from llmux.gateway.control_feeds import Feeds
+from llmux.gateway.estimate import Switches
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.keys import Guard, LoadKeys, begin_use
 from llmux.gateway.limits import share
@@ -26,6 +27,7 @@ from llmux.gateway.observer import Observer
 from llmux.gateway.openai import names_of
 from llmux.gateway.relay import Exchange, KeptExchange
 from llmux.gateway.routes import Match
+from llmux.gateway.tickets import Lease, Ticket
 from llmux.gateway.upstream import EngineFailure, EnginePool
 from llmux.protocol import (
     Catalog,
@@ -85,7 +87,10 @@ class Gateway:
             models=self.models,
             on_change=link.demand_changed,
             on_idle=self._on_idle,
+            on_room=self._send_admitted,
+            max_in_flight=share(config.gateway.max_in_flight, workers),
         )
+        self._switches = Switches(self.clock, min_active_secs=config.policy.min_active_secs)
         self.feeds = Feeds(link)
         self.exposition = Exposition(self, worker)
         self.observer.known = self.models
@@ -129,6 +134,8 @@ class Gateway:
                 exchange.counted = True
             lease = self.admission.submit(exchange)
         except Refused as problem:
+            if problem.reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
+                problem.retry_after = self._secs_until(exchange.model)
             exchange.refuse(problem)
             return
         if lease is None:
@@ -195,6 +202,9 @@ class Gateway:
                 admitted = self.admission.grant(message.model, message.epoch, message.address)
                 if (held := self.admission.held(message.model)) is not None:
                     self.pool(held).reopen()
+                switch = self._switches.granted(message.model)
+                for ticket in admitted:
+                    ticket.switch = switch
                 self._send_admitted(admitted)
             case Revoke():
                 self._revoke(message)
@@ -214,6 +224,7 @@ class Gateway:
                 self.models = {info.name: info for info in message.infos()}
                 self.observer.known = self.models
                 self._names = names_of(self.models.values())
+                self._switches.see(self.models.values())
                 self.admission.set_models(self.models)
             case News():
                 self.feeds.heard(message)
@@ -268,9 +279,20 @@ class Gateway:
     def _wait_expired(self, model: str) -> Refused:
         return Refused(
             Reason.WAIT_EXPIRED,
-            f'model "{model}" could not be made ready within {self.admission.wait_secs:g} seconds',
-            hint="the limit is policy.request_timeout_secs",
+            f'model "{model}" could not be made ready in time',
+            hint="the limit is policy.request_timeout_secs, or what the client asked for",
+            retry_after=self._secs_until(model),
         )
+
+    def _secs_until(self, model: str) -> float:
+        """For Retry-After: when a request that is turned away now would be answered."""
+        place = self.admission.secs_to_place(model)
+        if place is not None:
+            return place
+        held = self.admission.held(model)
+        if held is not None and held.suspect_until is None:
+            return 1.0  # full, and nobody has been seen to leave yet
+        return self._switches.secs_until(model, self.admission.wanted())
 
     # ---- stopping -------------------------------------------------------------------------------
 
@@ -287,6 +309,7 @@ class Gateway:
         """Cut what is left and give up all connections to engines."""
         if self._timer is not None:
             self._timer.cancel()
+        self.start_draining()  # nobody takes the places that become free below
         problem = Refused(Reason.SHUTTING_DOWN, "the gateway is shutting down")
         for line in list(self.admission.lines()):
             for lease in list(line.leases.values()):

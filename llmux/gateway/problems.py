@@ -26,6 +26,7 @@ PROBLEMS: dict[Reason, tuple[int, str]] = {
     Reason.CANNOT_FIT: (503, "server_error"),
     Reason.ALREADY_RUNNING: (409, "invalid_request_error"),
     Reason.QUEUE_FULL: (503, "server_error"),
+    Reason.OVERLOADED: (429, "rate_limit_error"),
     Reason.BODY_TOO_LARGE: (413, "invalid_request_error"),
     Reason.NO_KEY: (401, "authentication_error"),
     Reason.FORBIDDEN: (403, "permission_error"),
@@ -85,7 +86,7 @@ def status_of(problem: Refused) -> int:
 
 def retry_after_of(problem: Refused) -> int | None:
     """Whole seconds for Retry-After, at least 1; None when trying again makes no sense."""
-    if problem.retry_after is None and status_of(problem) != 503:
+    if problem.retry_after is None and status_of(problem) not in (429, 503):
         return None
     seconds = DEFAULT_RETRY_AFTER if problem.retry_after is None else problem.retry_after
     return max(1, math.ceil(seconds))

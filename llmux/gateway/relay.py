@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from llmux.errors import Reason, Refused
 from llmux.gateway import problems
-from llmux.gateway.admission import Lease, Stage, Ticket
 from llmux.gateway.forms import Upload
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.reshaping import RenamingConnection, UnchunkingConnection
+from llmux.gateway.tickets import Lease, Stage, Ticket
 from llmux.gateway.upstream import EngineConnection, EngineFailure, EnginePool, ResponseHead
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ NOT_PASSED_ON = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
+        b"x-llmux-switch",
         b"x-llmux-wait-ms",
         b"x-request-id",
     }
@@ -232,8 +233,8 @@ class Exchange(Ticket):
             connection = b"connection: close\r\n"
         elif version_1_0:
             connection = b"connection: keep-alive\r\n"
-        return b"x-request-id: %b\r\nx-llmux-wait-ms: %d\r\n%b" % (
-            request_id, self._wait_ms, connection,
+        return b"x-request-id: %b\r\nx-llmux-wait-ms: %d\r\nx-llmux-switch: %b\r\n%b" % (
+            request_id, self._wait_ms, self.switch, connection,
         )  # fmt: skip
 
     def response_bytes(self, data: bytes) -> None:

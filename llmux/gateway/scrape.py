@@ -11,8 +11,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from llmux.gateway.admission import Lease
 from llmux.gateway.reshaping import UnchunkingConnection
+from llmux.gateway.tickets import Lease
 from llmux.gateway.upstream import EngineConnection, EngineFailure, ResponseHead
 from llmux.metrics import escape
 

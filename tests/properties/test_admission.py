@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llmux.errors import Reason, Refused
-from llmux.gateway.admission import SUSPECT_SECS, Admission, Lease, Stage, Ticket
+from llmux.gateway.admission import SUSPECT_SECS, Admission
+from llmux.gateway.tickets import Lease, Stage, Ticket
 from llmux.protocol import Address
 
 MODELS = ("a", "b")
 WAIT = 10.0
 MAX_WAITING = 4
+MAX_IN_FLIGHT = 3
 
 models = st.sampled_from(MODELS)
 
@@ -34,8 +36,10 @@ class Gateway(RuleBasedStateMachine):
             clock=lambda: self.now,
             max_waiting=MAX_WAITING,
             wait_secs=WAIT,
+            max_in_flight=MAX_IN_FLIGHT,
             models=MODELS,
             on_idle=self.on_idle,
+            on_room=self.check_admitted,
         )
 
     def on_idle(self, lease: Lease) -> None:
@@ -49,6 +53,9 @@ class Gateway(RuleBasedStateMachine):
             assert ticket.stage is Stage.ENDED
             self.answers[ticket] += 1
 
+    def waiting(self, model: str) -> int:
+        return sum(ticket.model == model for ticket in self.in_stage(Stage.WAITING))
+
     def in_stage(self, stage: Stage) -> list[Ticket]:
         return [ticket for ticket in self.tickets if ticket.stage is stage]
 
@@ -58,6 +65,7 @@ class Gateway(RuleBasedStateMachine):
             assert ticket.lease is not None
             assert ticket in ticket.lease.in_flight
             assert not ticket.lease.revoked
+            assert len(ticket.lease.in_flight) <= MAX_IN_FLIGHT
         assert tickets == sorted(tickets, key=lambda ticket: ticket.arrived)
 
     # ---- clients --------------------------------------------------------------------------------
@@ -67,17 +75,18 @@ class Gateway(RuleBasedStateMachine):
         ticket = Ticket(model, self.now, self.now + WAIT)
         held = self.admission.held(model)
         usable = held is not None and held.suspect_until is None
-        waiting = self.admission.demand(model).waiting
+        room = usable and held is not None and len(held.in_flight) < MAX_IN_FLIGHT
+        waiting = self.waiting(model)
         try:
             lease = self.admission.submit(ticket)
         except Refused as refused:
-            assert not usable
-            expected = Reason.SHUTTING_DOWN if self.closed else Reason.QUEUE_FULL
-            assert refused.reason is expected
+            assert not room
+            full = Reason.OVERLOADED if usable else Reason.QUEUE_FULL
+            assert refused.reason is (Reason.SHUTTING_DOWN if self.closed else full)
             assert self.closed or waiting >= MAX_WAITING
             return
         self.tickets.append(ticket)
-        assert (lease is held) if usable else (lease is None)
+        assert (lease is held) if room else (lease is None)
         if lease is not None:
             self.check_admitted([ticket])
 
@@ -184,12 +193,15 @@ class Gateway(RuleBasedStateMachine):
             demand = self.admission.demand(model)
             mine = [ticket for ticket in self.tickets if ticket.model == model]
             waiting = [ticket for ticket in mine if ticket.stage is Stage.WAITING]
-            assert demand.waiting == len(waiting)
-            assert demand.in_flight == sum(t.stage is Stage.IN_FLIGHT for t in mine)
+            in_flight = sum(t.stage is Stage.IN_FLIGHT for t in mine)
+            held = self.admission.held(model)
+            if held is not None and held.suspect_until is None:
+                assert (demand.waiting, demand.in_flight) == (0, len(waiting) + in_flight)
+                assert not waiting or len(held.in_flight) == MAX_IN_FLIGHT
+                continue
+            assert (demand.waiting, demand.in_flight) == (len(waiting), in_flight)
             if waiting:
                 assert demand.oldest_age == self.now - min(t.arrived for t in waiting)
-            held = self.admission.held(model)
-            assert not (held and held.suspect_until is None and waiting)
 
     @invariant()
     def nothing_is_late_and_the_clock_is_asked_in_time(self) -> None:

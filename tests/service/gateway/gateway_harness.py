@@ -24,7 +24,7 @@ import uvloop
 from llmux.config.schema import Config, GatewayConfig, ModelConfig, PolicyConfig
 from llmux.gateway.gateway import Gateway
 from llmux.gateway.server import serve_gateway
-from llmux.protocol import Address, Catalog, Grant, Hello, Message, ModelInfo, decode
+from llmux.protocol import Address, Catalog, Grant, Hello, Message, ModelInfo, Revoke, decode
 
 M = TypeVar("M", bound=Message)
 
@@ -120,6 +120,9 @@ class FakeSupervisor:
 
     def grant(self, engine: StubEngine, model: str = "alpha", epoch: str = "e1") -> None:
         self.say(Grant(model, epoch, uds=engine.address.uds, port=engine.address.port))
+
+    def revoke(self, epoch: str, model: str = "alpha") -> None:
+        self.say(Revoke(model, epoch))
 
     async def hear(self, kind: type[M], where: Callable[[M], bool] = lambda _m: True) -> M:
         """The next message of that kind for which ``where`` holds, skipping what came before it."""
@@ -372,12 +375,12 @@ class Stage:
 
 
 def a_config(
-    *, wait_secs: float = 30.0, max_waiting: int = 100, max_body_bytes: int = 8 << 20
+    *, wait_secs: float = 30.0, max_waiting: int = 100, max_body_bytes: int = 8 << 20, **more: Any
 ) -> Config:
     return Config(
         models=MappingProxyType({name: ModelConfig(name, f"/models/{name}") for name in MODELS}),
         policy=PolicyConfig(request_timeout_secs=wait_secs),
-        gateway=GatewayConfig(max_waiting=max_waiting, max_body_bytes=max_body_bytes),
+        gateway=GatewayConfig(max_waiting=max_waiting, max_body_bytes=max_body_bytes, **more),
     )
 
 

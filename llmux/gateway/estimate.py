@@ -1,0 +1,95 @@
+"""How long somebody who is turned away should stay away: from measured switches and departures.
+
+Pure; the clock is handed in. What is not known yet is guessed low: a client that comes back early
+is told a better number then, one that was sent away for too long never learns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from llmux.protocol import ModelInfo
+
+UNKNOWN_SWITCH_SECS = 10.0  # before the first switch was seen
+RECENT = 512  # departures that a rate is taken from; older ones fade
+
+COMING_UP = {"starting": b"cold", "waking": b"woken"}  # state → what X-Llmux-Switch calls it
+
+
+class Departures:
+    """How fast a line moves while somebody stands in it."""
+
+    __slots__ = ("_count", "_since")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._since: float | None = None  # None: nobody stood in line when last looked at
+
+    def left(self, now: float, *, waiting: bool) -> None:
+        """One request ended; ``waiting``: somebody took its place."""
+        if not waiting:
+            self._since = None
+            return
+        if self._since is None:
+            self._since, self._count = now, 0
+            return
+        self._count += 1
+        if self._count >= RECENT:
+            self._count //= 2
+            self._since = now - (now - self._since) / 2
+
+    def secs_each(self, now: float) -> float | None:
+        if self._since is None or self._count == 0:
+            return None
+        return (now - self._since) / self._count
+
+
+@dataclass(slots=True)
+class _Seen:
+    state: str
+    since: float
+    switch_secs: float | None
+
+
+class Switches:
+    """What the catalog says of the models' switches."""
+
+    def __init__(self, clock: Callable[[], float], *, min_active_secs: float) -> None:
+        self._clock = clock
+        self._min_active_secs = min_active_secs
+        self._models: dict[str, _Seen] = {}
+        self._coming: dict[str, bytes] = {}
+
+    def see(self, infos: Iterable[ModelInfo]) -> None:
+        now = self._clock()
+        before, self._models = self._models, {}
+        for info in infos:
+            seen = before.get(info.name)
+            since = seen.since if seen is not None and seen.state == info.state else now
+            self._models[info.name] = _Seen(info.state, since, info.switch_secs)
+            if info.state in COMING_UP:
+                self._coming[info.name] = COMING_UP[info.state]
+
+    def granted(self, model: str) -> bytes:
+        """What those who waited for the model had to wait for."""
+        return self._coming.pop(model, b"none")
+
+    def secs_until(self, model: str, wanted: Iterable[str]) -> float:
+        """Until the model could serve: its own switch, less what of it is done, and before it
+        those of the ``wanted`` ones, each with the time it then keeps the GPU."""
+        seen = self._models.get(model)
+        own = self._switch_secs(model)
+        if seen is not None and seen.state in COMING_UP:
+            return max(1.0, own - (self._clock() - seen.since))
+        ahead = sum(
+            self._switch_secs(other) + self._min_active_secs for other in wanted if other != model
+        )
+        return own + ahead
+
+    def _switch_secs(self, model: str) -> float:
+        seen = self._models.get(model)
+        if seen is None or seen.switch_secs is None:
+            known = [one.switch_secs for one in self._models.values() if one.switch_secs]
+            return sum(known) / len(known) if known else UNKNOWN_SWITCH_SECS
+        return seen.switch_secs

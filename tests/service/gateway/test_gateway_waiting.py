@@ -1,0 +1,114 @@
+"""Waiting honestly: places at an engine, Retry-After, what was waited for, patience."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway_harness import EngineRequest, a_config, in_loop, stage, until
+
+from llmux.protocol import Catalog, Demand, ModelInfo
+
+
+@in_loop
+async def test_an_engine_gets_no_more_than_it_has_places_for() -> None:
+    release = asyncio.Event()
+
+    async def hold(request: EngineRequest) -> None:
+        await release.wait()
+        request.json({"ok": True})
+
+    async with stage(a_config(max_in_flight=2, max_waiting=3)) as s:
+        engine = await s.engine(hold)
+        s.supervisor.grant(engine)
+        clients = [await s.client() for _ in range(5)]
+        for client in clients:
+            client.chat()
+        await until(lambda: len(engine.requests) == 2 and s.in_flight() == 5)
+        # who waits for a place only is no demand for a switch
+        await s.supervisor.hear(Demand, lambda d: d.in_flight == 5 and d.waiting == 0)
+        refused = await s.client()
+        refused.chat()
+        answer = await refused.answer()
+        assert (answer.status, answer.code) == (429, "model_overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+        release.set()
+        for client in clients:
+            assert (await client.answer()).status == 200
+        await until(lambda: s.in_flight() == 0)
+        assert len(engine.requests) == 5
+
+
+@in_loop
+async def test_a_client_that_leaves_its_place_gives_it_to_the_next() -> None:
+    async def hold(request: EngineRequest) -> None:
+        await request.reader.read(1)
+
+    async with stage(a_config(max_in_flight=1)) as s:
+        engine = await s.engine(hold)
+        s.supervisor.grant(engine)
+        first, second, third = [await s.client() for _ in range(3)]
+        for client in (first, second, third):
+            client.chat()
+            await until(lambda: len(engine.requests) == 1)
+        await until(lambda: s.in_flight() == 3)
+        second.leave()
+        await until(lambda: s.in_flight() == 2)
+        first.leave()
+        await engine.next_request(2)
+        assert s.in_flight() == 1
+
+
+@in_loop
+async def test_retry_after_follows_from_measured_switches() -> None:
+    async with stage(a_config(max_waiting=1)) as s:
+        s.supervisor.say(
+            Catalog.of([ModelInfo("alpha", "parked", switch_secs=40.0), ModelInfo("beta", "x")])
+        )
+        await until(lambda: s.gateway.models["alpha"].switch_secs == 40.0)
+        waiting, refused = await s.client(), await s.client()
+        waiting.chat()
+        await until(lambda: s.waiting() == 1)
+        refused.chat()
+        answer = await refused.answer()
+        assert (answer.status, answer.code) == (503, "queue_full")
+        assert answer.headers["retry-after"] == "40"
+        refused.chat("beta")
+        await until(lambda: s.waiting("beta") == 1)
+        other = await s.client()
+        other.chat("beta")
+        # its own is unknown and taken to be like the others', then alpha's and alpha's time
+        assert (await other.answer()).headers["retry-after"] == str(40 + 40 + 5)
+
+
+@in_loop
+async def test_what_was_waited_for_is_told() -> None:
+    async with stage() as s:
+        engine = await s.engine()
+        client = await s.client()
+        for state, how in (("starting", "cold"), ("waking", "woken")):
+            client.chat()
+            await until(lambda: s.waiting() == 1)
+            s.supervisor.say(Catalog.of([ModelInfo("alpha", state), ModelInfo("beta", "x")]))
+            s.supervisor.grant(engine, epoch=state)
+            assert (await client.answer()).headers["x-llmux-switch"] == how
+            client.chat()
+            answer = await client.answer()
+            assert answer.headers["x-llmux-switch"] == "none"
+            assert answer.headers["x-llmux-wait-ms"] == "0"
+            s.supervisor.revoke(state)
+            await until(lambda: s.gateway.admission.held("alpha") is None)
+
+
+@in_loop
+async def test_the_sooner_of_both_patiences_counts() -> None:
+    async with stage(a_config(wait_secs=20)) as s:
+        client = await s.client()
+        for headers in (
+            ("X-Request-Timeout: 0.05",),
+            ("X-Stainless-Timeout: 600", "X-Request-Timeout: 0.05"),
+            ("X-Stainless-Timeout: 0.05", "X-Request-Timeout: soon"),
+        ):
+            client.send(payload={"model": "alpha"}, headers=headers)
+            answer = await client.answer()
+            assert (answer.status, answer.code) == (504, "wait_expired")
+            assert int(answer.headers["retry-after"]) >= 1
