@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import grp
 import logging
 import os
@@ -26,9 +27,10 @@ from typing import Any
 from llmux import __version__
 from llmux.config.check import check_embedded, check_host
 from llmux.config.diff import diff_config
+from llmux.config.keyfile import load_keys, resolve_secret
 from llmux.config.lastgood import LastGood
 from llmux.config.load import load_config, load_marked
-from llmux.config.schema import Config
+from llmux.config.schema import Config, Key
 from llmux.core.effects import SwitchFinished
 from llmux.core.events import ConfigChanged
 from llmux.core.records import State
@@ -48,6 +50,8 @@ from llmux.drivers.output import EngineFiles
 from llmux.drivers.store import FileStateStore
 from llmux.errors import ConfigError, LlmuxError, Reason, Refused, StateFileError
 from llmux.gateway.server import bind_all, serve_gateway
+from llmux.gateway.tls import Tls
+from llmux.gateway.workers import BEAT_SECS, Parent
 from llmux.ports import DeviceCheckpointer, Notifier, StateStore, UnitManager
 from llmux.protocol import Ask, Catalog, Collect, Tell
 from llmux.runtime.drivers import Drivers, Places
@@ -452,11 +456,15 @@ async def _warm(supervisor: Supervisor, stop: asyncio.Event) -> None:
     await stop.wait()
 
 
-def _reload_on_hangup(supervisor: Supervisor, notifier: Notifier) -> None:
+def _reload_on_hangup(
+    supervisor: Supervisor, notifier: Notifier, also: Sequence[Callable[[], None]] = ()
+) -> None:
     pending: set[asyncio.Task[None]] = set()
 
     async def reload() -> None:
         notifier.reloading()
+        for part in also:
+            part()
         try:
             await supervisor.reload()
         except LlmuxError:
@@ -490,42 +498,109 @@ def _gid_of(group: str) -> int | None:
 # ---- llmux gateway ------------------------------------------------------------------------------
 
 
-async def gateway(path: str) -> None:
+def gateway(path: str, *, link: str = SOCKET, last_good: str = LAST_GOOD) -> None:
     """The front end as a service of its own. Its sockets live in systemd's fd store."""
-    config = LastGood(LAST_GOOD).load(path, check_files=False).config
+    config = LastGood(last_good).load(path, check_files=False).config
     notifier = SdNotifier()
+    secrets = _Secrets(config)
+    secrets.check()
+    sockets, metrics_sockets = _kept_sockets(config, notifier)
+
+    def work(told: Notifier, watchdog_secs: float | None, life: socket.socket | None) -> None:
+        serving = functools.partial(
+            serve_gateway,
+            config,
+            link=link,
+            sockets=sockets,
+            metrics_sockets=metrics_sockets,
+            notifier=told,
+            watchdog_secs=watchdog_secs,
+            keys=secrets.keys,
+            tls=secrets.tls,
+        )
+        run(_gateway_worker(serving, life))
+
+    count = config.gateway.workers
+    if count == 1:
+        work(notifier, watchdog_interval(), None)
+    else:
+        Parent(count, lambda told: work(told, 3 * BEAT_SECS, told.life), notifier).run()
+
+
+async def _gateway_worker(
+    serving: Callable[..., Awaitable[None]], life: socket.socket | None
+) -> None:
     stop = asyncio.Event()
     _stop_on_signals(stop)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
-    await serve_gateway(
-        config,
-        link=SOCKET,
-        sockets=_kept_sockets(config, notifier),
-        notifier=notifier,
-        stop=stop,
-        watchdog_secs=watchdog_interval(),
-    )
+    loop = asyncio.get_running_loop()
+    reload: list[Callable[[], None]] = []
+    loop.add_signal_handler(signal.SIGHUP, lambda: [part() for part in reload])
+    if life is not None:
+
+        def orphaned() -> None:
+            loop.remove_reader(life)
+            stop.set()
+
+        loop.add_reader(life, orphaned)
+    await serving(stop=stop, reload=reload)
 
 
-def _kept_sockets(config: Config, notifier: SdNotifier) -> list[socket.socket]:
-    """One listening socket per configured address: from the fd store when it is there, else
-    bound and stored. What is stored and configured no longer is dropped."""
+class _Secrets:
+    """Where keys and certificate are, credentials resolved."""
+
+    def __init__(self, config: Config) -> None:
+        settings = config.gateway
+        self.keys: Callable[[], tuple[Key, ...]] | None = None
+        if settings.keys_file is not None:
+            self.keys = functools.partial(load_keys, resolve_secret(settings.keys_file))
+        self.tls: tuple[str, str] | None = None
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            self.tls = (resolve_secret(settings.tls_certificate), resolve_secret(settings.tls_key))
+
+    def check(self) -> None:
+        """Raises what is wrong with them before anything listens."""
+        if self.keys is not None:
+            self.keys()
+        if self.tls is not None:
+            Tls(*self.tls)
+
+
+def _kept_sockets(
+    config: Config, notifier: SdNotifier
+) -> tuple[list[socket.socket], list[socket.socket]]:
+    """One listening socket per configured address, for clients and for metrics: from the fd store
+    when it is there, else bound and stored. What is stored and configured no longer is dropped."""
     kept = listen_fds()
-    sockets = []
-    for address in config.listen_addresses():
-        name = "listen-" + address.replace(":", "_").replace("/", "-")
-        stored = kept.pop(name, [])
-        if stored:
+
+    def sockets_for(addresses: Sequence[str], purpose: str) -> list[socket.socket]:
+        sockets = []
+        for address in addresses:
+            name = f"{purpose}-" + address.replace(":", "_").replace("/", "-")
+            stored = kept.pop(name, [])
+            if not stored:
+                stored = bind_all([address])
+                notifier.store_fds(name, stored)
             sockets += stored
-        else:
-            bound = bind_all([address])
-            notifier.store_fds(name, bound)
-            sockets += bound
+        return sockets
+
+    clients = sockets_for(config.listen_addresses(), "listen")
+    metrics = _metrics_sockets(config, lambda addresses: sockets_for(addresses, "metrics"))
     for name, leftover in kept.items():
         notifier.drop_fds(name)
         for sock in leftover:
             sock.close()
-    return sockets
+    return clients, metrics
+
+
+def _metrics_sockets(
+    config: Config, bind: Callable[[Sequence[str]], list[socket.socket]]
+) -> list[socket.socket]:
+    """Their port may be taken (9090 is Prometheus' own): no reason to serve no models."""
+    try:
+        return bind(config.metrics_addresses())
+    except OSError as error:
+        log.error("no metrics port: %s (set metrics_port, or 0 for none)", error)
+        return []
 
 
 # ---- llmux serve --------------------------------------------------------------------------------
@@ -539,6 +614,7 @@ async def serve(path: str, *, port: int | None = None) -> None:
     if problems:
         raise ConfigError(problems)
     listen = [f"127.0.0.1:{port}"] if port is not None else list(config.listen_addresses())
+    _Secrets(config).check()
     sockets = bind_all(listen)
     stop = asyncio.Event()
     _stop_on_signals(stop)
@@ -570,11 +646,21 @@ async def _serve_in(
     try:
         await supervisor.hub.join(ours)
         supervisor.loop.listeners.append(StatusLine(notifier))
-        _reload_on_hangup(supervisor, notifier)
+        secrets = _Secrets(config)
+        reload: list[Callable[[], None]] = []
+        _reload_on_hangup(supervisor, notifier, reload)
         gateway_stop = asyncio.Event()
         front = asyncio.create_task(
             serve_gateway(
-                config, link=theirs, sockets=sockets, notifier=notifier, stop=gateway_stop
+                config,
+                link=theirs,
+                sockets=sockets,
+                metrics_sockets=_metrics_sockets(config, bind_all),
+                notifier=notifier,
+                stop=gateway_stop,
+                keys=secrets.keys,
+                tls=secrets.tls,
+                reload=reload,
             )
         )
         try:

@@ -29,7 +29,10 @@ def gateway(args: argparse.Namespace) -> None:
     from llmux import daemon
 
     daemon.setup_logging(args.verbose)
-    _run(daemon.gateway(args.config))
+    try:
+        daemon.gateway(args.config)
+    except OSError as error:
+        raise LlmuxError(f"cannot run: {error}") from error
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -51,6 +51,15 @@ _prefix = os.urandom(6).hex()
 _count = itertools.count(1)
 
 
+def _new_prefix() -> None:
+    """Forked workers must not give the same ids."""
+    global _prefix
+    _prefix = os.urandom(6).hex()
+
+
+os.register_at_fork(after_in_child=_new_prefix)
+
+
 def new_request_id() -> bytes:
     """Unique without a system call per request: a random prefix per process and a counter."""
     return b"req-%b-%x" % (_prefix.encode(), next(_count))

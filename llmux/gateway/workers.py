@@ -1,0 +1,219 @@
+"""Several gateway workers on the same listening sockets, forked by a parent that only minds them.
+
+The parent has no event loop and touches no request. Each worker holds one end of a socket pair:
+what it would tell systemd goes through it, and its end tells a worker that the parent is gone.
+A worker that dies, or whose loop stands still, is replaced; its clients' requests end with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from llmux.ports import Notifier
+
+logger = logging.getLogger(__name__)
+
+HANG_SECS: Final = 20.0  # a worker says once a second that its loop turns
+STOP_SECS: Final = 50.0  # longer than a worker's drain, shorter than systemd's patience
+BEAT_SECS: Final = 1.0
+FIRST_DELAY_SECS: Final = 0.1  # before a worker is replaced; doubles while they die at once
+MAX_DELAY_SECS: Final = 5.0
+YOUNG_SECS: Final = 2.0
+
+READY: Final = b"R"
+ALIVE: Final = b"W"
+
+
+class WorkerNotifier:
+    """Notifier of a worker: tells the parent. ``life`` becomes readable when that is gone."""
+
+    def __init__(self, life: socket.socket) -> None:
+        self.life = life
+
+    def ready(self) -> None:
+        self._tell(READY)
+
+    def watchdog(self) -> None:
+        self._tell(ALIVE)
+
+    def status(self, text: str) -> None:
+        """The parent says something for all of them."""
+
+    def reloading(self) -> None:
+        """As ``status``."""
+
+    def stopping(self) -> None:
+        """As ``status``."""
+
+    def _tell(self, word: bytes) -> None:
+        with suppress(OSError):
+            self.life.send(word)
+
+
+Work = Callable[[WorkerNotifier], None]  # one worker from start to stop
+
+
+@dataclass(slots=True)
+class _Worker:
+    number: int
+    pid: int
+    sock: socket.socket
+    began: float
+    heard: float
+    ready: bool = False
+
+
+@dataclass(slots=True)
+class Parent:
+    """``run`` returns when a stop was asked for and every worker has ended."""
+
+    count: int
+    work: Work
+    notifier: Notifier
+    _workers: dict[int, _Worker] = field(default_factory=dict)  # by number
+    _due: dict[int, float] = field(default_factory=dict)  # number → when to start it
+    _delay: float = FIRST_DELAY_SECS
+    _selector: selectors.DefaultSelector = field(default_factory=selectors.DefaultSelector)
+    _stop_by: float | None = None
+    _told_ready: bool = False
+
+    def run(self) -> None:
+        signals, wakeup = socket.socketpair()
+        for sock in (signals, wakeup):
+            sock.setblocking(False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+        former = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        former_fd = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        self._selector.register(signals, selectors.EVENT_READ, None)
+        try:
+            now = time.monotonic()
+            self._due = dict.fromkeys(range(1, self.count + 1), now)
+            while self._stop_by is None or self._workers:
+                self._turn(signals)
+        finally:
+            signal.set_wakeup_fd(former_fd)
+            for number, handler in former.items():
+                signal.signal(number, handler)
+            self._selector.close()
+            signals.close()
+            wakeup.close()
+
+    def _turn(self, signals: socket.socket) -> None:
+        now = time.monotonic()
+        for number in [number for number, at in self._due.items() if at <= now]:
+            del self._due[number]
+            self._start(number)
+        waits = [at - now for at in self._due.values()]
+        for key, _ in self._selector.select(max(0.0, min([*waits, BEAT_SECS]))):
+            if key.data is None:
+                for number in signals.recv(4096):
+                    self._signalled(number)
+            else:
+                self._heard(key.data)
+        self._look_after(time.monotonic())
+        self.notifier.watchdog()
+
+    # ---- workers --------------------------------------------------------------------------------
+
+    def _start(self, number: int) -> None:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self._be_worker(theirs)
+        theirs.close()
+        ours.setblocking(False)
+        now = time.monotonic()
+        worker = _Worker(number, pid, ours, began=now, heard=now)
+        self._workers[number] = worker
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+
+    def _be_worker(self, life: socket.socket) -> None:
+        """Never returns: the parent's stack is not the worker's."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            for other in self._workers.values():
+                other.sock.close()
+            self._selector.close()
+            life.setblocking(False)
+            self.work(WorkerNotifier(life))
+            status = 0
+        except BaseException:  # told here, once; a traceback must not unwind into the parent's code
+            logger.exception("a gateway worker ends")
+        finally:
+            logging.shutdown()
+            os._exit(status)
+
+    def _heard(self, worker: _Worker) -> None:
+        try:
+            words = worker.sock.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            words = b""
+        if not words:
+            self._selector.unregister(worker.sock)  # it ends; SIGCHLD follows
+            return
+        worker.heard = time.monotonic()
+        if READY in words and not worker.ready:
+            worker.ready = True
+            self._delay = FIRST_DELAY_SECS
+            up = sum(one.ready for one in self._workers.values())
+            self.notifier.status(f"{up} of {self.count} workers are up")
+            if up == self.count and not self._told_ready:
+                self._told_ready = True
+                self.notifier.ready()
+
+    def _look_after(self, now: float) -> None:
+        for worker in list(self._workers.values()):
+            pid, status = os.waitpid(worker.pid, os.WNOHANG)
+            if pid:
+                self._ended(worker, status, now)
+            elif worker.ready and now - worker.heard > HANG_SECS and self._stop_by is None:
+                logger.error("gateway worker %d stands still: killed", worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.heard = now
+        if self._stop_by is not None and now > self._stop_by:
+            self._tell_all(signal.SIGKILL)
+
+    def _ended(self, worker: _Worker, status: int, now: float) -> None:
+        del self._workers[worker.number]
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(worker.sock)
+        worker.sock.close()
+        if self._stop_by is not None:
+            return
+        if now - worker.began < YOUNG_SECS:
+            self._delay = min(self._delay * 2, MAX_DELAY_SECS)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"status {code}" if code >= 0 else signal.Signals(-code).name
+        logger.error("gateway worker %d ended (%s): replaced", worker.pid, how)
+        self._due[worker.number] = now + self._delay
+
+    # ---- signals --------------------------------------------------------------------------------
+
+    def _signalled(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT) and self._stop_by is None:
+            self._stop_by = time.monotonic() + STOP_SECS
+            self._due.clear()
+            self.notifier.stopping()
+            self._tell_all(signal.SIGTERM)
+        elif number == signal.SIGHUP:
+            self._tell_all(signal.SIGHUP)
+
+    def _tell_all(self, number: int) -> None:
+        for worker in self._workers.values():
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, number)

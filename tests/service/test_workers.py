@@ -1,0 +1,210 @@
+"""Several gateway workers on one socket: all of them up, replaced when they die, stopped together.
+
+The supervisor is the gateway tests' stand-in; parent and workers are real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gateway.gateway_harness import Client, FakeSupervisor, StubEngine, in_loop, soon
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVE = """
+import sys
+from llmux import daemon
+daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3])
+"""
+
+
+@dataclass
+class Front:
+    process: asyncio.subprocess.Process
+    supervisor: FakeSupervisor
+    directory: Path
+    notified: asyncio.Queue[str]
+    clients: list[Client] = field(default_factory=list)
+
+    async def client(self) -> Client:
+        path = str(self.directory / "http.sock")
+        reader, writer = await asyncio.open_unix_connection(path, limit=1 << 20)
+        self.clients.append(Client(reader, writer))
+        return self.clients[-1]
+
+    async def told(self, word: str) -> None:
+        while word not in await soon(self.notified.get()):
+            pass
+
+    def pids(self) -> dict[int, str]:
+        """Worker processes by pid, as they named themselves to the supervisor."""
+        return {int(hello.worker.rpartition("-")[2]): hello.worker for hello in self.hellos()}
+
+    def hellos(self) -> list[Any]:
+        return [hello for hello in self.supervisor.hellos if hello.role == "gateway"]
+
+    async def hello(self, number: int) -> None:
+        while len(self.hellos()) < number:
+            await self.supervisor.hear(type(self.supervisor.hellos[0]))
+
+
+@asynccontextmanager
+async def front(workers: int, **gateway: Any) -> AsyncIterator[Front]:
+    with tempfile.TemporaryDirectory(prefix="lxw") as name:
+        directory = Path(name)
+        supervisor = FakeSupervisor(str(directory / "s.sock"))
+        await supervisor.start()
+        settings = {"listen": [f"unix:{directory}/http.sock"], "workers": workers} | gateway
+        models = {model: {"model_path": f"m/{model}"} for model in supervisor.models}
+        document = {"gateway": settings, "metrics_port": 0, "models": models}
+        (directory / "config.json").write_text(json.dumps(document))
+        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        notify.bind(str(directory / "notify.sock"))
+        notify.setblocking(False)
+        notified: asyncio.Queue[str] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(notify, lambda: notified.put_nowait(notify.recv(4096).decode()))
+        env = dict(os.environ) | {"NOTIFY_SOCKET": str(directory / "notify.sock")}
+        for variable in ("WATCHDOG_USEC", "LISTEN_FDS"):
+            env.pop(variable, None)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", SERVE, str(directory / "config.json"), supervisor.path,
+            str(directory / "last-good"), cwd=ROOT, env=env,
+        )  # fmt: skip
+        running = Front(process, supervisor, directory, notified)
+        try:
+            yield running
+        finally:
+            for client in running.clients:
+                client.leave()
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                await soon(process.wait())
+            loop.remove_reader(notify)
+            notify.close()
+            await supervisor.stop()
+
+
+async def gone(pid: int) -> None:
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(fd, ended.set)
+    try:
+        await soon(ended.wait())
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+@in_loop
+async def test_all_workers_are_up_before_ready_and_all_end_with_a_stop() -> None:
+    async with front(3) as gateway:
+        await gateway.told("READY=1")
+        assert len(gateway.pids()) == 3 and gateway.process.pid not in gateway.pids()
+        client = await gateway.client()
+        client.send("/health", method="GET")
+        assert (await client.answer()).status == 200
+        gateway.process.terminate()
+        await gateway.told("STOPPING=1")
+        assert await soon(gateway.process.wait()) == 0
+        for pid in gateway.pids():
+            await gone(pid)
+
+
+@in_loop
+async def test_a_killed_worker_is_replaced_and_the_others_go_on() -> None:
+    async with front(2) as gateway:
+        await gateway.told("READY=1")
+        victim = next(iter(gateway.pids()))
+        os.kill(victim, signal.SIGKILL)
+        await gone(victim)
+        await gateway.hello(3)
+        assert len(gateway.pids()) == 3
+        for _ in range(8):
+            client = await gateway.client()
+            client.send("/health", method="GET")
+            assert (await client.answer()).status == 200
+
+
+@in_loop
+async def test_workers_end_when_their_parent_is_killed() -> None:
+    async with front(2) as gateway:
+        await gateway.told("READY=1")
+        gateway.process.kill()
+        await soon(gateway.process.wait())
+        for pid in gateway.pids():
+            await gone(pid)
+
+
+@in_loop
+async def test_a_stop_lets_every_workers_streams_end() -> None:
+    async with front(2) as gateway:
+        await gateway.told("READY=1")
+        release = asyncio.Event()
+
+        async def slow(request: Any) -> None:
+            request.start_stream()
+            request.event("one")
+            await release.wait()
+            request.event("two")
+            request.end_stream()
+
+        engine = StubEngine(slow, path=str(gateway.directory / "engine.sock"))
+        await engine.start()
+        gateway.supervisor.grant(engine)
+        clients = [await gateway.client() for _ in range(8)]
+        for client in clients:
+            client.chat(stream=True)
+            assert (await client.head()).status == 200
+            assert b"one" in await client.chunk()
+        gateway.process.terminate()
+        await gateway.told("STOPPING=1")
+        release.set()
+        for client in clients:
+            assert b"two" in await client.chunk()
+        for client in clients:
+            assert b"[DONE]" in await client.chunk()
+        assert await soon(gateway.process.wait()) == 0
+        await engine.stop()
+
+
+@in_loop
+async def test_every_worker_asks_for_keys() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "keys"
+        file.write_text("")
+        async with front(2, keys_file=str(file)) as gateway:
+            await gateway.told("READY=1")
+            for _ in range(6):
+                client = await gateway.client()
+                client.send("/v1/models", method="GET", headers=("x-api-key: wrong",))
+                answer = await client.answer()
+                assert answer.status == 401 and answer.code == "invalid_api_key"
+
+
+@in_loop
+async def test_a_request_id_is_never_given_twice() -> None:
+    async with front(2) as gateway:
+        await gateway.told("READY=1")
+        seen = set()
+        for _ in range(20):
+            client = await gateway.client()
+            client.send("/health", method="GET")
+            seen.add((await client.answer()).headers["x-request-id"])
+        assert len(seen) == 20
