@@ -25,7 +25,7 @@ from llmux.drivers.criu_dump import Dump, Tools, to_its_end
 from llmux.drivers.criu_restore import Restore
 from llmux.drivers.criu_tree import PROC, SHM, TreeFacts, inspect
 from llmux.drivers.images import ImageStore
-from llmux.drivers.images_files import Stopped, digest_files, first_difference
+from llmux.drivers.images_files import Stopped, digest_files, fetch, first_difference
 from llmux.drivers.images_manifest import Manifest, ManifestError
 from llmux.drivers.run import run
 from llmux.errors import CheckpointFailed, DriverError, Unsupported
@@ -224,6 +224,10 @@ class Criu:
         return await asyncio.to_thread(self._store.find, model, identity, path)
 
     async def read_ahead(self, image: Image, progress: Progress | None = None) -> None:
+        if await self._is_verified(image):
+            # Summing it up once more would take processors from the restore that comes next.
+            await asyncio.to_thread(fetch, image.path)
+            return
         damage = await self._verify(image, progress or _nothing)
         if damage is not None:
             raise CheckpointFailed(
@@ -271,12 +275,15 @@ class Criu:
                 )
         return tuple(stamps)
 
+    async def _is_verified(self, image: Image) -> bool:
+        """By us, and not touched since."""
+        known = self._verified.get(image.path)
+        return known is not None and known == await asyncio.to_thread(self._stamps, image.path)
+
     async def _trusted(self, image: Image) -> str | None:
         """Nothing, at once, when the image was verified by us and not touched since."""
-        if image.path not in self._checks:
-            known = self._verified.get(image.path)
-            if known is not None and known == await asyncio.to_thread(self._stamps, image.path):
-                return None
+        if image.path not in self._checks and await self._is_verified(image):
+            return None
         return await self._verify(image, _nothing)
 
     async def restore(self, image: Image, launch: LaunchSpec, deadline: float) -> UnitHandle:
