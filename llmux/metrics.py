@@ -235,7 +235,7 @@ class Store:
             else:
                 series = self._numbers.get(name, {})
                 body = [
-                    f"{name}{braced(metric.labels, labels)} {value:.17g}"
+                    f"{name}{braced(metric.labels, labels)} {value}"
                     for labels, value in sorted(series.items())
                 ]
             if body:
@@ -250,7 +250,7 @@ class Store:
                 so_far += count
                 yield f'{metric.name}_bucket{inner},le="{bound}"}} {so_far}'
             yield f"{metric.name}_count{inner}}} {so_far}"
-            yield f"{metric.name}_sum{inner}}} {histogram.sum:.17g}"
+            yield f"{metric.name}_sum{inner}}} {histogram.sum}"
 
 
 _BOUNDS: Final = (*map(str, SECONDS), "+Inf")

@@ -1,0 +1,261 @@
+"""Metrics: the format, the sums over processes, and a golden file of a scripted run."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmux import metrics as m
+from llmux.config.schema import Config, Eviction, ModelConfig, Process, Weights
+from llmux.core.effects import SwitchFinished
+from llmux.core.plans import StepKind
+from llmux.core.records import (
+    Failed,
+    ModelRecord,
+    Parked,
+    Parking,
+    Serving,
+    Starting,
+    State,
+    Stopped,
+    Stopping,
+    Waking,
+)
+from llmux.gateway.scrape import merge_series
+from llmux.metrics import METRICS, SECONDS, Histogram, Kind, Store
+from llmux.ports import GpuProcess
+from llmux.protocol import Collected
+from llmux.runtime.events import EventFeed, Feeds
+from llmux.runtime.telemetry import Telemetry
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "metrics" / "golden.txt"
+
+
+class Gpu:
+    available = True
+
+    async def gpu_count(self) -> int:
+        return 1
+
+    async def processes(self) -> list[GpuProcess]:
+        return [GpuProcess(0, 1, 600), GpuProcess(0, 2, 100)]
+
+    async def totals(self) -> dict[int, int]:
+        return {0: 1000}
+
+
+# ---- definitions ---------------------------------------------------------------------------------
+
+
+def test_names_follow_the_rules() -> None:
+    for metric in METRICS.values():
+        assert metric.name.startswith("llmux_")
+        assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER), metric.name
+        if metric.kind is Kind.HISTOGRAM:
+            assert metric.name.endswith("_seconds")
+        assert "le" not in metric.labels
+    assert SECONDS[-1] == 600 and list(SECONDS) == sorted(SECONDS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llmux_switches_total",
+        "llmux_switch_total_seconds",
+        "llmux_switch_phase_seconds",
+        "llmux_request_queue_wait_seconds",
+        "llmux_requests_total",
+    ],
+)
+def test_the_names_that_users_have_dashboards_for(name: str) -> None:
+    assert name in METRICS
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def test_a_histogram_is_one_for_prometheus() -> None:
+    store = Store()
+    for seconds in (0.005, 0.006, 45.0, 599.0, 601.0):
+        store.observe(m.QUEUE_WAIT, "a", seconds=seconds)
+    (family,) = text_string_to_metric_families(store.render())
+    assert family.type == "histogram"
+    buckets = {s.labels["le"]: s.value for s in family.samples if s.name.endswith("_bucket")}
+    assert buckets["0.005"] == 1 and buckets["0.01"] == 2, "a bound is inside its bucket"
+    assert buckets["60.0"] == 3 and buckets["600.0"] == 4 and buckets["+Inf"] == 5
+    assert {s.name: s.value for s in family.samples if s.name.endswith("_count")} == {
+        "llmux_request_queue_wait_seconds_count": 5
+    }
+
+
+def test_label_values_are_escaped() -> None:
+    store = Store()
+    store.add(m.REQUESTS, 'a"b\\c\nd', "200")
+    (family,) = text_string_to_metric_families(store.render())
+    assert family.samples[0].labels == {"model": 'a"b\\c\nd', "code": "200"}
+
+
+def test_snapshots_travel_as_json_and_add_up() -> None:
+    first, second = Store(), Store()
+    for store, count in ((first, 1), (second, 2)):
+        store.add(m.REQUESTS, "a", "200", amount=count)
+        store.set(m.IN_FLIGHT, "a", value=count)
+        for _ in range(count):
+            store.observe(m.FIRST_TOKEN, "a", seconds=0.2)
+    first.merge(json.loads(json.dumps(second.snapshot())) | {"llmux_of_a_newer_version": [[[], 1]]})
+    text = first.render()
+    assert 'llmux_requests_total{model="a",code="200"} 3' in text
+    assert 'llmux_in_flight{model="a"} 3' in text
+    assert 'llmux_time_to_first_token_seconds_count{model="a"} 3' in text
+    assert "newer" not in text
+
+
+def test_an_observation_in_a_histogram_counts_once() -> None:
+    histogram = Histogram()
+    histogram.observe(0.3)
+    assert sum(histogram.counts) == 1 and histogram.sum == 0.3
+
+
+# ---- a scripted run ------------------------------------------------------------------------------
+
+A = ModelConfig("a", "m/a", eviction=Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING))
+B = ModelConfig("b", "m/b")
+OFFLOAD = A.eviction
+
+
+def state(**phases: Any) -> State:
+    configs = {"a": A, "b": B}
+    records = {name: ModelRecord(configs[name], phase) for name, phase in phases.items()}
+    config = Config(models=MappingProxyType(configs))
+    return State(config, 1, "e", models=MappingProxyType(records))
+
+
+RUN = (
+    state(a=Stopped(), b=Stopped()),
+    state(a=Starting(1, 10.0), b=Stopped()),
+    state(a=Serving("e1", 12.0), b=Stopped()),
+    state(a=Parking(2, 13.0, OFFLOAD, "b"), b=Stopped()),
+    state(a=Parked(OFFLOAD, 14.0), b=Starting(3, 14.0)),
+    state(a=Parked(OFFLOAD, 14.0), b=Failed(15.0, 17.0, "no memory")),
+    state(a=Waking(4, 20.0, OFFLOAD), b=Stopped()),
+    state(a=Starting(5, 21.0), b=Stopped()),  # the wake failed: cold
+    state(a=Serving("e2", 25.0), b=Stopped()),
+    state(a=Parking(6, 26.0, OFFLOAD), b=Stopped()),
+    state(a=Stopped(27.0), b=Stopped()),  # the parking failed: stopped
+    state(a=Serving("e3", 28.0), b=Stopped()),
+    state(a=Stopping(7, 29.0, "died", 0.9, crashed=True), b=Stopped()),
+)
+
+
+def scripted() -> tuple[Telemetry, EventFeed, Feeds]:
+    feeds = Feeds()
+    telemetry, events = Telemetry("1.2.3", Gpu(), None), EventFeed(feeds)
+    for old, new in itertools.pairwise(RUN):
+        telemetry.published(old, new)
+        events.published(old, new)
+    for listener in (telemetry, events):
+        listener.switched(SwitchFinished("a", (), True, 10.0, 10.0, 10.0, 12.0))
+        listener.switched(SwitchFinished("a", ("b",), False, 20.0, 20.5, 21.0, 25.0))
+    telemetry.stepped("a", StepKind.SPAWN, 0.02, "ok")
+    telemetry.stepped("a", StepKind.WAKE_UP, 30.0, "timeout")
+    return telemetry, events, feeds
+
+
+def test_a_scripted_run_gives_the_golden_file() -> None:
+    telemetry, _, _ = scripted()
+    store = Store()
+    store.merge(asyncio.run(telemetry.snapshot()))
+    text = store.render()
+    families = {family.name for family in text_string_to_metric_families(text)}
+    assert "llmux_switch_total_seconds" in families
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_events_of_the_same_run() -> None:
+    _, events, _ = scripted()
+    said = [(e["model"], e.get("from"), e.get("to"), e.get("reason")) for e in events.recent]
+    assert said[:4] == [
+        ("a", "stopped", "starting", ""),
+        ("a", "starting", "serving", ""),
+        ("a", "serving", "parking", "room for b"),
+        ("a", "parking", "parked", "offload+keep_running"),
+    ]
+    assert ("b", "starting", "failed", "no memory") in said
+    assert events.recent[1]["duration_secs"] == 2.0, "it was starting for two seconds"
+    assert [e["id"] for e in events.recent] == list(range(1, len(events.recent) + 1))
+    switch = events.recent[-1]
+    assert (switch["type"], switch["victims"], switch["duration_secs"]) == ("switch", ["b"], 5.0)
+
+
+# ---- several workers -----------------------------------------------------------------------------
+
+
+def test_other_workers_are_asked_and_the_silent_not_waited_for() -> None:
+    async def run() -> None:
+        telemetry, _, feeds = scripted()
+        counted = {m.REQUESTS: [[["a", "200"], 5]], m.IN_FLIGHT: [[["a"], 2]]}
+
+        def ask(worker: str, number: int) -> None:
+            if worker == "w2":
+                feeds.collected("w2", Collected(number, counted))
+                feeds.collected("w2", Collected(number + 99, counted))  # of no question
+
+        workers = ["w1", "w2", "mute"]
+        answer = await telemetry.answer({"worker": "w1"}, feeds, workers, ask)
+        assert answer["workers"] == counted
+        # it leaves: what it counted stays, what it had in flight does not
+        answer = await telemetry.answer({"worker": "w1"}, feeds, ["w1"], ask)
+        assert answer["workers"] == {m.REQUESTS: [[["a", "200"], 5]]}
+
+    asyncio.run(run())
+
+
+def test_what_a_worker_counted_when_it_asked_outlives_it() -> None:
+    async def run() -> None:
+        telemetry, _, feeds = scripted()
+        own = {m.REQUESTS: [[["a", "200"], 7]]}
+        args = {"worker": "w1", "snapshot": own}
+        assert (await telemetry.answer(args, feeds, ["w1"], print))["workers"] == {}
+        answer = await telemetry.answer({"worker": "w2"}, feeds, ["w2"], print)
+        assert answer["workers"] == own
+
+    asyncio.run(run())
+
+
+# ---- engines' own series -------------------------------------------------------------------------
+
+ENGINE = """\
+# HELP vllm:num_requests_running Number of requests.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="x"} 1.0
+# HELP vllm:lat Latency.
+# TYPE vllm:lat histogram
+vllm:lat_bucket{le="1.0"} 1
+vllm:lat_bucket{le="+Inf"} 2
+vllm:lat_count 2
+vllm:lat_sum 3.5
+# HELP process_cpu_seconds_total Not ours to tell.
+# TYPE process_cpu_seconds_total counter
+process_cpu_seconds_total 5
+vllm:evil{model="other"} 1
+vllm:broken
+"""
+
+
+def test_engines_series_get_the_models_name_and_one_header() -> None:
+    text = merge_series({"b": ENGINE, "a": ENGINE, "silent": ""})
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    assert set(families) == {"vllm:num_requests_running", "vllm:lat"}
+    running = families["vllm:num_requests_running"]
+    assert [s.labels["model"] for s in running.samples] == ["a", "b"]
+    assert running.samples[0].labels["engine"] == "0"
+    assert families["vllm:lat"].type == "histogram" and len(families["vllm:lat"].samples) == 8
+    assert text.count("# TYPE vllm:lat ") == 1
+    assert merge_series({}) == "" and merge_series({"a": ""}) == ""
