@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.effects import Effect
-from llmux.core.plans import park_plan, resume_start_plan, stop_plan, wake_plan
+from llmux.core.plans import park_plan, resume_start_plan, resume_wake_plan, stop_plan
 from llmux.core.records import (
     ModelRecord,
     Parked,
@@ -89,7 +89,7 @@ def _adopt_one(turn: Turn, seen: Observation) -> None:
         case ModelState.WAKING:
             op = turn.operation()
             turn.update(name, phase=Waking(op, turn.now, eviction))
-            turn.run(name, op, wake_plan(record.config, eviction))
+            turn.run(name, op, resume_wake_plan(record.config, eviction))
         case ModelState.STOPPING | ModelState.FAILED | ModelState.STOPPED:
             _begin_stop(turn, name, "it was being stopped when the supervisor ended")
         case ModelState.PARKED if note.eviction is not None:

@@ -199,3 +199,16 @@ def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     if model.canary:
         steps.append(Step(StepKind.CANARY_CHECK, CANARY_SECS))
     return Plan("wake", tuple(steps), Outcome.UP, eviction, _down(model, grace=False))
+
+
+def resume_wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
+    """The rest of a wake that a former supervisor began, of an engine that is there.
+
+    What it had restored and not verified it had not noted down either (whose CUDA state is in host
+    memory, what it answered): once more from the image, whose pids it must not hold meanwhile.
+    """
+    plan = wake_plan(model, eviction)
+    if eviction.process is not Process.CHECKPOINT:
+        return plan
+    steps = (*_down(model, grace=False), *plan.steps)
+    return Plan(plan.name, steps, plan.success, plan.eviction, plan.fallback)

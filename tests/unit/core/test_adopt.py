@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from core_harness import OFFLOAD, config_of, model
 
-from llmux.config.schema import Eviction, Process, Weights
+from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.adopt import Note, Observation, adopt
 from llmux.core.effects import Effect, Probe, RunPlan
+from llmux.core.plans import StepKind, resume_wake_plan, wake_plan
 from llmux.core.records import Failed, ModelRecord, Parked, Serving, Waking
 from llmux.core.reducer import initial
 from llmux.core.states import ModelState
@@ -141,3 +142,12 @@ def test_parking_that_had_got_as_far_as_the_freezer_is_done() -> None:
     assert isinstance(record.phase, Parked)  # a frozen engine would not answer a /sleep
     assert record.phase.eviction == noted
     assert effects == ()
+
+
+def test_a_restore_that_was_not_verified_is_begun_anew() -> None:
+    """The engine that is there holds the pids of its image, and what it was is not known."""
+    record = ModelConfig("alpha", "-", eviction=Eviction(Weights.DISCARD, Process.CHECKPOINT))
+    kinds = [step.kind for step in resume_wake_plan(record, record.eviction).steps]
+    assert kinds.index(StepKind.KILL) < kinds.index(StepKind.RESTORE)
+    frozen = Eviction(Weights.DISCARD, Process.FREEZE)
+    assert resume_wake_plan(record, frozen) == wake_plan(record, frozen)
