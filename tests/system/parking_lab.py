@@ -95,16 +95,6 @@ class ParkingLab:
     def images(self) -> dict[str, dict[str, Any]]:
         return {row["model"]: row for row in self.cli("checkpoint")}
 
-    def shm_names(self) -> set[str]:
-        return set(self.run(["ls", "/dev/shm"]).stdout.split())
-
-    def shm_names_of_engines(self) -> set[str]:
-        """What living engines have open there."""
-        script = "for p in $(cat /sys/fs/cgroup/llmux.slice/llmux-*.scope/engine/cgroup.procs); do"
-        script += " grep -o '/dev/shm/[^ ]*' /proc/$p/maps; ls -l /proc/$p/fd; done"
-        words = self.run(["sh", "-c", script], check=False).stdout.split()
-        return {word.removeprefix("/dev/shm/") for word in words}
-
     def cuda_fault(self, call: str, words: str) -> None:
         """See libcuda.c; for "hang" the call waits for somebody to open its FIFO."""
         self.llmux.guest.write(f"{CUDA}/faults/{call}", words + "\n")

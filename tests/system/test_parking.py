@@ -79,7 +79,9 @@ def test_two_images_are_restored_in_turns_fifty_times(lab: ParkingLab) -> None:
     assert {name: images[name]["created"] for name in made} == {
         name: image["created"] for name, image in made.items()
     }
-    assert lab.shm_names() <= lab.shm_names_of_engines(), "left in /dev/shm"
+    for name in images:
+        lab.cli("unload", name)
+    assert lab.run(["ls", "/dev/shm"]).stdout == "", "left by 50 restores"
 
 
 def test_an_image_that_is_not_kept_is_made_anew_each_time(lab: ParkingLab) -> None:
