@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gzip
 import logging
 import os
+import shutil
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NOT_PART_OF_IT: Final = frozenset({criu_cli.DUMP_LOG, DUMPING, "stats-dump"})
+_NOT_PART_OF_IT: Final = frozenset({f"{criu_cli.DUMP_LOG}.gz", DUMPING, "stats-dump"})
 _LOOK_EVERY: Final = 0.25  # seconds between two progress reports
 _GONE_TIMEOUT: Final = 10.0  # from CRIU's SIGKILL to the last process reaped by its parent
 
@@ -251,7 +253,15 @@ class Dump:
             for pid, tids in threads.items()
         )
 
+    def _shrink_log(self) -> None:
+        """Every step of CRIU is in it: 4 MB of a vLLM's image, 0.3 packed (measured)."""
+        path = os.path.join(self._directory, criu_cli.DUMP_LOG)
+        with open(path, "rb") as log, gzip.open(f"{path}.gz", "wb", compresslevel=1) as packed:
+            shutil.copyfileobj(log, packed)
+        os.unlink(path)
+
     async def _pack(self, seconds: float) -> Image:
+        await asyncio.to_thread(self._shrink_log)
         names = await asyncio.to_thread(self._list_files)
         total, _ = await asyncio.to_thread(sizes_on_disk, self._directory)
         done = 0

@@ -1,6 +1,6 @@
 """What `criu restore` alone takes for an image that llmux made: nothing checked, no canary.
 
-Runs in the guest as root, with llmux installed and stopped:
+Runs in the guest as root, with llmux installed and the model parked:
 ``python3 bare.py IMAGE COUNT MODEL SOCKET``. What an image needs around it is put back first and is
 not counted. Prints one JSON object per restore.
 """

@@ -40,7 +40,8 @@ def configuration(eviction: str) -> dict[str, Any]:
                 "model_path": path,
                 "eviction": eviction,
                 "gpu_memory_parked": 0,  # there is no GPU that a frozen one could hold
-                "extra_args": list(vllm.SERVE_FLAGS),
+                # what real models compute in; on processors with AMX a restore must bring that back
+                "extra_args": [*vllm.SERVE_FLAGS, "--dtype", "bfloat16"],
                 "env": env,
             }
             for name, path in environment.models.items()
@@ -79,10 +80,18 @@ class Engines:
             raise RuntimeError(f"{problems or done.stderr}\n{self.journal()}")
         return turns
 
-    def bare_restores(self, model: str, count: int) -> list[dict[str, Any]]:
-        """``criu restore`` of the model's image without llmux, which is stopped for it."""
-        self.end()
-        image = f"{IMAGES}/{model}/images"
+    def cycles(self, count: int) -> tuple[list[Turn], list[dict[str, Any]]]:
+        """Each model cold, then ``count`` times each, parked as configured. With every other cycle
+        an image is restored by ``criu restore`` alone: under the same load, to be compared."""
+        turns, bare = self.turns(MODELS), []
+        for first in range(0, count, 2):
+            turns += self.turns(MODELS * min(2, count - first))
+            bare += self.bare_restores(1)
+        return turns, bare
+
+    def bare_restores(self, count: int) -> list[dict[str, Any]]:
+        """``criu restore`` of the image of the model that is parked, without llmux."""
+        image, model = f"{IMAGES}/{MODELS[0]}/images", MODELS[0]
         done = self.guest.run(
             ["python3", f"{PROGRAMS}/bare.py", image, str(count), model, socket_of(model)],
             timeout=60 + 30 * count,

@@ -1,0 +1,123 @@
+"""What parking a real engine in a CRIU image costs, and what a wake from it saves.
+
+vLLM on the CPU with two tiny models, in a guest with the package installed. All figures come from
+one run: cold starts, dumps, restores through llmux as a client sees them, and `criu restore` of the
+same image without llmux. A time "to first token" begins when the model's place is free, for a cold
+start and for a restore alike; "switch" is the client's whole wait, the other model's parking
+included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+from statistics import median
+from typing import Any
+
+from _lab import host
+from _lab.guest import Guest
+
+from _bench.engines import IMAGES, MODELS, Engines
+from _bench.switch import machine
+from _bench.turns import Turn
+
+HELP = "cold start, dump, restore and image of the real vLLM on the CPU (root: runs in a guest)"
+NO_RELEASE = (
+    "not measured: vLLM on the CPU cannot release its KV cache (it refuses --enable-sleep-mode, and"
+    " /sleep frees nothing); its unused part is zero pages, which take no place on disk"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--cycles", type=int, default=10, help="restores of each of two models")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from llmux_guest import build_package  # from tests/system; _bench.switch knows the way
+
+    if os.geteuid() != 0:
+        print("bench: needs root, to start a guest; next step: sudo scripts/bench park")
+        return 2
+    with Guest.up(debs=[build_package()], with_vllm=True) as guest:
+        engines = Engines(guest)
+        load = os.getloadavg()[0]
+        engines.begin("retain+checkpoint")
+        turns, bare = engines.cycles(arguments.cycles)
+        images = {model: engines.image(model) for model in MODELS}
+        solid = without_holes(engines, len(bare))
+    document = {
+        **figures(turns, bare, solid, images),
+        "cycles": arguments.cycles,
+        "image_bytes_kv_released": None,
+        "image_bytes_kv_released_note": NO_RELEASE,
+        "load_average_before": load,
+        "load_average_after": os.getloadavg()[0],
+        "method": " ".join((__doc__ or "").split()),
+        "machine": machine(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    print_table(document)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(document, indent=2) + "\n")
+    return 0
+
+
+def without_holes(engines: Engines, count: int) -> list[dict[str, Any]]:
+    """Restores of the same image with its zero pages stored, as CRIU writes it."""
+    image = f"{IMAGES}/{MODELS[0]}/images"
+    solid = f"{image}.solid"
+    script = f"cp -a --sparse=never {image} {solid} && rm -r {image} && mv {solid} {image}"
+    engines.guest.run(["sh", "-c", script], timeout=300)
+    return engines.bare_restores(count)
+
+
+def figures(
+    turns: list[Turn],
+    bare: list[dict[str, Any]],
+    solid: list[dict[str, Any]],
+    images: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    cold = [turn for turn in turns if turn.switch["cold"]]
+    woken = [turn for turn in turns if not turn.switch["cold"]]
+    if len(cold) != len(MODELS):
+        raise host.LabError(f"{len(cold)} cold starts instead of {len(MODELS)}: see the journal")
+    equal = all(
+        len({tuple(turn.logprobs) for turn in turns if turn.model == model}) == 1
+        for model in MODELS
+    )
+    start = median(turn.wake_to_first_token_s for turn in cold)
+    wake = median(turn.wake_to_first_token_s for turn in woken)
+    alone = median(one["criu_s"] for one in bare)
+    steps = {key: median(turn.phases[key] for turn in woken) for key in woken[0].phases}
+    return {
+        "cold_to_first_token_s": start,
+        "dump_s": median(image["dump_seconds"] for image in images.values()),
+        "restore_s": steps["restore"],
+        "restore_to_first_token_s": wake,
+        "switch_s": median(turn.first_token_s for turn in woken),
+        "wake_steps_s": steps,
+        "ratio_cold_to_restore": start / wake,
+        "bare_criu_restore_s": alone,
+        "bare_criu_restore_to_first_token_s": median(one["first_token_s"] for one in bare),
+        "bare_criu_restore_without_holes_s": median(one["criu_s"] for one in solid),
+        "ratio_restore_to_bare": wake / alone,
+        "image_bytes_apparent": max(image["apparent_bytes"] for image in images.values()),
+        "image_bytes_on_disk": max(image["disk_bytes"] for image in images.values()),
+        "answers_equal": equal,
+    }
+
+
+def print_table(document: dict[str, Any]) -> None:
+    """The figures for people; lists and long texts are in the JSON."""
+    for key, value in document.items():
+        if key == "wake_steps_s":
+            shown = ", ".join(f"{name} {seconds:.3f}" for name, seconds in value.items())
+        elif key in ("method", "machine"):
+            continue
+        else:
+            shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        print(f"{key:38} {shown}")
