@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -64,7 +65,8 @@ def main() -> int:
         finally:
             server.send_signal(signal.SIGTERM)
             _, log = server.communicate(timeout=60)
-            print("\nwhat the supervisor said:\n" + log.strip())
+            said = re.sub(r"^<\d>", "", log, flags=re.MULTILINE)  # priorities, for a journal
+            print("\nwhat the supervisor said:\n" + said.strip())
 
 
 def listening(server: subprocess.Popen[str], port: int) -> bool:
