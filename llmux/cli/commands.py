@@ -160,14 +160,6 @@ def reload(args: argparse.Namespace) -> None:
     _order(args, "reload", {})
 
 
-def logs(args: argparse.Namespace) -> None:
-    result = ask(args.socket, "logs", {"model": args.model, "lines": args.lines})
-    if args.json:
-        print_json(result)
-    else:
-        print("\n".join(result["lines"]))
-
-
 def _order(args: argparse.Namespace, verb: str, values: dict[str, Any]) -> None:
     result = ask(args.socket, verb, {k: v for k, v in values.items() if v is not None})
     if args.json:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llmux import __version__
-from llmux.cli import checkpoints, commands
+from llmux.cli import checkpoints, commands, watch
 from llmux.cli.key import add_arguments, key
 from llmux.errors import ConfigError, ControlError, LlmuxError, Refused
 
@@ -122,9 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
     sleep = verbs.choices["sleep"]
     sleep.add_argument("--eviction", metavar="W+P", help="instead of the model's own")
     client("unpin", commands.unpin, "back to automatic mode")
-    logs = client("logs", commands.logs, "the last lines of a model's engine")
+    logs = client("logs", watch.logs, "the last lines of a model's engine")
     logs.add_argument("model")
     logs.add_argument("-n", "--lines", type=int, default=100)
+    events = client("events", watch.events, "the last transitions and switches")
+    for sub in (logs, events):
+        sub.add_argument("-f", "--follow", action="store_true", help="and those that come")
     add_arguments(verb("key", key, "make an API key; only its hash is kept"))
     client("reload", commands.reload, "read the configuration anew")
     _add_checkpoints(client)

@@ -1,0 +1,92 @@
+"""``llmux events`` and ``llmux logs -f``, against a supervisor that says what the test wants."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmux.cli.main import main
+from llmux.protocol import Answer, Ask, Message, News, Watch, decode
+
+SWITCH = {"id": 2, "time": 1.5, "model": "b", "type": "switch", "victims": ["a"], "cold": False,
+          "duration_secs": 1.25}  # fmt: skip
+MOVE = {"id": 1, "time": 1.0, "model": "a", "type": "transition", "from": "serving",
+        "to": "draining", "reason": "room for b", "duration_secs": 3.0}  # fmt: skip
+
+
+@contextmanager
+def supervisor(path: Path, result: Any, news: list[Message]) -> Iterator[None]:
+    """Answers every question with ``result``; then says the news to who watches, and goes away."""
+    listener = socket.create_server(str(path), family=socket.AF_UNIX)
+    answered = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as lines:
+            for line in lines:
+                message = decode(line)
+                if isinstance(message, Ask):
+                    connection.sendall(Answer(message.id, True, result).encode())
+                    answered.set()
+                elif isinstance(message, Watch):
+                    answered.wait(10)
+                    connection.sendall(b"".join(item.encode() for item in news))
+                    return
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10)
+
+
+def test_events_that_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s"
+    with supervisor(path, {"events": [MOVE, SWITCH]}, []):
+        assert main(["events", "--socket", str(path)]) == 0
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.endswith("a: serving → draining (room for b) after 3.000 s")
+        assert second.endswith("b: serves after 1.250 s (woken, in place of a)")
+        assert main(["events", "--json", "--socket", str(path)]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[0]) == MOVE
+
+
+def test_events_that_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s"
+    news: list[Message] = [News("events", "", MOVE), News("events", "", SWITCH)]
+    with supervisor(path, {"events": [MOVE]}, news):
+        assert main(["events", "--follow", "--json", "--socket", str(path)]) == 4, "it went away"
+    out = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in out.out.splitlines()] == [1, 2], "none twice"
+    assert "went away" in out.err
+
+
+def test_lines_that_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s"
+    with supervisor(path, {"lines": ["one"]}, [News("logs", "a", "two")]):
+        assert main(["logs", "a", "-f", "--socket", str(path)]) == 4
+        assert capsys.readouterr().out == "one\ntwo\n"
+        assert main(["logs", "a", "--socket", str(path)]) == 0
+        assert capsys.readouterr().out == "one\n"
+
+
+def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["logs", "a", "-f", "--socket", str(tmp_path / "none")]) == 4
+    assert "is it running?" in capsys.readouterr().err
