@@ -178,6 +178,8 @@ GATEWAY: Final = Spec(
         "max_body_bytes": parse.size(1024, 16 * 1024**3),
         "max_waiting": parse.integer(1, 1_000_000),
         "max_in_flight": parse.integer(1, 1_000_000),
+        "cors_origins": parse.one_or_more(parse.origin, '["https://chat.example.org"]'),
+        "keep_alive_comment_secs": _seconds(0, 3600),
         "keys_file": parse.secret_path,
         "allow_public_without_keys": parse.boolean,
         "tls_certificate": parse.secret_path,

@@ -297,6 +297,16 @@ def model_path(node: Node) -> str:
     return path
 
 
+def origin(node: Node) -> str:
+    """A web page's origin as browsers send it, or * for all."""
+    text = _text(node, "an origin")
+    if text != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]{1,255}", text):
+        raise invalid(
+            node, f'expected an origin such as "https://chat.example.org" or "*", got {quote(text)}'
+        )
+    return text.lower()
+
+
 def alias(node: Node) -> str:
     """What a client may call a model: any printable text, "/" included."""
     name = argument(node)

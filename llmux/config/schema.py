@@ -126,6 +126,8 @@ class GatewayConfig:
     max_body_bytes: int = 64 * 1024 * 1024
     max_waiting: int = 1024  # requests that may wait for one model; each worker has its part
     max_in_flight: int = 1024  # requests of one model at its engine; each worker has its part
+    cors_origins: tuple[str, ...] = ()  # web pages that may use the API; "*" = all of them
+    keep_alive_comment_secs: float = 0.0  # a comment to streams that wait, so often; 0 = none
     keys_file: str | None = None  # a path, or credential:NAME; None = nobody needs a key
     allow_public_without_keys: bool = False
     tls_certificate: str | None = None  # a path, or credential:NAME; with tls_key, for all of TCP

@@ -19,7 +19,7 @@ from sanic.response import json as json_response
 
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
-from llmux.gateway import openai, problems, routes
+from llmux.gateway import openai, openapi, problems, routes
 from llmux.gateway.control import add_control_routes
 from llmux.gateway.gateway import Gateway
 from llmux.gateway.keys import may_use
@@ -77,6 +77,7 @@ def _add_routes(app: App) -> None:
     app.add_route(_health, "/health", methods=["GET", "HEAD"], name="health")
     app.add_route(_health, "/health/live", methods=["GET", "HEAD"], name="live")
     app.add_route(_ready, "/health/ready", methods=["GET", "HEAD"], name="ready")
+    app.add_route(_openapi, "/openapi.json", methods=["GET", "HEAD"], name="openapi")
     for prefix in ("/v1", ""):
         app.add_route(
             _models, f"{prefix}/models", methods=["GET", "HEAD"], name=f"models{prefix[1:]}"
@@ -110,6 +111,10 @@ async def _ready(request: Request) -> HTTPResponse:
             hint="systemctl status llmux",
         )
     return json_response({"status": "ready", "supervisor": "up" if link.up else "away"})
+
+
+async def _openapi(_request: Request) -> HTTPResponse:
+    return json_response(openapi.document())
 
 
 async def _models(request: Request) -> HTTPResponse:
@@ -157,6 +162,12 @@ async def _name_request(request: Request, response: BaseHTTPResponse) -> None:
     request_id = request.headers.get("x-request-id")
     if request_id is not None:
         response.headers["x-request-id"] = request_id
+    cors = request.app.ctx.gateway.cors
+    origin = request.conn_info.ctx.origin if request.conn_info else b""
+    if cors is not None and origin:
+        for line in cors.headers(origin).decode("latin-1").splitlines():
+            name, _, value = line.partition(": ")
+            response.headers[name] = value
 
 
 def _on_error(request: Request, exception: Exception) -> HTTPResponse:

@@ -20,8 +20,8 @@ from sanic.models.server_types import ConnInfo
 from sanic.server.protocols.http_protocol import HttpProtocol
 
 from llmux.errors import Reason, Refused
-from llmux.gateway import openai, problems
-from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
+from llmux.gateway import openai, openapi, problems
+from llmux.gateway.cors import options_response
 from llmux.gateway.incoming import Incoming, new_request_id
 from llmux.gateway.keys import Guard, check_page, check_role, secret_of
 from llmux.gateway.relay import Exchange
@@ -168,7 +168,10 @@ class FrontProtocol(HttpProtocol):
         if not self._identify(self.gateway.guard, incoming):
             return
         if incoming.match is not None and incoming.match.route.source is Source.FORM:
-            self._begin_upload(incoming)
+            try:
+                incoming.begin_upload()
+            except Refused as problem:
+                self._reject(problem)
         if self._deaf:
             return
         if incoming.length > self.gateway.max_body_bytes:
@@ -185,12 +188,14 @@ class FrontProtocol(HttpProtocol):
         if self._size > self.gateway.max_body_bytes:
             self._reject(self._too_large())
         elif self._current.upload is not None:
-            self._upload(self._current, self._current.upload, body)
+            self._upload(self._current, body)
         else:
             self._body.append(body)
 
     def _identify(self, guard: Guard | None, incoming: Incoming) -> bool:
         """Before the body: what one may not ask is not received either."""
+        if incoming.method == b"OPTIONS":  # a browser's preflight brings no key, and gets no data
+            return True
         if guard is None:
             if incoming.match is not None:
                 return True
@@ -212,29 +217,13 @@ class FrontProtocol(HttpProtocol):
             return False
         return True
 
-    def _begin_upload(self, incoming: Incoming) -> None:
+    def _upload(self, incoming: Incoming, data: bytes) -> None:
         try:
-            incoming.finder = ModelFinder(boundary_of(incoming.header(b"content-type")))
-        except FormError as error:
-            self._reject(problems.HttpRefused(400, f"cannot read the request body: {error}"))
-        incoming.upload = Upload()
-
-    def _upload(self, incoming: Incoming, upload: Upload, data: bytes) -> None:
-        finder = incoming.finder
-        assert finder is not None, "an upload begins with its finder"
-        try:
-            upload.write(data)
-            finder.feed(data)
-        except FormError as error:
-            self._reject(problems.HttpRefused(400, f"cannot read the request body: {error}"))
-        except OSError as error:
-            cause = error.strerror or str(error)
-            self._reject(Refused(Reason.INTERNAL, f"cannot keep the upload: {cause}"))
-        else:
-            model = incoming.match.model if incoming.match else None
-            model = finder.model if model is None else model
+            model = incoming.add_upload(data)
             if model and self.gateway.find_model(model) is None:
-                self._reject(openai.unknown_model(model))  # before all of it has been sent
+                raise openai.unknown_model(model)  # before all of it has been sent
+        except Refused as problem:
+            self._reject(problem)
 
     def on_message_complete(self) -> None:
         incoming, self._current = self._current, None
@@ -300,6 +289,10 @@ class FrontProtocol(HttpProtocol):
                 self._answer_problem(incoming, problem)
                 return
             self.gateway.submit(self.exchange)
+        elif incoming.method == b"OPTIONS" and (methods := openapi.methods_of(incoming.path)):
+            close = not incoming.keep_alive or self.gateway.draining
+            self.write(options_response(incoming, methods, self.gateway.cors, close=close))
+            self._answered(close=close)
         else:
             self._hand_to_sanic(incoming)
 
@@ -307,6 +300,8 @@ class FrontProtocol(HttpProtocol):
         self.gateway.observer.answered("", problems.status_of(problem))
         close = not incoming.keep_alive or self.gateway.draining
         extra = b"x-request-id: %b\r\n" % incoming.request_id
+        if incoming.origin and self.gateway.cors is not None:
+            extra += self.gateway.cors.headers(incoming.origin)
         self.write(
             problems.error_response(problem, extra=extra, close=close, anthropic=incoming.anthropic)
         )
@@ -343,6 +338,7 @@ class FrontProtocol(HttpProtocol):
         if self.conn_info is None:
             self.conn_info = ConnInfo(self.transport, unix=self._unix)  # type: ignore[arg-type]  # a Transport is what it reads
         self.conn_info.ctx.key = incoming.key
+        self.conn_info.ctx.origin = incoming.origin
         if self._task is None:
             self.recv_buffer = bytearray(incoming.sanic_request(close=close))
             task = self.connection_task()  # type: ignore[no-untyped-call]  # Sanic's
@@ -394,6 +390,8 @@ class FrontProtocol(HttpProtocol):
         self.deadline = 0.0
         if self.transport is None or self.transport.is_closing():
             self.abort()
+        elif self.exchange is not None:
+            self.exchange.still_waiting()
         elif self._current is not None and not self._busy():
             self._reject(problems.HttpRefused(408, f"no request within {RECEIVE_SECS:.0f} seconds"))
             self._next()

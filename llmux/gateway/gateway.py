@@ -17,6 +17,7 @@ from llmux.errors import Reason, Refused
 from llmux.gateway import problems
 from llmux.gateway.admission import Admission
 from llmux.gateway.control_feeds import Feeds
+from llmux.gateway.cors import Cors
 from llmux.gateway.estimate import Switches
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.keys import Guard, LoadKeys, begin_use
@@ -25,6 +26,7 @@ from llmux.gateway.link import Link
 from llmux.gateway.metrics import Exposition
 from llmux.gateway.observer import Observer
 from llmux.gateway.openai import names_of
+from llmux.gateway.patience import PatientExchange, wants_stream
 from llmux.gateway.relay import Exchange, KeptExchange
 from llmux.gateway.routes import Match
 from llmux.gateway.tickets import Lease, Ticket
@@ -63,6 +65,8 @@ class Gateway:
     ) -> None:
         self.config = config
         self.max_body_bytes = config.gateway.max_body_bytes
+        origins = config.gateway.cors_origins
+        self.cors = Cors(origins) if origins else None
         self.observer = Observer()
         self.draining = False
         self.clients = 0  # connections open
@@ -120,6 +124,8 @@ class Gateway:
         model = self._names.get(name, name)
         alias = None if model == name else name
         kind = KeptExchange if match.route.keeps else Exchange
+        if self.config.gateway.keep_alive_comment_secs and wants_stream(incoming):
+            kind = PatientExchange
         return kind(self, front, incoming, model, alias=alias)
 
     def keeps_response(self, response_id: str, model: str) -> None:
@@ -140,6 +146,7 @@ class Gateway:
             return
         if lease is None:
             self._set_timer()
+            exchange.wait_begins()
         else:
             exchange.admitted(lease, self.pool(lease))
 

@@ -11,9 +11,9 @@ import os
 import re
 import string
 
-from llmux.errors import Refused
+from llmux.errors import Reason, Refused
 from llmux.gateway import openai, routes
-from llmux.gateway.forms import ModelFinder, Upload
+from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
 from llmux.gateway.limits import KeyUse
 from llmux.gateway.routes import Match, Source
 
@@ -177,10 +177,37 @@ class Incoming:
 
     def find_route(self) -> None:
         """Whether this goes to an engine; the engine is then asked for its own path."""
+        if self.method == b"POST":  # the common case first: an engine's own path and no query
+            match = routes.POSTS.get(self.target)
+            if match is not None and match.path == self.target:
+                self.match = match
+                return
         path, mark, query = self.target.partition(b"?")
         self.match = match = routes.find(self.method, path)
         if match is not None and match.path != path:
             self.target = match.path + mark + query
+
+    def begin_upload(self) -> None:
+        """Raises Refused."""
+        try:
+            self.finder = ModelFinder(boundary_of(self.header(b"content-type")))
+        except FormError as error:
+            raise _unreadable(error) from None
+        self.upload = Upload()
+
+    def add_upload(self, data: bytes) -> str | None:
+        """The model's name as soon as it is known. Raises Refused."""
+        assert self.upload is not None and self.finder is not None, "an upload was begun"
+        try:
+            self.upload.write(data)
+            self.finder.feed(data)
+        except FormError as error:
+            raise _unreadable(error) from None
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise Refused(Reason.INTERNAL, f"cannot keep the upload: {cause}") from None
+        path_says = self.match.model if self.match is not None else None
+        return path_says or self.finder.model
 
     def model(self) -> str | None:
         """The name the client gave, once the body is whole; None: the path's id must tell.
@@ -220,3 +247,7 @@ class Incoming:
         )  # fmt: skip
         version = b"HTTP/1.0" if self.version_1_0 else b"HTTP/1.1"
         return b"%b %b %b\r\n%b\r\n%b" % (self.method, self.target, version, lines, self.body)
+
+
+def _unreadable(error: FormError) -> Refused:
+    return Refused(Reason.BAD_REQUEST, f"cannot read the request body: {error}")

@@ -98,6 +98,12 @@ class Exchange(Ticket):
             observer.waited(self.model, waited)
         pool.send(self)
 
+    def wait_begins(self) -> None:
+        """Admission made it wait."""
+
+    def still_waiting(self) -> None:
+        """It waits for longer than a client may want to hear nothing."""
+
     def refuse(self, problem: Refused) -> None:
         """End with an error: an answer of its own when none was begun, else see break_off."""
         if self._status:
@@ -109,7 +115,7 @@ class Exchange(Ticket):
         self._wait_ms = int((self._gateway.clock() - self.arrived) * 1000)
         self._gateway.observer.answered(self.model, problems.status_of(problem))
         close = self._close or self._gateway.draining
-        extra = self._own_headers(incoming.request_id, incoming.version_1_0, close)
+        extra = self._own_headers(incoming, close)
         self._end(completed=False)
         front.write(problems.error_response(problem, extra=extra, anthropic=self._anthropic))
         front.exchange_done(close=close)
@@ -213,7 +219,7 @@ class Exchange(Ticket):
                 self._event_stream = True
         if self._chunked:
             lines.append(b"transfer-encoding: chunked")
-        lines.append(self._own_headers(incoming.request_id, incoming.version_1_0, self._close))
+        lines.append(self._own_headers(incoming, self._close))
         lines.append(first)
         self._transport = front.transport
         front.write(b"\r\n".join(lines))
@@ -227,14 +233,16 @@ class Exchange(Ticket):
             observer.first_byte(self.model, self._gateway.clock() - self.arrived)
         self._first_due = not first
 
-    def _own_headers(self, request_id: bytes, version_1_0: bool, close: bool) -> bytes:
-        connection = b""
+    def _own_headers(self, incoming: Incoming, close: bool) -> bytes:
+        more = b""
         if close:
-            connection = b"connection: close\r\n"
-        elif version_1_0:
-            connection = b"connection: keep-alive\r\n"
+            more = b"connection: close\r\n"
+        elif incoming.version_1_0:
+            more = b"connection: keep-alive\r\n"
+        if incoming.origin and self._gateway.cors is not None:
+            more += self._gateway.cors.headers(incoming.origin)
         return b"x-request-id: %b\r\nx-llmux-wait-ms: %d\r\nx-llmux-switch: %b\r\n%b" % (
-            request_id, self._wait_ms, self.switch, connection,
+            incoming.request_id, self._wait_ms, self.switch, more,
         )  # fmt: skip
 
     def response_bytes(self, data: bytes) -> None:
