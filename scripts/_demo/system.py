@@ -25,6 +25,7 @@ IMAGES_IN_GUEST = "/var/lib/llmux/checkpoints"
 # A process comes back under the pid it had. A guest numbers its own from 1: engines are kept well
 # above, and those of a later guest above the kept ones.
 FIRST_PID, PID_STEP = 20_000, 10_000
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 MODEL = """\
   {name}:
@@ -82,6 +83,9 @@ class Kept:
             guest.write("/etc/machine-id", self._machine_id.read_text(), mode=0o444)
         else:
             self._machine_id.write_bytes(guest.read("/etc/machine-id"))
+        # nspawn invents a boot for each container; the kernel, which is what counts, is the host's
+        guest.write("/run/boot_id", BOOT_ID.read_text(), mode=0o444)
+        guest.run(["mount", "--bind", "/run/boot_id", str(BOOT_ID)])
         threads = [
             tid
             for path in self.manifests
@@ -149,7 +153,8 @@ def main() -> int:
             print(client.stdout, client.stderr)
             # by its own name: engines' lines have theirs
             said = ["_SYSTEMD_UNIT=llmux.service", "SYSLOG_IDENTIFIER=llmux"]
-            journal = guest.run(["journalctl", "-o", "cat", *said]).stdout
+            # --merge: the journal was begun under the guest's first machine-id
+            journal = guest.run(["journalctl", "--merge", "-o", "cat", *said]).stdout
         print("what the supervisor said:\n" + journal)
         say_how(journal, had_images)
     print(f"all in all {time.monotonic() - began:.1f} s")
