@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.verb is None:
-        args = parser.parse_args([*_global_options(args), *_verb_of(args)])
+        args = parser.parse_args([*_global_options(args), *verb_of(args)])
     try:
         result = args.run(args)
     except LlmuxError as error:
@@ -49,7 +49,7 @@ def _global_options(args: argparse.Namespace) -> list[str]:
     return ["--config", args.config, *(["--verbose"] if args.verbose else [])]
 
 
-def _verb_of(args: argparse.Namespace) -> list[str]:
+def verb_of(args: argparse.Namespace) -> list[str]:
     """The verb of a command line of the earlier system, which had options instead."""
     match args:
         case argparse.Namespace(old_checkpoint=str(model)):
