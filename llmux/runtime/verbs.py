@@ -5,6 +5,7 @@ Every order goes through the core as an event; the answer says what became of it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from llmux.config.schema import Eviction, Process
 from llmux.core.events import EvictionSet, ModeSet
 from llmux.errors import Reason, Refused
 from llmux.ports import EngineOutput
-from llmux.protocol import Ask, Tell
+from llmux.protocol import MAX_LINE, Ask, Tell
 from llmux.runtime.checkpoints import Checkpoints
 from llmux.runtime.loop import Loop
 from llmux.runtime.orders import bring_down, bring_up, nobody
@@ -176,7 +177,7 @@ class Verbs:
         lines = args.get("lines", 100)
         if not isinstance(lines, int) or lines < 1:
             raise Refused(Reason.BAD_REQUEST, f"cannot show {lines!r} lines: a whole number > 0")
-        return {"lines": self._output.tail(self._model(args), lines)}
+        return {"lines": _that_fit(self._output.tail(self._model(args), lines))}
 
     async def _reload_config(self, args: Mapping[str, Any]) -> Any:
         return await self._reload()
@@ -207,3 +208,15 @@ class Verbs:
         for eviction in wanted:
             self._check_gpus(name, eviction)
         return await Validation(self._loop, name, tell).run(wanted)
+
+
+def _that_fit(lines: list[str]) -> list[str]:
+    """The last of them that fit into one message; an engine may write lines without end."""
+    room = MAX_LINE // 2
+    kept = 0
+    for line in reversed(lines):
+        room -= len(json.dumps(line)) + 1
+        if room < 0:
+            break
+        kept += 1
+    return lines[len(lines) - kept :]

@@ -196,6 +196,9 @@ async def test_every_worker_asks_for_keys() -> None:
                 client.send("/v1/models", method="GET", headers=("x-api-key: wrong",))
                 answer = await client.answer()
                 assert answer.status == 401 and answer.code == "invalid_api_key"
+            client = await gateway.client()
+            client.send("/control/status", method="GET")
+            assert (await client.answer()).status == 200, "our own user, seen on a unix socket"
 
 
 @in_loop
