@@ -51,7 +51,7 @@ class Turn:
     answered_by: str = ""
     problem: str = ""
     waited_ms: float = 0.0
-    switch: dict[str, Any] = field(default_factory=dict)
+    switch: dict[str, float] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
