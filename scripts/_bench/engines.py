@@ -20,6 +20,12 @@ CONFIG = "/etc/llmux/config.yaml"
 IMAGES = "/var/lib/llmux/checkpoints"
 URL = "http://127.0.0.1:3000"
 MODELS = tuple(vllm.MODELS)
+# What malloc keeps of what was freed while the engine started would be in its image.
+SMALLER = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+}
 
 
 def socket_of(model: str) -> str:
@@ -30,6 +36,7 @@ def configuration(eviction: str) -> dict[str, Any]:
     environment = vllm.environment()
     # dev mode is llmux's to open, when the eviction needs it
     env = {key: value for key, value in vllm.SETTINGS.items() if key != "VLLM_SERVER_DEV_MODE"}
+    env |= SMALLER
     return {
         "vllm_command": [environment.vllm],
         "engine_user": "root",
@@ -81,11 +88,13 @@ class Engines:
         return turns
 
     def cycles(self, count: int) -> tuple[list[Turn], list[dict[str, Any]]]:
-        """Each model cold, then ``count`` times each, parked as configured. With every other cycle
-        an image is restored by ``criu restore`` alone: under the same load, to be compared."""
+        """Each model cold, then ``count`` times each, parked as configured. With every other cycle,
+        when both are parked, one image is restored by ``criu restore`` alone: under the same load,
+        to be compared."""
         turns, bare = self.turns(MODELS), []
         for first in range(0, count, 2):
             turns += self.turns(MODELS * min(2, count - first))
+            self.guest.run(["llmux", "sleep", MODELS[-1]], timeout=120)
             bare += self.bare_restores(1)
         return turns, bare
 

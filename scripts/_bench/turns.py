@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT = 300.0

@@ -25,7 +25,7 @@ IMAGES_IN_GUEST = "/var/lib/llmux/checkpoints"
 # A process comes back under the pid it had. A guest numbers its own from 1: engines are kept well
 # above, and those of a later guest above the kept ones.
 FIRST_PID, PID_STEP = 20_000, 10_000
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 MODEL = """\
   {name}:
@@ -83,9 +83,8 @@ class Kept:
             guest.write("/etc/machine-id", self._machine_id.read_text(), mode=0o444)
         else:
             self._machine_id.write_bytes(guest.read("/etc/machine-id"))
-        # nspawn invents a boot for each container; the kernel, which is what counts, is the host's
-        guest.write("/run/boot_id", BOOT_ID.read_text(), mode=0o444)
-        guest.run(["mount", "--bind", "/run/boot_id", str(BOOT_ID)])
+        # nspawn lays an invented one over it; the kernel, whose boot counts, is the host's
+        guest.run(["umount", BOOT_ID])
         threads = [
             tid
             for path in self.manifests
