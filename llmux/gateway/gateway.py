@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
-from llmux.gateway import problems
+from llmux.gateway import openai, problems
 from llmux.gateway.admission import Admission
 from llmux.gateway.control_feeds import Feeds
 from llmux.gateway.cors import Cors
@@ -28,7 +28,7 @@ from llmux.gateway.observer import Observer
 from llmux.gateway.openai import names_of
 from llmux.gateway.patience import PatientExchange, wants_stream
 from llmux.gateway.relay import Exchange, KeptExchange
-from llmux.gateway.routes import Match
+from llmux.gateway.routes import Match, Source
 from llmux.gateway.tickets import Lease, Ticket
 from llmux.gateway.upstream import EngineFailure, EnginePool
 from llmux.protocol import (
@@ -66,6 +66,7 @@ class Gateway:
         self.config = config
         self.max_body_bytes = config.gateway.max_body_bytes
         origins = config.gateway.cors_origins
+        self._comments = config.gateway.keep_alive_comment_secs > 0
         self.cors = Cors(origins) if origins else None
         self.observer = Observer()
         self.draining = False
@@ -114,7 +115,10 @@ class Gateway:
 
     def exchange(self, front: FrontProtocol, incoming: Incoming, match: Match) -> Exchange:
         """For a request that is whole. Raises Refused."""
-        name = incoming.model()
+        if match.route.source is Source.JSON and match.model is None:  # the common case first
+            name: str | None = openai.model_of(incoming.body)
+        else:
+            name = incoming.model()
         if name is None:
             name = self._responses.get(match.response_id or "")
             if name is None:
@@ -124,7 +128,7 @@ class Gateway:
         model = self._names.get(name, name)
         alias = None if model == name else name
         kind = KeptExchange if match.route.keeps else Exchange
-        if self.config.gateway.keep_alive_comment_secs and wants_stream(incoming):
+        if self._comments and wants_stream(incoming):
             kind = PatientExchange
         return kind(self, front, incoming, model, alias=alias)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from math import inf
 from typing import TYPE_CHECKING
 
 from llmux.errors import Reason, Refused
@@ -69,10 +68,13 @@ class Exchange(Ticket):
         alias: str | None = None,
     ) -> None:
         now = gateway.clock()
-        limit = inf if incoming.timeout_secs is None else now + incoming.timeout_secs
-        super().__init__(model, now, min(now + gateway.admission.wait_secs, limit), limit)
+        super().__init__(model, now, now + gateway.admission.wait_secs)
+        if incoming.timeout_secs is not None:
+            self.limit = now + incoming.timeout_secs
+            self.deadline = min(self.deadline, self.limit)
+        match = incoming.match
+        self._anthropic = match is not None and match.route.anthropic
         self._alias = alias  # what the client called the model; None: by its own name
-        self._anthropic = incoming.anthropic
         self._gateway = gateway
         self._front: FrontProtocol | None = front
         self._incoming: Incoming | None = incoming

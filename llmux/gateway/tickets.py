@@ -25,8 +25,8 @@ class Ticket:
         "switch",
     )  # fmt: skip
 
-    def __init__(self, model: str, arrived: float, deadline: float, limit: float = inf) -> None:
-        self.limit = limit  # the client's own; no second wait goes beyond it
+    def __init__(self, model: str, arrived: float, deadline: float) -> None:
+        self.limit = inf  # the client's own; no second wait goes beyond it
         self.model = model
         self.arrived = arrived
         self.deadline = deadline

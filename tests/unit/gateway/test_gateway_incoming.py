@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from llmux.errors import Refused
@@ -80,3 +82,24 @@ def test_the_last_of_two_model_keys_counts_as_in_the_engine() -> None:
 def test_bodies_without_a_model_are_refused(body: bytes) -> None:
     with pytest.raises(Refused):
         openai.model_of(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "a"} \r\n\t', b' {"model": "a"}', b'\xef\xbb\xbf{"model": "a"}',
+        b'{"model": "a"} x', b'{"model": "a"}\x0b', b'{"model": "\xff"}', b'{"model": NaN}',
+        b'{"model": "\\ud800"}', b'{"model": "a",}', b'{"model": "a"}{}', b"{" * 100_000,
+        '{"model": "é"}'.encode("utf-16"), '{"model": "é"}'.encode("utf-32-le"),
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_the_short_way_reads_bodies_as_json_loads_does(body: bytes) -> None:
+    try:
+        expected = json.loads(body)
+    except (ValueError, RecursionError):
+        expected = None
+    try:
+        assert openai.model_of(body) == expected["model"]
+    except Refused:
+        assert expected is None or not isinstance(expected["model"], str)
