@@ -67,6 +67,8 @@ def test_a_suspend_that_goes_wrong_makes_room_all_the_same(
     for call in SUSPENDING:
         if words == "lie" and call in ("restore_tid", "state"):
             continue  # it says nothing wrong: 0 is a thread id, and a state
+        if way == "offload+checkpoint" and call == "restore_tid":
+            continue  # no GPU is mapped, so after an unclear answer it counts as without CUDA
         lab.good("alpha")
         before = len(lab.said("cannot park alpha"))
         lab.cuda_fault(call, words)
