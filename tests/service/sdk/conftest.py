@@ -50,6 +50,16 @@ class Front:
 
         self.do(grant)
 
+    def places(self, places: int, *, waiting: int) -> None:
+        admission = self.stage.gateway.admission
+        admission._max_in_flight, admission._max_waiting = places, waiting
+        self._counted = dict(self.stage.gateway.observer.requests)
+
+    def refused(self, model: str, status: int) -> int:
+        """Since ``places`` was called."""
+        now = self.stage.gateway.observer.requests
+        return now[model, status] - self._counted.get((model, status), 0)
+
     def revoke_beta(self, epoch: str) -> None:
         async def revoke() -> None:
             self.stage.supervisor.say(Revoke("beta", epoch))

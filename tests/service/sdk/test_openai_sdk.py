@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -114,6 +115,36 @@ def test_error_classes(client: Any, front: Any) -> None:
     with pytest.raises(openai.APIStatusError) as wrong:
         client.post("/nothing", cast_to=object)
     assert wrong.value.status_code == 404
+
+
+def test_rate_limits_are_retried_when_the_gateway_says(client: Any, front: Any) -> None:
+    front.grant_beta("busy")
+    front.places(1, waiting=1)
+    endless: Any = {
+        "model": "beta", "messages": MESSAGES, "stream": True, "max_tokens": 4000,
+        "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    running = client.chat.completions.create(**endless)
+    next(iter(running))
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(
+            client.chat.completions.create, model="beta", messages=MESSAGES, max_tokens=1
+        )
+        front.until(lambda: front.stage.in_flight("beta") == 2)
+        with pytest.raises(openai.RateLimitError) as full:
+            client.chat.completions.create(model="beta", messages=MESSAGES)
+        assert full.value.code == "model_overloaded"
+        assert int(full.value.response.headers["retry-after"]) >= 1
+        retried = pool.submit(
+            client.with_options(max_retries=3).chat.completions.create,
+            model="beta", messages=MESSAGES, max_tokens=1,
+        )  # fmt: skip
+        front.until(lambda: front.refused("beta", 429) == 2)
+        running.close()
+        assert waiting.result(20).choices
+        assert retried.result(20).choices
+    front.places(1024, waiting=100)
+    front.revoke_beta("busy")
 
 
 def test_a_wait_ends_when_the_client_gives_up(client: Any, front: Any) -> None:
