@@ -80,7 +80,7 @@ def test_frozen_engines_go_on_where_they_were(engines: Engines) -> None:
 
 
 def test_stopped_engines_are_started_anew(engines: Engines) -> None:
-    engines.begin("discard+stop")
+    engines.begin("retain+stop")
     turns = engines.turns(MODELS * (STOP_CYCLES + 1))
     check_answers(turns)
     assert all(turn.switch["cold"] for turn in turns)
