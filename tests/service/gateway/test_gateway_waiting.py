@@ -112,3 +112,23 @@ async def test_the_sooner_of_both_patiences_counts() -> None:
             answer = await client.answer()
             assert (answer.status, answer.code) == (504, "wait_expired")
             assert int(answer.headers["retry-after"]) >= 1
+
+
+@in_loop
+async def test_a_crowd_that_left_is_no_demand_and_reaches_no_engine() -> None:
+    async with stage(a_config(max_waiting=300)) as s:
+        clients = [await s.client() for _ in range(250)]
+        for client in clients:
+            client.chat()
+        await until(lambda: s.waiting() == 250)
+        for client in clients:
+            client.leave()
+        await s.supervisor.hear(Demand, lambda d: d.model == "alpha" and d.waiting == 0)
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        await until(lambda: s.gateway.admission.held("alpha") is not None)
+        last = await s.client()
+        last.chat()
+        assert (await last.answer()).status == 200
+        assert len(engine.requests) == 1
+        assert s.in_flight() == s.waiting() == 0
