@@ -110,7 +110,7 @@ def test_a_discarded_image_is_smaller_by_the_weights(lab: ParkingLab) -> None:
 
 
 def test_several_gpus_are_not_checkpointed_unless_the_model_opts_in(lab: ParkingLab) -> None:
-    two = {"gpus": 2, "extra_args": ["--tensor-parallel-size", "2"]}
+    two: dict[str, Any] = {"gpus": 2, "extra_args": ["--tensor-parallel-size", "2"]}
     for process in ("cuda_suspend", "checkpoint"):
         lab.llmux.configure({"alpha": small(f"offload+{process}", **two)}, **AS_ROOT)
         told = lab.run(["llmux", "check"], check=False)
@@ -123,7 +123,7 @@ def test_several_gpus_are_not_checkpointed_unless_the_model_opts_in(lab: Parking
 
 
 def test_nor_when_an_operator_asks_for_it(lab: ParkingLab) -> None:
-    two = {"gpus": 2, "extra_args": ["--tensor-parallel-size", "2"]}
+    two: dict[str, Any] = {"gpus": 2, "extra_args": ["--tensor-parallel-size", "2"]}
     lab.begin({"alpha": small("offload+keep_running", **two)}, gpu_count=2)
     lab.good("alpha")
     words = ("sleep", "alpha", "--eviction", "offload+cuda_suspend")
