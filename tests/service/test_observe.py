@@ -299,23 +299,23 @@ def test_metrics_have_a_port_of_their_own(start_daemon: Start, tmp_path: Path) -
 
 def test_one_line_a_transition_and_never_a_prompt(daemon: Daemon) -> None:
     """The models' names are this test's own: the log may lag behind the test before."""
-    daemon.set_models({"gamma": {"eviction": OFFLOAD}, "delta": {}} | daemon.models)
+    daemon.set_models({"eins": {"eviction": OFFLOAD}, "zwei": {}} | daemon.models)
     secret = "a-prompt-that-nobody-may-read"
-    assert daemon.chat("gamma", secret).status == 200
-    with daemon.stream("delta", secret) as stream:
+    assert daemon.chat("eins", secret).status == 200
+    with daemon.stream("zwei", secret) as stream:
         stream.wait_for_token()
-    daemon.log.wait("delta: starting → serving")
+    daemon.log.wait("zwei: starting → serving")
     said = daemon.log.since(0)
     assert not [line for line in said if secret in line]
-    moves = [line for line in said if re.search(r"<\d>(gamma|delta): \w+ → \w+", line)]
+    moves = [line for line in said if re.search(r"<\d>(eins|zwei): \w+ → \w+", line)]
     assert [line.partition(" (")[0].partition(">")[2] for line in moves] == [
-        "gamma: unknown → stopped",
-        "delta: unknown → stopped",
-        "gamma: stopped → starting",
-        "gamma: starting → serving",
-        "gamma: serving → draining",
-        "gamma: draining → parking",
-        "gamma: parking → parked",
-        "delta: stopped → starting",
-        "delta: starting → serving",
+        "eins: unknown → stopped",
+        "zwei: unknown → stopped",
+        "eins: stopped → starting",
+        "eins: starting → serving",
+        "eins: serving → draining",
+        "eins: draining → parking",
+        "eins: parking → parked",
+        "zwei: stopped → starting",
+        "zwei: starting → serving",
     ]
