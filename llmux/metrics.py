@@ -85,9 +85,7 @@ CHUNKS = _counter(
     "Pieces of answers passed on; of a stream about one per token.",
     "model",
 )
-BROKEN = _counter(
-    "llmux_responses_broken_total", "Answers that ended in an error midway.", "model"
-)
+BROKEN = _counter("llmux_responses_broken_total", "Answers that ended in an error midway.", "model")
 ABANDONED = _counter(
     "llmux_requests_abandoned_total", "Requests whose client left before the end.", "model"
 )
