@@ -38,9 +38,7 @@ PEER = Key("peer", b"", KeyRole.ADMIN)  # root or our own user on a unix socket
 class Guard:
     """The keys in force. ``load`` reads them anew; ``workers`` share every key's limits."""
 
-    def __init__(
-        self, load: LoadKeys, *, workers: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, load: LoadKeys, *, workers: int, clock: Callable[[], float]) -> None:
         self._load = load
         self._workers = workers
         self._clock = clock
