@@ -78,7 +78,7 @@ class Engines:
         """One request to each, in this order; each was answered, by the model it named."""
         done = self.guest.run(
             ["python3", f"{PROGRAMS}/turns.py", URL, *models],
-            timeout=60 + 60 * len(models),
+            timeout=300 + 120 * len(models),  # a cold start takes 25 s, or 100 on a busy host
             check=False,
         )
         turns = [Turn(**json.loads(line)) for line in done.stdout.splitlines()]
