@@ -296,14 +296,15 @@ class Gateway:
         )
 
     def _secs_until(self, model: str) -> float:
-        """For Retry-After: when a request that is turned away now would be answered."""
+        """For Retry-After: when a request that is turned away now would be answered. An estimate is
+        rounded, not rounded up: 2.1 s told as 3 is further from the truth than 2."""
         place = self.admission.secs_to_place(model)
         if place is not None:
-            return place
+            return round(place)
         held = self.admission.held(model)
         if held is not None and held.suspect_until is None:
             return 1.0  # full, and nobody has been seen to leave yet
-        return self._switches.secs_until(model, self.admission.wanted())
+        return round(self._switches.secs_until(model, self.admission.wanted()))
 
     # ---- stopping -------------------------------------------------------------------------------
 
