@@ -124,7 +124,7 @@ def test_only_the_daemon_constructs_drivers() -> None:
     """Who cannot import them cannot construct them."""
     drivers = {module_of(path) for path in FILES if "drivers" in path.parts}
     users = {
-        module_of(path)
+        part_of(module_of(path))
         for path in FILES
         for _, imported in imports_of(path)
         if imported in drivers and "drivers" not in path.parts

@@ -1,0 +1,101 @@
+"""``llmux serve``: supervisor and gateway in one process, engines as children that end with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+
+from llmux.config.check import check_embedded
+from llmux.config.load import load_config, load_marked
+from llmux.config.schema import Config
+from llmux.daemon.front import Secrets, metrics_sockets
+from llmux.daemon.process import environment, reload_on_hangup, stop_on_signals, until, warm
+from llmux.daemon.supervisor import Supervisor
+from llmux.drivers.direct import DirectUnits
+from llmux.drivers.engine import VllmEngine
+from llmux.drivers.freezer import CgroupFreezer
+from llmux.drivers.gpu import find_gpu_observer
+from llmux.drivers.identity import engine_identity
+from llmux.drivers.notify import SdNotifier
+from llmux.drivers.output import EngineFiles
+from llmux.drivers.store import FileStateStore
+from llmux.errors import ConfigError
+from llmux.gateway.server import bind_all, serve_gateway
+from llmux.runtime.drivers import Drivers, Places
+from llmux.runtime.watchdog import StatusLine
+
+
+async def serve(path: str, *, port: int | None = None) -> None:
+    """Supervisor and gateway in one process, engines as children that end with it."""
+    marked = load_marked(path)
+    config = marked.config
+    problems = check_embedded(config, marked.marks)
+    if problems:
+        raise ConfigError(problems)
+    listen = [f"127.0.0.1:{port}"] if port is not None else list(config.listen_addresses())
+    Secrets(config).check()
+    sockets = bind_all(listen)
+    stop = asyncio.Event()
+    stop_on_signals(stop)
+    runtime = tempfile.mkdtemp(prefix="llmux-", dir=os.environ.get("XDG_RUNTIME_DIR"))
+    try:
+        await _serve_in(runtime, path, config, sockets, stop)
+    finally:
+        shutil.rmtree(runtime, ignore_errors=True)
+
+
+async def _serve_in(
+    runtime: str, path: str, config: Config, sockets: list[socket.socket], stop: asyncio.Event
+) -> None:
+    notifier = SdNotifier()
+    drivers = Drivers(
+        units=DirectUnits(),
+        freezer=CgroupFreezer(),
+        engine=VllmEngine(),
+        output=EngineFiles(f"{runtime}/logs"),
+        gpu=find_gpu_observer(),
+        places=Places(runtime, None, config.vllm_command, environment()),
+        identity=engine_identity,
+    )
+    supervisor = Supervisor(
+        config, drivers, FileStateStore(f"{runtime}/state.json"), reload=lambda: load_config(path)
+    )
+    await supervisor.start()
+    ours, theirs = socket.socketpair()
+    try:
+        await supervisor.hub.join(ours)
+        supervisor.loop.listeners.append(StatusLine(notifier))
+        secrets = Secrets(config)
+        reload: list[Callable[[], None]] = []
+        reload_on_hangup(supervisor, notifier, reload)
+        gateway_stop = asyncio.Event()
+        front = asyncio.create_task(
+            serve_gateway(
+                config,
+                link=theirs,
+                sockets=sockets,
+                metrics_sockets=metrics_sockets(config, bind_all),
+                notifier=notifier,
+                stop=gateway_stop,
+                keys=secrets.keys,
+                tls=secrets.tls,
+                reload=reload,
+            )
+        )
+        try:
+            await until(stop, supervisor.loop.run(), _ended_early(front), warm(supervisor, stop))
+        finally:
+            gateway_stop.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await front
+    finally:
+        await supervisor.close()
+
+
+async def _ended_early(task: asyncio.Task[None]) -> None:
+    await asyncio.shield(task)
