@@ -20,12 +20,6 @@ CONFIG = "/etc/llmux/config.yaml"
 IMAGES = "/var/lib/llmux/checkpoints"
 URL = "http://127.0.0.1:3000"
 MODELS = tuple(vllm.MODELS)
-# What malloc keeps of what was freed while the engine started would be in its image.
-SMALLER = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": "1048576",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
-}
 
 
 def socket_of(model: str) -> str:
@@ -36,7 +30,6 @@ def configuration(eviction: str) -> dict[str, Any]:
     environment = vllm.environment()
     # dev mode is llmux's to open, when the eviction needs it
     env = {key: value for key, value in vllm.SETTINGS.items() if key != "VLLM_SERVER_DEV_MODE"}
-    env |= SMALLER
     return {
         "vllm_command": [environment.vllm],
         "engine_user": "root",
