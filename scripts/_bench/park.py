@@ -112,11 +112,13 @@ def figures(
 
 
 def print_table(document: dict[str, Any]) -> None:
-    """The figures for people; lists and long texts are in the JSON."""
+    """The figures for people; how they were made is in the JSON."""
     for key, value in document.items():
         if key == "wake_steps_s":
             shown = ", ".join(f"{name} {seconds:.3f}" for name, seconds in value.items())
-        elif key in ("method", "machine"):
+        elif key == "machine":
+            shown = ", ".join(f"{name} {fact}" for name, fact in value.items())
+        elif key == "method":
             continue
         else:
             shown = f"{value:.3f}" if isinstance(value, float) else str(value)

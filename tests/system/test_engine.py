@@ -23,7 +23,7 @@ CYCLES = 10
 STOP_CYCLES = int(os.environ.get("LLMUX_ENGINE_STOP_CYCLES", "1"))
 FASTER = 15  # restore to first token against cold start to first token
 OVERHEAD = 1.5  # restore to first token against `criu restore` alone
-# On disk, of 2.8 GB as CRIU writes it. Two processors' kernels differ by a percent: 1.292 and 1.302.
+# On disk, of 2.8 GB as CRIU writes it. Two kinds of processors differ: 1.292 and 1.302.
 IMAGE_GB = 1.30
 
 
