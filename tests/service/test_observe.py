@@ -53,8 +53,10 @@ def test_status_of_a_model_at_work(two: Daemon) -> None:
     status = two.status()
     assert status["state"] == "active:alpha" and status["active_model"] == "alpha"
     alpha = status["models"]["alpha"]
-    assert (alpha["in_flight"], alpha["queue_depth"]) == (0, 0)
+    assert alpha["queue_depth"] == 0
     assert alpha["process_state"] == "running"
+    # the end of a request reaches the supervisor some milliseconds after its client
+    two.until(lambda: two.model("alpha")["in_flight"] == 0)
     two.park("alpha")
     assert two.model("alpha")["process_state"] == "sleeping:Offload+KeepRunning"
     assert two.model("beta")["process_state"] == "not_started"

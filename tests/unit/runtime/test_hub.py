@@ -202,8 +202,12 @@ async def test_a_worker_that_comes_back_replaces_its_former_connection(tmp_path:
 async def test_a_user_who_may_not_is_dropped_unheard(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         os.chmod(s.path, 0o666)
-        for directory in (tmp_path, *tmp_path.parents[:2]):
+        # pytest's own directories are closed to others; how many there are depends on its plugins
+        base = next(p for p in tmp_path.parents if p.name.startswith("pytest-of-"))
+        for directory in (tmp_path, *tmp_path.parents):
             os.chmod(directory, 0o755)
+            if directory == base:
+                break
         os.seteuid(65534)
         try:
             peer = await s.connect()
