@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 openai = pytest.importorskip("openai")
 
 MESSAGES: Any = [{"role": "user", "content": "say something"}]

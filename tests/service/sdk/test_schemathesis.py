@@ -11,6 +11,8 @@ schemathesis = pytest.importorskip("schemathesis")
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 # Streams without an end, and what the stand-in would generate at length.
 ENDLESS = ("/events", "/logs/stream/{model}")
 
