@@ -80,6 +80,10 @@ class UnitManager(Protocol):
     def unwatch(self, handle: UnitHandle) -> None:
         """No call of on_exit after this returns."""
 
+    async def ending(self) -> bool:
+        """Whether all engines are being stopped from outside (their slice, the machine). A frozen
+        one cannot hear SIGTERM, and would keep the stop waiting for its timeout."""
+
     async def close(self) -> None:
         """Give up file descriptors and threads; leaves units as they are (systemd) or kills them
         (direct children, which must not outlive the embedded server)."""

@@ -14,7 +14,7 @@ from llmux.core.effects import SwitchFinished
 from llmux.core.events import ConfigChanged
 from llmux.core.records import State
 from llmux.drivers.output import EngineFiles
-from llmux.errors import ConfigError, Reason, Refused, StateFileError
+from llmux.errors import ConfigError, DriverError, Reason, Refused, StateFileError
 from llmux.ports import StateStore
 from llmux.protocol import Ask, Catalog, Collect, Tell
 from llmux.runtime.drivers import Drivers
@@ -33,6 +33,7 @@ RUNTIME = "/run/llmux"
 SOCKET = f"{RUNTIME}/supervisor.sock"
 LAST_GOOD = f"{RUNTIME}/last-good"
 GATEWAY_USER = "llmux"
+THAW_SECS = 2.0  # measured 0.1 ms
 TAKEOVER_SECS = 60.0  # for an order that works without a supervisor to come to its end
 
 
@@ -131,6 +132,20 @@ class Supervisor:
             "restart_gateway_for": list(difference.gateway_restart),
             "restart_supervisor_for": list(difference.supervisor_restart),
         }
+
+    async def thaw_if_ending(self) -> None:
+        """Everything is being stopped for good: let frozen engines hear it. Best effort, since what
+        does not hear it is killed by systemd at its timeout."""
+        try:
+            if not await self.drivers.units.ending():
+                return
+            for instance in self.loop.executor.instances.values():
+                if instance.handle is not None and await self.drivers.freezer.frozen(
+                    instance.handle
+                ):
+                    await self.drivers.freezer.thaw(instance.handle, THAW_SECS)
+        except DriverError as error:
+            log.warning("cannot thaw engines before they are stopped: %s", error)
 
     async def close(self) -> None:
         await self.hub.close()

@@ -90,6 +90,7 @@ async def supervise(path: str) -> None:
         await until(stop, *works)
         notifier.stopping()
         last_good.forget()
+        await supervisor.thaw_if_ending()
     finally:
         await supervisor.close()
         os.close(lock)

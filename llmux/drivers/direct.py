@@ -106,6 +106,9 @@ class DirectUnits:
     async def observe(self) -> Sequence[UnitHandle]:
         return [held.handle for held in self._units.values() if held.guardian.ended is None]
 
+    async def ending(self) -> bool:
+        return False  # nobody else stops our children
+
     async def pids(self, handle: UnitHandle) -> Sequence[int]:
         guarded = self._find(handle)
         if guarded is None or guarded.guardian.ended is not None:

@@ -296,6 +296,9 @@ class MemoryUnits:
         await self._world.act("units.observe", "")
         return [engine.handle for engine in self._world.engines.values()]
 
+    async def ending(self) -> bool:
+        return False
+
     async def pids(self, handle: UnitHandle) -> Sequence[int]:
         engine = self._world.find(handle)
         return [] if engine is None else [handle.pid, handle.pid + 1, handle.pid + 2]

@@ -379,6 +379,16 @@ class SystemdUnits:
                 handles.append(UnitHandle(model_of(unit), unit, pid, ticks, path))
         return handles
 
+    async def ending(self) -> bool:
+        """Has our slice a stop job? At shutdown it has one, too."""
+
+        def look() -> Any:
+            return self._bus.call(b"ListUnitsByPatterns", b"asas", [], [SLICE.encode()]) or []
+
+        rows = await self._call("look at", SLICE, look)
+        rows = [rows] if isinstance(rows, tuple) else rows
+        return any(row[7] and row[8] == b"stop" for row in rows)  # id and type of its job
+
     async def pids(self, handle: UnitHandle) -> Sequence[int]:
         assert handle.cgroup is not None
         return cgroup.read_procs(self._root + handle.cgroup)

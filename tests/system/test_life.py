@@ -49,6 +49,17 @@ def test_stopping_the_slice_leaves_no_process(llmux: LlmuxGuest) -> None:
         assert llmux.show(unit, "ActiveState") == "inactive"
 
 
+def test_frozen_engines_hear_that_everything_ends(llmux: LlmuxGuest) -> None:
+    llmux.begin(MODELS)
+    for name in ("beta", "alpha"):
+        assert llmux.ask(name)["error"] == ""
+    assert llmux.status()["models"]["beta"]["state"] == "parked"
+    llmux.guest.run(["systemctl", "stop", "llmux.slice"])
+    said = llmux.journal("-u", "llmux-beta.scope")
+    assert "Application shutdown complete." in said
+    assert "timed out" not in said
+
+
 def test_a_supervisor_that_hangs_is_replaced(llmux: LlmuxGuest) -> None:
     llmux.drop_in(SUPERVISOR, "watchdog", "[Service]\nWatchdogSec=2\n")
     try:
