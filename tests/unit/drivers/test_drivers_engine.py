@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,12 @@ async def server(directory: Path, answer: Answer) -> AsyncIterator[tuple[Address
     """Answers each request with raw bytes and closes the connection."""
     seen: list[str] = []
     hung = asyncio.Event()
+    serving: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             line = head.split(b"\r\n")[0].decode()
@@ -36,6 +40,8 @@ async def server(directory: Path, answer: Answer) -> AsyncIterator[tuple[Address
                 await writer.drain()
         finally:
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     path = str(directory / "s")
     listener = await asyncio.start_unix_server(serve, path)
@@ -44,6 +50,7 @@ async def server(directory: Path, answer: Answer) -> AsyncIterator[tuple[Address
     finally:
         hung.set()
         listener.close()
+        await asyncio.gather(*serving, return_exceptions=True)
         await listener.wait_closed()
 
 
