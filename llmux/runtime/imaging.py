@@ -24,6 +24,16 @@ from llmux.runtime.words import address_from, canary_from, parse_eviction
 
 log = logging.getLogger("llmux")
 
+# A CRIU that hangs must not keep the GPU for as long as the largest engine's dump may take: the
+# deadline grows with the size. Measured 0.3 to 1 GB/s; a slow shared disk writes 50 MB/s.
+LEAST_SECS = 60.0
+SLOWEST_BYTES_PER_SEC = 50e6
+
+
+def patience(deadline: float, size: int) -> float:
+    """Seconds for a dump or a restore of ``size`` bytes, at most ``deadline``."""
+    return min(deadline, LEAST_SECS + size / SLOWEST_BYTES_PER_SEC)
+
 
 class Imaging:
     """``post`` tells the core what images there are."""
@@ -77,7 +87,9 @@ class Imaging:
             recipe=self._recipe(instance, eviction),
             cold_seconds=instance.cold_seconds,
         )
-        image = await self._dumper.dump(handle, spec, deadline, instance.tell)
+        size = await self._dumper.precheck(handle)
+        limit = patience(deadline, size)
+        image = await self._dumper.dump(handle, spec, limit, instance.tell)
         self._drivers.units.unwatch(handle)
         self._drivers.output.detach(config.name)
         instance.handle = None
@@ -134,7 +146,8 @@ class Imaging:
         self._drivers.output.paths(config.name)
         try:
             spec = self.spec(config, gpus)
-            instance.handle = await self._dumper.restore(found, spec, deadline)
+            limit = patience(deadline, found.apparent_bytes)
+            instance.handle = await self._dumper.restore(found, spec, limit)
         except CheckpointFailed as error:
             if error.fields.get("blame") == "image":
                 await self.distrust(found, str(error))

@@ -31,24 +31,22 @@ def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGues
         "/etc/systemd/system/llmux-.scope.d/limits.conf", "[Scope]\nMemoryMax=700M\nTasksMax=300\n"
     )
     machine.run(["systemctl", "daemon-reload"])
-    models = ("alpha", "beta")
     machine.begin(
-        {name: model("retain+checkpoint") for name in models},
+        {"alpha": model("retain+checkpoint")},
         checkpoint={"keep_images": False},  # so that each turn is a dump as well
     )
-    seen = machine.load("cycles", str(RESTORES + 1), *models, timeout=600)
+    report = machine.load("cycles", str(RESTORES + 1), "alpha", timeout=600)
+    first, *restored = report["turns"]
     user = machine.run(["id", "-u", "llmux-engine"]).stdout.strip()
     said = machine.journal("-u", "llmux.service")
-    assert said.count("criu restore: success") == len(models) * RESTORES, said
-    assert said.count("(no checkpoint available)") == len(models), said
-    for name in models:
-        first, *restored = seen[name]
-        assert first["memory.max"] == str(700 * 1024**2)
-        assert first["pids.max"] == "300"
-        processes = [value for key, value in first.items() if key.isdigit()]
-        assert len(processes) >= 3
-        for process in processes:
-            assert process["Uid"].split() == [user] * 4
-            assert int(process["CapEff"], 16) == int(process["CapBnd"], 16) == 0
-            assert (process["NoNewPrivs"], process["Seccomp"]) == ("1", "2")
-        assert restored == [first] * RESTORES
+    assert said.count("criu restore: success") == RESTORES, said
+    assert said.count("(no checkpoint available)") == 1, said
+    assert first["memory.max"] == str(700 * 1024**2)
+    assert first["pids.max"] == "300"
+    processes = [value for key, value in first.items() if key.isdigit()]
+    assert len(processes) >= 3
+    for process in processes:
+        assert process["Uid"].split() == [user] * 4
+        assert int(process["CapEff"], 16) == int(process["CapBnd"], 16) == 0
+        assert (process["NoNewPrivs"], process["Seccomp"]) == ("1", "2")
+    assert restored == [first] * RESTORES

@@ -1,6 +1,6 @@
-"""Models take turns COUNT times; after every answer, what its engine's processes may do.
+"""A model is asked COUNT times and parked in between; what its engine's processes may do each time.
 
-Prints one JSON object: model → one entry for each turn, user, capabilities and limits by pid.
+Prints a JSON object, {"turns": [one for each time]}: user, capabilities and limits by pid.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import pathlib
+import urllib.request
 from typing import Any
 
 import client
@@ -34,19 +35,32 @@ def rights(model: str) -> dict[str, Any]:
     return found
 
 
+def park(model: str) -> None:
+    """As its eviction says; answered when it is parked."""
+    request = urllib.request.Request(
+        "http://127.0.0.1:3000/control/sleep",
+        json.dumps({"model": model}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        answer.read()
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("count", type=int)
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("model")
     arguments = parser.parse_args()
-    seen: dict[str, list[dict[str, Any]]] = {model: [] for model in arguments.models}
-    for _ in range(arguments.count):
-        for model in arguments.models:
-            answer = await client.ask(model, "hello", timeout=120)
-            if not answer.ok:
-                raise SystemExit(f"{model}: {answer.error}")
-            seen[model].append(rights(model))
-    print(json.dumps(seen))
+    seen: list[dict[str, Any]] = []
+    while True:
+        answer = await client.ask(arguments.model, "hello", timeout=120)
+        if not answer.ok:
+            raise SystemExit(f"{arguments.model}: {answer.error}")
+        seen.append(rights(arguments.model))
+        if len(seen) == arguments.count:
+            break
+        park(arguments.model)
+    print(json.dumps({"turns": seen}))
 
 
 if __name__ == "__main__":
