@@ -65,13 +65,18 @@ def test_licences_of_all_vendored_code_are_stated() -> None:
 
 @pytest.mark.parametrize(
     "script", ["packaging/debian/postinst", "packaging/debian/prerm", "packaging/debian/postrm",
-               "scripts/build-deb"],
+               "scripts/build-deb", "scripts/demo", "scripts/test", "scripts/_env.sh", ".ci/run"],
 )  # fmt: skip
 def test_shell_scripts_pass_shellcheck(script: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     done = subprocess.run(
-        ["shellcheck", TREE / script], capture_output=True, text=True, timeout=30, check=False
+        ["shellcheck", "-x", script],
+        cwd=TREE,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
