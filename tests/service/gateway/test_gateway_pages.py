@@ -112,6 +112,7 @@ async def answer_of(client: object) -> str:
     return "\n\n".join(one for one in text.split("\n\n") if one and not one.startswith(":"))
 
 
+@pytest.mark.long  # the sweep is once a second
 @in_loop
 async def test_a_stream_that_waits_gets_comments_and_then_the_answer() -> None:
     async def stream(request: EngineRequest) -> None:
@@ -134,6 +135,7 @@ async def test_a_stream_that_waits_gets_comments_and_then_the_answer() -> None:
             await until(lambda: s.gateway.admission.held("alpha") is None)
 
 
+@pytest.mark.long  # the sweep is once a second
 @in_loop
 async def test_what_fails_after_a_comment_is_told_in_the_stream() -> None:
     async def refuse(request: EngineRequest) -> None:
