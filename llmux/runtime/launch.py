@@ -127,6 +127,8 @@ def engine_environment(
         # the operator's own restriction of the unit is respected: our index counts within it
         chosen = [visible[g] if visible != [""] and g < len(visible) else str(g) for g in gpus]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        # CUDA counts the fastest GPU first by default; NVML, and with it llmux, by PCI address
+        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     env.update(config.env)
     return env
 
