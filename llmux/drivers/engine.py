@@ -1,41 +1,34 @@
-"""vLLM's HTTP control API, over its unix socket or 127.0.0.1.
+"""vLLM's HTTP control API: health, sleep and wake, workers' methods, the canary.
 
-One connection per call and ``Connection: close``: none may be open while CRIU dumps the engine.
-HTTP is parsed by httptools, which Sanic brings along; there is no HTTP client library. Only
-requests that llmux itself makes go this way; clients' requests go straight from the gateway to the
-engine.
+Only requests that llmux itself makes go this way; clients' requests go straight from the gateway to
+the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import urlencode
 
-import httptools
-
+from llmux.drivers.engine_http import Reply, Unreachable, exchange
 from llmux.drivers.inotify import Inotify, Mask
 from llmux.errors import DriverTimeout, EngineUnhealthy
 from llmux.ports import Canary
 from llmux.protocol import Address
 
-BODY_CAP: Final = 16 * 1024 * 1024  # vLLM's openapi.json has about 0.3 MB
-EXCERPT: Final = 500  # characters of an error body that go into a message
-# What vLLM does after a failed wake is worth two more tries, half a second and a second later; a
-# third never helped (two years of reports on the earlier program).
 # Worker methods by which an engine takes its communicators down and sets them up again: vLLM's own
 # since 0.32, and those of the patches that were used before.
 COMMUNICATOR_HOOKS: Final = {
     False: ("checkpoint_prepare", "suspend_nccl"),
     True: ("checkpoint_restore", "resume_nccl"),
 }
+# Seconds. What vLLM does after a failed wake is worth two more tries; a third never helped (two
+# years of reports on the earlier program).
 RETRY_PAUSES: Final = (0.5, 1.0)
 PROBE_TIMEOUT: Final = 5.0  # one /health: a busy API server answers late, a hung one never
 FIRST_PAUSE: Final = 0.005
@@ -44,187 +37,147 @@ CANARY_PROMPT: Final = "The capital of France is"
 CANARY_TOKENS: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    status: int
-    body: bytes
+class _Operation:
+    """What is done to which engine and until when: the subject of the errors and the one deadline
+    of all requests that it takes. ``name`` completes "cannot … the engine at …"."""
 
-    def json(self) -> Any:
-        return json.loads(self.body)
+    def __init__(self, name: str, address: Address, deadline: float) -> None:
+        self._name = name
+        self._address = address
+        self.limit = f"{deadline:g}s"
+        self._end = time.monotonic() + deadline
 
     @property
-    def excerpt(self) -> str:
-        text = " ".join(self.body.decode(errors="replace").split())
-        return text[:EXCERPT] + ("…" if len(text) > EXCERPT else "")
+    def left(self) -> float:
+        return self._end - time.monotonic()
 
+    def timeout(self, text: str) -> DriverTimeout:
+        return DriverTimeout(self._name, f"the engine at {self._address}", text)
 
-class _Unreachable(Exception):
-    """No whole answer: refused, reset, no such socket, or not HTTP."""
+    def failure(
+        self, text: str, *, hint: str | None = None, status: int | None = None
+    ) -> EngineUnhealthy:
+        fields = {} if status is None else {"status": status}
+        target = f"the engine at {self._address}"
+        return EngineUnhealthy(self._name, target, text, hint=hint, **fields)
 
+    def bad_answer(self, path: str, reply: Reply) -> EngineUnhealthy:
+        hint = None
+        if reply.status in (404, 405):
+            hint = "is VLLM_SERVER_DEV_MODE=1 in its environment, and this vLLM recent enough?"
+        text = f"{path} answered {reply.status}: {reply.excerpt or '(no body)'}"
+        return self.failure(text, hint=hint, status=reply.status)
 
-class _Response:
-    """httptools' callbacks. Old versions (0.1.1) want every one of them tolerated as absent."""
+    async def request(
+        self, method: str, path: str, payload: Mapping[str, Any] | None = None
+    ) -> Reply:
+        """Whatever it answers. Raises DriverTimeout, and EngineUnhealthy without a whole answer."""
+        try:
+            async with asyncio.timeout(max(self.left, 0.001)):
+                return await exchange(self._address, method, path, payload)
+        except TimeoutError:
+            text = f"{method} {path} was not answered within {self.limit}"
+            raise self.timeout(text) from None
+        except Unreachable as error:
+            raise self.failure(f"{method} {path}: {error}") from error
 
-    def __init__(self) -> None:
-        self.body = bytearray()
-        self.complete = False
-        self.framed = False  # a length or chunks say where the body ends; else the connection does
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() in (b"content-length", b"transfer-encoding"):
-            self.framed = True
-
-    def on_body(self, body: bytes) -> None:
-        self.body += body
-        if len(self.body) > BODY_CAP:
-            raise ValueError(f"the answer is longer than {BODY_CAP} bytes")
-
-    def on_message_complete(self) -> None:
-        self.complete = True
-
-
-@asynccontextmanager
-async def _connection(
-    address: Address,
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    if address.uds is not None:
-        reader, writer = await asyncio.open_unix_connection(address.uds)
-    else:
-        reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
-    try:
-        yield reader, writer
-    except BaseException:
-        writer.transport.abort()
-        raise
-    finally:
-        writer.close()
-        # Closed when we return, not some time later: a dump may come next.
-        with suppress(OSError, asyncio.TimeoutError):
-            async with asyncio.timeout(1.0):
-                await writer.wait_closed()
-
-
-async def _exchange(
-    address: Address, method: str, target: str, payload: Mapping[str, Any] | None
-) -> _Reply:
-    """One request and its whole answer. Raises _Unreachable."""
-    body = b"" if payload is None else json.dumps(payload).encode()
-    head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAccept: */*\r\n"
-    if method != "GET":
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    response = _Response()
-    parser = httptools.HttpResponseParser(response)
-    try:
-        async with _connection(address) as (reader, writer):
-            writer.write(head.encode() + b"\r\n" + body)
-            while not response.complete:
-                data = await reader.read(65536)
-                if not data:
-                    break
-                parser.feed_data(data)
-            status = parser.get_status_code()
-    except (OSError, httptools.HttpParserError, ValueError) as error:
-        raise _Unreachable(str(error) or type(error).__name__) from error
-    if not response.complete and (response.framed or status == 0):
-        raise _Unreachable("the connection was closed in the middle of the answer")
-    return _Reply(status, bytes(response.body))
+    async def sleeping(self) -> bool | None:
+        """None: it does not say."""
+        path = "/is_sleeping"
+        reply = await self.request("GET", path)
+        if reply.status in (404, 405):
+            return None
+        if reply.status != 200:
+            raise self.bad_answer(path, reply)
+        try:
+            return bool(reply.json()["is_sleeping"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise self.bad_answer(path, reply) from error
 
 
 class VllmEngine:
-    """Engine on vLLM's API. Stateless: may be used for any number of engines at once."""
+    """Engine on vLLM's API. Stateless: may be used for any number of engines at once.
+
+    ``retry_pauses``: seconds before each further try of an order that failed.
+    """
+
+    def __init__(self, retry_pauses: Sequence[float] = RETRY_PAUSES) -> None:
+        self._retry_pauses = retry_pauses
 
     async def healthy(self, address: Address, deadline: float) -> bool:
         try:
             async with asyncio.timeout(deadline):
-                return (await _exchange(address, "GET", "/health", None)).status == 200
-        except (TimeoutError, _Unreachable):
+                return (await exchange(address, "GET", "/health", None)).status == 200
+        except (TimeoutError, Unreachable):
             return False
 
     async def wait_healthy(self, address: Address, deadline: float) -> None:
-        end = time.monotonic() + deadline
+        operation = _Operation("wait for", address, deadline)
         pause = FIRST_PAUSE
         last = "nobody listens"
         with _Appearance(address.uds) as appearance:
             while True:
                 appearance.clear()
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise DriverTimeout(
-                        "wait for",
-                        f"the engine at {address}",
-                        f"/health did not say 200 within {deadline:g}s (last: {last})",
-                    )
+                limit = min(operation.left, PROBE_TIMEOUT)
+                if limit <= 0:
+                    text = f"/health did not say 200 within {operation.limit} (last: {last})"
+                    raise operation.timeout(text)
                 try:
-                    async with asyncio.timeout(min(left, PROBE_TIMEOUT)):
-                        reply = await _exchange(address, "GET", "/health", None)
+                    async with asyncio.timeout(limit):
+                        reply = await exchange(address, "GET", "/health", None)
                 except TimeoutError:
-                    last = f"no answer within {min(left, PROBE_TIMEOUT):g}s"
-                except _Unreachable as error:
+                    last = f"no answer within {limit:g}s"
+                except Unreachable as error:
                     last = str(error)
                 else:
                     if reply.status == 200:
                         return
                     last = f"{reply.status} {reply.excerpt}"
-                await appearance.wait(min(pause, max(end - time.monotonic(), 0)))
+                await appearance.wait(min(pause, max(operation.left, 0)))
                 pause = min(pause * 1.5, LAST_PAUSE)
 
     async def sleep(self, address: Address, level: int, deadline: float) -> None:
-        end = time.monotonic() + deadline
-        query = urlencode({"level": level, "mode": "wait"})
-        await self._order(address, "put to sleep", f"/sleep?{query}", None, end, deadline)
-        await self._await_sleeping(address, "put to sleep", True, end, deadline)
+        operation = _Operation("put to sleep", address, deadline)
+        await self._order(operation, "/sleep?" + urlencode({"level": level, "mode": "wait"}))
+        await _await_sleeping(operation, True)
 
     async def wake(self, address: Address, tags: Sequence[str], deadline: float) -> None:
-        end = time.monotonic() + deadline
+        operation = _Operation("wake", address, deadline)
         query = "?" + urlencode([("tags", tag) for tag in tags]) if tags else ""
-        await self._order(address, "wake", f"/wake_up{query}", None, end, deadline)
+        await self._order(operation, f"/wake_up{query}")
         if not tags:
             # After a partial wake it still says true.
-            await self._await_sleeping(address, "wake", False, end, deadline)
+            await _await_sleeping(operation, False)
 
     async def reload_weights(self, address: Address, deadline: float) -> None:
-        end = time.monotonic() + deadline
-        payload = {"method": "reload_weights"}
-        await self._order(
-            address, "reload the weights of", "/collective_rpc", payload, end, deadline
-        )
+        operation = _Operation("reload the weights of", address, deadline)
+        await self._order(operation, "/collective_rpc", {"method": "reload_weights"})
 
     async def communicators(self, address: Address, *, up: bool, deadline: float) -> None:
-        end = time.monotonic() + deadline
-        operation = "restore the communicators of" if up else "suspend the communicators of"
+        name = "restore the communicators of" if up else "suspend the communicators of"
+        operation = _Operation(name, address, deadline)
         last: EngineUnhealthy | None = None
         for method in COMMUNICATOR_HOOKS[up]:
             try:
-                payload = {"method": method}
-                await self._order(address, operation, "/collective_rpc", payload, end, deadline)
+                await self._order(operation, "/collective_rpc", {"method": method})
             except EngineUnhealthy as error:
                 last = error  # this version may know the next one
             else:
                 return
-        raise EngineUnhealthy(
-            operation,
-            f"the engine at {address}",
+        raise operation.failure(
             f"it knows neither of {', '.join(COMMUNICATOR_HOOKS[up])}",
             hint="park a tensor-parallel model with keep_running or stop instead",
         ) from last
 
     async def reset_prefix_cache(self, address: Address, deadline: float) -> None:
-        end = time.monotonic() + deadline
-        await self._order(
-            address, "reset the prefix cache of", "/reset_prefix_cache", None, end, deadline
-        )
+        operation = _Operation("reset the prefix cache of", address, deadline)
+        await self._order(operation, "/reset_prefix_cache")
 
     async def sleeping(self, address: Address, deadline: float) -> bool | None:
-        end = time.monotonic() + deadline
-        reply = await self._try(address, "ask", "GET", "/is_sleeping", None, end, deadline)
-        if reply.status in (404, 405):
-            return None
-        if reply.status != 200:
-            raise _bad_answer("ask", address, "/is_sleeping", reply)
-        return _is_sleeping(address, reply)
+        return await _Operation("ask", address, deadline).sleeping()
 
     async def canary(self, address: Address, model: str, deadline: float) -> Canary:
-        end = time.monotonic() + deadline
+        operation = _Operation("test", address, deadline)
         payload: dict[str, Any] = {
             "model": model,
             "prompt": CANARY_PROMPT,
@@ -234,26 +187,26 @@ class VllmEngine:
             "logprobs": 1,
         }
         path = "/v1/completions"
-        reply = await self._try(address, "test", "POST", path, payload, end, deadline)
+        reply = await operation.request("POST", path, payload)
         if reply.status == 400 and b"logprobs" in reply.body:
             del payload["logprobs"]
-            reply = await self._try(address, "test", "POST", path, payload, end, deadline)
+            reply = await operation.request("POST", path, payload)
         if reply.status in (400, 404, 501) and _lacks_completions(reply):
-            return await self._embedding_canary(address, model, end, deadline)
+            return await _embedding_canary(operation, model)
         if reply.status != 200:
-            raise _bad_answer("test", address, path, reply)
+            raise operation.bad_answer(path, reply)
         try:
             choice = reply.json()["choices"][0]
             logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or ()
             return Canary(str(choice["text"]), tuple(float(p) for p in logprobs if p is not None))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _bad_answer("test", address, path, reply) from error
+            raise operation.bad_answer(path, reply) from error
 
     async def describe(self, address: Address, deadline: float) -> Mapping[str, Any]:
-        end = time.monotonic() + deadline
+        operation = _Operation("describe", address, deadline)
 
         async def get(path: str) -> Any:
-            reply = await self._try(address, "describe", "GET", path, None, end, deadline)
+            reply = await operation.request("GET", path)
             with suppress(ValueError):
                 return reply.json() if reply.status == 200 else None
             return None
@@ -270,97 +223,59 @@ class VllmEngine:
             found["paths"] = sorted(api["paths"])
         return found
 
-    async def _embedding_canary(
-        self, address: Address, model: str, end: float, deadline: float
-    ) -> Canary:
-        """For a pooling model: the first numbers of an embedding stand for log-probs."""
-        payload = {"model": model, "input": CANARY_PROMPT}
-        path = "/v1/embeddings"
-        reply = await self._try(address, "test", "POST", path, payload, end, deadline)
-        if reply.status != 200:
-            raise _bad_answer("test", address, path, reply)
-        try:
-            vector = reply.json()["data"][0]["embedding"]
-            return Canary("", tuple(float(x) for x in vector[:CANARY_TOKENS]))
-        except (ValueError, LookupError, TypeError) as error:
-            raise _bad_answer("test", address, path, reply) from error
-
-    async def _await_sleeping(
-        self, address: Address, operation: str, want: bool, end: float, deadline: float
-    ) -> None:
-        pause = FIRST_PAUSE
-        contrary = False
-        while True:
-            try:
-                reply = await self._try(
-                    address, operation, "GET", "/is_sleeping", None, end, deadline
-                )
-            except DriverTimeout:
-                if not contrary:
-                    raise
-                state = "awake" if want else "asleep"
-                raise DriverTimeout(
-                    operation, f"the engine at {address}", f"still {state} after {deadline:g}s"
-                ) from None
-            if reply.status in (404, 405):
-                return  # nothing to observe by; the answer to the order has to do
-            if reply.status != 200:
-                raise _bad_answer(operation, address, "/is_sleeping", reply)
-            if _is_sleeping(address, reply) is want:
-                return
-            contrary = True
-            await asyncio.sleep(min(pause, max(end - time.monotonic(), 0)))
-            pause = min(pause * 2, LAST_PAUSE)
-
     async def _order(
-        self,
-        address: Address,
-        operation: str,
-        path: str,
-        payload: Mapping[str, Any] | None,
-        end: float,
-        deadline: float,
+        self, operation: _Operation, path: str, payload: Mapping[str, Any] | None = None
     ) -> None:
-        """POST until 2xx, with the retries of RETRY_PAUSES as far as the deadline allows.
+        """POST until 2xx, with the retries as far as the deadline allows.
 
         All orders of the control API may be given twice. A refusal (4xx) is not repeated.
         """
-        for pause in (*RETRY_PAUSES, None):
+        for pause in (*self._retry_pauses, None):
             failure: EngineUnhealthy
             try:
-                reply = await self._try(address, operation, "POST", path, payload, end, deadline)
+                reply = await operation.request("POST", path, payload)
             except EngineUnhealthy as error:
                 failure = error
             else:
                 if 200 <= reply.status < 300:
                     return
-                failure = _bad_answer(operation, address, path, reply)
+                failure = operation.bad_answer(path, reply)
                 if reply.status < 500 and reply.status not in (408, 425, 429):
                     raise failure
-            if pause is None or time.monotonic() + pause >= end:
+            if pause is None or pause >= operation.left:
                 raise failure
             await asyncio.sleep(pause)
 
-    async def _try(
-        self,
-        address: Address,
-        operation: str,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None,
-        end: float,
-        deadline: float,
-    ) -> _Reply:
-        target = f"the engine at {address}"
+
+async def _await_sleeping(operation: _Operation, want: bool) -> None:
+    pause = FIRST_PAUSE
+    contrary = False
+    while True:
         try:
-            async with asyncio.timeout(max(end - time.monotonic(), 0.001)):
-                return await _exchange(address, method, path, payload)
-        except TimeoutError:
-            raise DriverTimeout(
-                operation, target, f"{method} {path} was not answered within {deadline:g}s"
-            ) from None
-        except _Unreachable as error:
-            raise EngineUnhealthy(operation, target, f"{method} {path}: {error}") from error
+            sleeping = await operation.sleeping()
+        except DriverTimeout:
+            if not contrary:
+                raise
+            state = "awake" if want else "asleep"
+            raise operation.timeout(f"still {state} after {operation.limit}") from None
+        if sleeping is None or sleeping is want:
+            return  # without /is_sleeping, the answer to the order has to do
+        contrary = True
+        await asyncio.sleep(min(pause, max(operation.left, 0)))
+        pause = min(pause * 2, LAST_PAUSE)
+
+
+async def _embedding_canary(operation: _Operation, model: str) -> Canary:
+    """For a pooling model: the first numbers of an embedding stand for log-probs."""
+    path = "/v1/embeddings"
+    reply = await operation.request("POST", path, {"model": model, "input": CANARY_PROMPT})
+    if reply.status != 200:
+        raise operation.bad_answer(path, reply)
+    try:
+        vector = reply.json()["data"][0]["embedding"]
+        return Canary("", tuple(float(x) for x in vector[:CANARY_TOKENS]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise operation.bad_answer(path, reply) from error
 
 
 class _Appearance:
@@ -392,27 +307,7 @@ class _Appearance:
                 await self._event.wait()
 
 
-def _bad_answer(operation: str, address: Address, path: str, reply: _Reply) -> EngineUnhealthy:
-    hint = None
-    if reply.status in (404, 405):
-        hint = "is VLLM_SERVER_DEV_MODE=1 in its environment, and this vLLM recent enough?"
-    return EngineUnhealthy(
-        operation,
-        f"the engine at {address}",
-        f"{path} answered {reply.status}: {reply.excerpt or '(no body)'}",
-        hint=hint,
-        status=reply.status,
-    )
-
-
-def _is_sleeping(address: Address, reply: _Reply) -> bool:
-    try:
-        return bool(reply.json()["is_sleeping"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise _bad_answer("ask", address, "/is_sleeping", reply) from error
-
-
-def _lacks_completions(reply: _Reply) -> bool:
+def _lacks_completions(reply: Reply) -> bool:
     """True for "no such route" and "model does not support"; false for "no such model"."""
     try:
         body = reply.json()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers import engine as engine_module
 from llmux.drivers.engine import VllmEngine
 from llmux.errors import DriverTimeout, EngineUnhealthy
 from llmux.protocol import Address
@@ -56,16 +55,14 @@ def reply(status: int, body: bytes = b"{}") -> bytes:
     return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "RETRY_PAUSES", (0.0, 0.0))
+AT_ONCE = (0.0, 0.0)  # the pauses before a second and a third try
 
 
 def test_three_tries_and_the_last_body_is_told(tmp_path: Path) -> None:
     async def body() -> list[str]:
         async with server(tmp_path, lambda _, n: reply(500, b"trouble %d" % n)) as (address, seen):
             with pytest.raises(EngineUnhealthy, match="500: trouble 2") as caught:
-                await VllmEngine().wake(address, (), 5)
+                await VllmEngine(AT_ONCE).wake(address, (), 5)
             assert caught.value.fields["status"] == 500
             return seen
 
@@ -80,7 +77,7 @@ def test_one_failure_is_got_over(tmp_path: Path) -> None:
 
     async def body() -> None:
         async with server(tmp_path, answer) as (address, seen):
-            await VllmEngine().wake(address, (), 5)
+            await VllmEngine(AT_ONCE).wake(address, (), 5)
             assert len(seen) == 3
 
     asyncio.run(body())
