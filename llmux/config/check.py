@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from llmux.config.addresses import split_address
 from llmux.config.marks import NO_MARKS, Fault, KeyPath, Marks, dotted, quote
-from llmux.config.parse import split_address
 from llmux.config.schema import Config, ModelConfig, Process
 from llmux.config.vllm_args import PIPELINE_PARALLEL, TENSOR_PARALLEL, find_flag
 from llmux.errors import Problem

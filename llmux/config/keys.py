@@ -10,8 +10,8 @@ from dataclasses import MISSING, fields
 from types import MappingProxyType
 from typing import Any, Final
 
-from llmux.config import parse
-from llmux.config.marks import Node, Scalar, invalid, quote
+from llmux.config import addresses, parse, quantities
+from llmux.config.marks import Node, Parser, Scalar, invalid, quote
 from llmux.config.schema import (
     CheckpointConfig,
     Config,
@@ -89,17 +89,17 @@ def _gone(message: str) -> GoneKey:
     return lambda _node: message
 
 
-def _seconds(low: float, high: float) -> parse.Parser[float]:
-    return parse.duration("s", low, high)
+def _seconds(low: float, high: float) -> Parser[float]:
+    return quantities.duration("s", low, high)
 
 
-def _milliseconds(low: float, high: float) -> parse.Parser[float]:
-    return parse.duration("ms", low, high)
+def _milliseconds(low: float, high: float) -> Parser[float]:
+    return quantities.duration("ms", low, high)
 
 
-_PORT: Final = parse.integer(1, 65535, "a port")
+_PORT: Final = quantities.integer(1, 65535, "a port")
 _ARGUMENTS: Final = parse.listing(_extra_argument, '["--max-model-len", "4096"]')
-_LISTEN: Final = parse.one_or_more(parse.listen_address, '["127.0.0.1:3000"]')
+_LISTEN: Final = parse.one_or_more(addresses.listen_address, '["127.0.0.1:3000"]')
 
 MODEL: Final = Spec(
     {
@@ -111,8 +111,8 @@ MODEL: Final = Spec(
         "env": parse.environment,
         "checkpoint_path": parse.absolute_path,
         "gpus": parse.gpus,
-        "gpu_memory": parse.number(0, 1, above=True),
-        "gpu_memory_parked": parse.number(0, 1),
+        "gpu_memory": quantities.number(0, 1, above=True),
+        "gpu_memory_parked": quantities.number(0, 1),
         "vllm_command": parse.command,
         "startup_timeout_secs": _seconds(1, DAY),
         "sleep_timeout_secs": _seconds(0.1, DAY),
@@ -142,7 +142,7 @@ POLICY: Final = Spec(
         "drain_timeout_secs": _seconds(0, DAY),
         "min_active_secs": _seconds(0, DAY),
         "coalesce_window_ms": _milliseconds(0, 3_600_000),
-        "amortization_factor": parse.number(0, 1000),
+        "amortization_factor": quantities.number(0, 1000),
         "max_wait_secs": _seconds(0, DAY),
         "tick_interval_ms": _milliseconds(1, 60_000),
         "min_quantum_ms": _milliseconds(0, 3_600_000),
@@ -160,7 +160,7 @@ CHECKPOINT: Final = Spec(
         "images_dir": parse.absolute_path,
         "cuda_checkpoint_path": parse.executable,
         "keep_images": parse.boolean,
-        "max_bytes": parse.size(1024**2, 1024**5),
+        "max_bytes": quantities.size(1024**2, 1024**5),
     },
     gone={
         "object_store": _gone(
@@ -174,11 +174,11 @@ CHECKPOINT: Final = Spec(
 GATEWAY: Final = Spec(
     {
         "listen": _LISTEN,
-        "workers": parse.integer(1, 256),
-        "max_body_bytes": parse.size(1024, 16 * 1024**3),
-        "max_waiting": parse.integer(1, 1_000_000),
-        "max_in_flight": parse.integer(1, 1_000_000),
-        "cors_origins": parse.one_or_more(parse.origin, '["https://chat.example.org"]'),
+        "workers": quantities.integer(1, 256),
+        "max_body_bytes": quantities.size(1024, 16 * 1024**3),
+        "max_waiting": quantities.integer(1, 1_000_000),
+        "max_in_flight": quantities.integer(1, 1_000_000),
+        "cors_origins": parse.one_or_more(addresses.origin, '["https://chat.example.org"]'),
         "keep_alive_comment_secs": _seconds(0, 3600),
         "keys_file": parse.secret_path,
         "allow_public_without_keys": parse.boolean,
@@ -189,13 +189,13 @@ GATEWAY: Final = Spec(
     defaults=_defaults(GatewayConfig),
 )
 
-SCALARS: Final[Mapping[str, parse.Parser[Any]]] = MappingProxyType(
+SCALARS: Final[Mapping[str, Parser[Any]]] = MappingProxyType(
     {
         "port": _PORT,
-        "metrics_port": parse.integer(0, 65535, "a port (0 for none)"),
+        "metrics_port": quantities.integer(0, 65535, "a port (0 for none)"),
         "vllm_command": parse.command,
         "engine_user": parse.user_name,
-        "gpu_count": parse.integer(1, 64),
+        "gpu_count": quantities.integer(1, 64),
         "warmup": parse.boolean,
         "startup_timeout_secs": _seconds(1, DAY),
     }

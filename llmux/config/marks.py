@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from llmux.errors import Problem
 
+T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
 
 
@@ -74,6 +75,7 @@ class Table:
 
 
 Node = Scalar | Items | Table
+Parser = Callable[[Node], T]  # raises ParseError
 
 
 @dataclass(frozen=True, slots=True)

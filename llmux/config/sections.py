@@ -14,13 +14,14 @@ from llmux.config.marks import (
     Kind,
     Node,
     ParseError,
+    Parser,
     Scalar,
     Table,
     describe,
     invalid,
     quote,
 )
-from llmux.config.parse import Parser, choice, listed, unknown_word
+from llmux.config.parse import choice, listed, unknown_word
 from llmux.config.schema import Eviction, Process, Weights
 
 GoneKey = Callable[[Node], str]  # the value of a key that is no more → the remedy

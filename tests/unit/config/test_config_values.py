@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmux.config import keys
 from llmux.config.check import check_embedded, check_host
 from llmux.config.load import load_config, load_marked
-from llmux.config.parse import format_duration, format_size, parse_duration, parse_size
+from llmux.config.quantities import format_duration, format_size, parse_duration, parse_size
 from llmux.config.schema import (
     CheckpointConfig,
     Config,
