@@ -55,7 +55,7 @@ def _run(work: Any) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    from llmux.config.check import check_host
+    from llmux.config.host import check_host
     from llmux.config.load import load_marked
 
     try:

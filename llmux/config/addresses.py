@@ -64,6 +64,7 @@ def origin(node: Node) -> str:
     value = line(node, "an origin")
     if value != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]{1,255}", value):
         raise invalid(
-            node, f'expected an origin such as "https://chat.example.org" or "*", got {quote(value)}'
+            node,
+            f'expected an origin such as "https://chat.example.org" or "*", got {quote(value)}',
         )
     return value.lower()

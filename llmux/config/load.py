@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from llmux.config.check import Draft, cross_faults, file_faults
+from llmux.config.check import Draft, cross_faults
+from llmux.config.host import file_faults
 from llmux.config.keys import HOMES, MODEL, SCALARS, SECTIONS, TOP
 from llmux.config.marks import (
     Entry,

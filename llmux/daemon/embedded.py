@@ -10,7 +10,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 
-from llmux.config.check import check_embedded
+from llmux.config.host import check_embedded
 from llmux.config.load import load_config, load_marked
 from llmux.config.schema import Config
 from llmux.daemon.front import Secrets, metrics_sockets

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmux import __version__
-from llmux.config.check import check_host
+from llmux.config.host import check_host
 from llmux.config.lastgood import LastGood
 from llmux.config.load import load_config
 from llmux.config.schema import Config

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmux.config import keys
-from llmux.config.check import check_embedded, check_host
+from llmux.config.host import check_embedded, check_host
 from llmux.config.load import load_config, load_marked
 from llmux.config.quantities import format_duration, format_size, parse_duration, parse_size
 from llmux.config.schema import (
@@ -162,7 +162,7 @@ def test_a_file_that_may_not_be_looked_at_is_not_called_missing(
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with monkeypatch.context() as patch:
-        patch.setattr("llmux.config.check.os.stat", refuse)
+        patch.setattr("llmux.config.host.os.stat", refuse)
         assert load_config(path).models["m"].model_path == "/secret/m"
 
 
