@@ -148,7 +148,16 @@ class JournalHandler(logging.Handler):
         super().close()
 
 
-class PrefixFormatter(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """For readers of text, who see no fields: the request's id after the message."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        text = super().formatMessage(record)
+        request = record.__dict__.get("request")
+        return f"{text} [request {request}]" if request else text
+
+
+class PrefixFormatter(TextFormatter):
     """``<N>`` before every line, as sd-daemon(3) has it: for a stderr that somebody else
     collects."""
 
@@ -177,7 +186,7 @@ def setup_logging(verbose: bool = False) -> None:
         handler = logging.StreamHandler(sys.stderr)
         if sys.stderr.isatty():
             handler.setFormatter(
-                logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+                TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
             )
         else:
             handler.setFormatter(PrefixFormatter("%(message)s"))

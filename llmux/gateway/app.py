@@ -172,6 +172,9 @@ async def _name_request(request: Request, response: BaseHTTPResponse) -> None:
 
 def _on_error(request: Request, exception: Exception) -> HTTPResponse:
     problem = _problem(request, exception)
+    if problem is exception:
+        request_id = request.headers.get("x-request-id", "").encode("ascii", "replace")
+        request.app.ctx.gateway.log.refused(problem, request=request_id)
     headers: dict[str, str] = {}
     retry_after = problems.retry_after_of(problem)
     if retry_after is not None:
@@ -206,5 +209,8 @@ def _problem(request: Request, exception: Exception) -> Refused:
         return Refused(Reason.NOT_FOUND, f"there is no {request.method} {request.path[:200]}")
     if isinstance(exception, SanicException) and 400 <= exception.status_code < 500:
         return Refused(Reason.BAD_REQUEST, str(exception))
-    logger.error("internal error: %s %s", request.method, request.path, exc_info=exception)
+    logger.error(
+        "internal error: %s %s", request.method, request.path, exc_info=exception,
+        extra={"request": request.headers.get("x-request-id")},
+    )  # fmt: skip
     return Refused(Reason.INTERNAL, "internal error: see the journal of llmux-gateway")

@@ -298,6 +298,7 @@ class FrontProtocol(HttpProtocol):
 
     def _answer_problem(self, incoming: Incoming, problem: Refused) -> None:
         self.gateway.observer.answered("", problems.status_of(problem))
+        self.gateway.log.refused(problem, request=incoming.request_id)
         close = not incoming.keep_alive or self.gateway.draining
         extra = b"x-request-id: %b\r\n" % incoming.request_id
         if incoming.origin and self.gateway.cors is not None:

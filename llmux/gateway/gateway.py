@@ -20,6 +20,7 @@ from llmux.gateway.control_feeds import Feeds
 from llmux.gateway.cors import Cors
 from llmux.gateway.estimate import Switches
 from llmux.gateway.incoming import Incoming
+from llmux.gateway.journal import RequestLog
 from llmux.gateway.keys import Guard, LoadKeys, begin_use
 from llmux.gateway.limits import share
 from llmux.gateway.link import Link
@@ -99,6 +100,7 @@ class Gateway:
         self.feeds = Feeds(link)
         self.exposition = Exposition(self, worker)
         self.observer.known = self.models
+        self.log = RequestLog(self.clock, self.models)
         link.attach(
             greetings=self.feeds.greetings,
             hello=self._hello,
@@ -178,6 +180,7 @@ class Gateway:
         exchange.drop_connection()
         if self.admission.wait_again(exchange):
             self.observer.retried[exchange.model] += 1
+            self.log.again(problem, request=exchange.request_id, model=exchange.model)
             self._set_timer()
             self._send_admitted(self.admission.admit_waiting(exchange.model))
         elif exchange.repeatable:
@@ -233,7 +236,7 @@ class Gateway:
                 self._refuse_all(self.admission.refuse(message.model), lambda _model: refusal)
             case Catalog():
                 self.models = {info.name: info for info in message.infos()}
-                self.observer.known = self.models
+                self.observer.known = self.log.known = self.models
                 self._names = names_of(self.models.values())
                 self._switches.see(self.models.values())
                 self.admission.set_models(self.models)

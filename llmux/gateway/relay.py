@@ -55,7 +55,7 @@ class Exchange(Ticket):
     __slots__ = (
         "_alias", "_anthropic", "_chunked", "_close", "_event_stream", "_first_due", "_front",
         "_gateway", "_incoming", "_status", "_transport", "_wait_ms", "connection", "counted",
-        "key",
+        "key", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +88,7 @@ class Exchange(Ticket):
         self.key = incoming.key
         self.counted = False  # in what the key uses
         self.connection: EngineConnection | None = None
+        self.request_id = incoming.request_id
 
     # ---- what admission decided -----------------------------------------------------------------
 
@@ -116,6 +117,7 @@ class Exchange(Ticket):
             return
         self._wait_ms = int((self._gateway.clock() - self.arrived) * 1000)
         self._gateway.observer.answered(self.model, problems.status_of(problem))
+        self._gateway.log.refused(problem, request=self.request_id, model=self.model)
         close = self._close or self._gateway.draining
         extra = self._own_headers(incoming, close)
         self._end(completed=False)
@@ -130,6 +132,7 @@ class Exchange(Ticket):
         if front is None:
             return
         self._gateway.observer.broken[self.model] += 1
+        self._gateway.log.broken(problem, request=self.request_id, model=self.model)
         if self._event_stream and (between_chunks or not self._chunked):
             event = problems.error_event(problem, anthropic=self._anthropic)
             if self._chunked:

@@ -21,6 +21,7 @@ from llmux.config.schema import Config
 from llmux.gateway.app import App, build_app
 from llmux.gateway.front import FrontProtocol
 from llmux.gateway.gateway import Gateway
+from llmux.gateway.journal import on_loop_error
 from llmux.gateway.keys import LoadKeys
 from llmux.gateway.link import Link, LinkTarget
 from llmux.gateway.metrics import serve_metrics
@@ -68,6 +69,7 @@ async def serve_gateway(
     metrics_servers: list[asyncio.Server] = []
     background: list[asyncio.Task[None]] = []
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(on_loop_error)
     secured = None if tls is None else Tls(*tls)
     if reload is not None:
         reload += [part.reload for part in (gateway.guard, secured) if part is not None]

@@ -99,3 +99,9 @@ def test_the_journal_is_chosen_only_when_stderr_is_its_stream(
         assert not stderr_is_journal(stream)
         monkeypatch.delenv("JOURNAL_STREAM")
         assert not stderr_is_journal(stream)
+
+
+def test_readers_of_text_see_the_request_too() -> None:
+    record = logging.LogRecord("llmux", logging.ERROR, "f", 1, "odd", None, None)
+    record.__dict__["request"] = "req-1"
+    assert PrefixFormatter("%(message)s").format(record) == "<3>odd [request req-1]"
