@@ -367,6 +367,25 @@ class Stage:
         self.engines.append(engine)
         return engine
 
+    async def granted(self, handler: Handler = echo, *, name: str = "engine") -> StubEngine:
+        """An engine that serves alpha, epoch e1."""
+        engine = await self.engine(handler, name=name)
+        self.supervisor.grant(engine)
+        return engine
+
+    async def chat(self, model: str = "alpha", **more: Any) -> Client:
+        """A client that has asked."""
+        client = await self.client()
+        client.chat(model, **more)
+        return client
+
+    async def streaming(self) -> Client:
+        """A client that has read the first event, "one", of its stream."""
+        client = await self.chat(stream=True)
+        await client.head()
+        assert await client.chunk() == b"data: one\n\n"
+        return client
+
     def in_flight(self, model: str = "alpha") -> int:
         return self.gateway.admission.demand(model).in_flight
 

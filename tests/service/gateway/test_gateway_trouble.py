@@ -32,6 +32,14 @@ async def start_and_hang(request: EngineRequest) -> None:
     await eof_watch(request)
 
 
+async def hang_and_stream_if_asked(request: EngineRequest) -> None:
+    await (start_and_hang if b'"stream"' in request.body else hang)(request)
+
+
+async def die(request: EngineRequest) -> None:
+    request.die()
+
+
 # ---- waiting ------------------------------------------------------------------------------------
 
 
@@ -39,9 +47,7 @@ async def start_and_hang(request: EngineRequest) -> None:
 async def test_waiters_are_admitted_all_at_once_and_counted_before_a_revoke_is_read() -> None:
     async with stage() as s:
         engine = await s.engine(hang)
-        clients = [await s.client() for _ in range(5)]
-        for client in clients:
-            client.chat()
+        clients = [await s.chat() for _ in range(5)]
         demand = await s.supervisor.hear(Demand, lambda d: d.waiting == 5)
         assert demand.in_flight == 0
         assert demand.oldest_age is not None
@@ -61,16 +67,13 @@ async def test_waiters_are_admitted_all_at_once_and_counted_before_a_revoke_is_r
 @in_loop
 async def test_a_client_that_leaves_while_waiting_is_out_of_demand() -> None:
     async with stage() as s:
-        client = await s.client()
-        client.chat()
+        client = await s.chat()
         await s.supervisor.hear(Demand, lambda d: d.waiting == 1)
         client.leave()
         demand = await s.supervisor.hear(Demand, lambda d: d.waiting == 0)
         assert demand.in_flight == 0
-        engine = await s.engine()
-        s.supervisor.grant(engine)
-        other = await s.client()
-        other.chat()
+        engine = await s.granted()
+        other = await s.chat()
         assert (await other.answer()).status == 200
         assert len(engine.requests) == 1
 
@@ -78,8 +81,7 @@ async def test_a_client_that_leaves_while_waiting_is_out_of_demand() -> None:
 @in_loop
 async def test_a_wait_that_takes_too_long_is_a_504() -> None:
     async with stage(a_config(wait_secs=0.05)) as s:
-        client = await s.client()
-        client.chat()
+        client = await s.chat()
         answer = await client.answer()
         assert answer.status == 504
         assert answer.code == "wait_expired"
@@ -92,10 +94,7 @@ async def test_a_wait_that_takes_too_long_is_a_504() -> None:
 @in_loop
 async def test_refuse_answers_all_who_wait_for_that_model() -> None:
     async with stage() as s:
-        clients = [await s.client() for _ in range(3)]
-        for client in clients[:2]:
-            client.chat("alpha")
-        clients[2].chat("beta")
+        clients = [await s.chat(model) for model in ("alpha", "alpha", "beta")]
         await until(lambda: s.waiting("alpha") == 2 and s.waiting("beta") == 1)
         text = "engine of alpha exited with status 1\nCUDA out of memory"
         s.supervisor.say(Refuse("alpha", "model_start_failed", text, retry_after=7.2))
@@ -111,12 +110,10 @@ async def test_refuse_answers_all_who_wait_for_that_model() -> None:
 @in_loop
 async def test_the_queue_is_bounded() -> None:
     async with stage(a_config(max_waiting=2)) as s:
-        clients = [await s.client() for _ in range(3)]
-        for client in clients[:2]:
-            client.chat()
+        for _ in range(2):
+            await s.chat()
         await until(lambda: s.waiting() == 2)
-        clients[2].chat()
-        answer = await clients[2].answer()
+        answer = await (await s.chat()).answer()
         assert (answer.status, answer.code) == (503, "queue_full")
         assert int(answer.headers["retry-after"]) >= 1
 
@@ -126,10 +123,7 @@ async def test_two_models_do_not_mix() -> None:
     async with stage() as s:
         first = await s.engine(name="first")
         second = await s.engine(name="second")
-        client = await s.client()
-        other = await s.client()
-        client.chat("alpha")
-        other.chat("beta")
+        client, other = await s.chat("alpha"), await s.chat("beta")
         await until(lambda: s.waiting("alpha") + s.waiting("beta") == 2)
         s.supervisor.grant(second, "beta", "b1")
         assert (await other.answer()).json()["model"] == "beta"
@@ -146,12 +140,8 @@ async def test_two_models_do_not_mix() -> None:
 @in_loop
 async def test_a_client_that_leaves_mid_stream_ends_the_engines_work() -> None:
     async with stage() as s:
-        engine = await s.engine(start_and_hang)
-        s.supervisor.grant(engine)
-        client = await s.client()
-        client.chat(stream=True)
-        await client.head()
-        assert await client.chunk() == b"data: one\n\n"
+        engine = await s.granted(start_and_hang)
+        client = await s.streaming()
         client.leave()
         await soon(engine.requests[0].gone.wait())
         await s.supervisor.hear(Demand, lambda d: d.in_flight == 0 and d.progress > 0)
@@ -160,10 +150,8 @@ async def test_a_client_that_leaves_mid_stream_ends_the_engines_work() -> None:
 @in_loop
 async def test_a_client_that_leaves_before_the_first_byte_ends_the_engines_work() -> None:
     async with stage() as s:
-        engine = await s.engine(hang)
-        s.supervisor.grant(engine)
-        client = await s.client()
-        client.chat()
+        engine = await s.granted(hang)
+        client = await s.chat()
         request = await engine.next_request(1)
         client.leave()
         await soon(request.gone.wait())
@@ -175,14 +163,9 @@ async def test_a_client_that_leaves_before_the_first_byte_ends_the_engines_work(
 
 @in_loop
 async def test_engine_dies_before_the_first_byte_then_the_request_goes_to_the_next_engine() -> None:
-    async def die(request: EngineRequest) -> None:
-        request.die()
-
     async with stage() as s:
-        engine = await s.engine(die)
-        s.supervisor.grant(engine)
-        client = await s.client()
-        client.chat()
+        engine = await s.granted(die)
+        client = await s.chat()
         lost = await s.supervisor.hear(EngineLost)
         assert (lost.model, lost.epoch) == ("alpha", "e1")
         await s.supervisor.hear(Demand, lambda d: d.waiting == 1)
@@ -196,14 +179,9 @@ async def test_engine_dies_before_the_first_byte_then_the_request_goes_to_the_ne
 
 @in_loop
 async def test_a_request_that_kills_two_engines_is_a_502() -> None:
-    async def die(request: EngineRequest) -> None:
-        request.die()
-
     async with stage() as s:
-        engine = await s.engine(die)
-        s.supervisor.grant(engine)
-        client = await s.client()
-        client.chat()
+        engine = await s.granted(die)
+        client = await s.chat()
         await s.supervisor.hear(EngineLost)
         s.supervisor.say(Revoke("alpha", "e1", dead=True))
         s.supervisor.grant(engine, epoch="e2")
@@ -214,17 +192,15 @@ async def test_a_request_that_kills_two_engines_is_a_502() -> None:
 
 @in_loop
 async def test_engine_dies_mid_stream_then_the_stream_ends_with_an_error_event() -> None:
-    async def die(request: EngineRequest) -> None:
+    async def die_midway(request: EngineRequest) -> None:
         request.start_stream()
         request.event("one")
         await request.writer.drain()
         request.writer.close()
 
     async with stage() as s:
-        engine = await s.engine(die)
-        s.supervisor.grant(engine)
-        client = await s.client()
-        client.chat(stream=True)
+        await s.granted(die_midway)
+        client = await s.chat(stream=True)
         answer = await client.answer()
         one, error = [part for part in answer.body.decode().split("\n\n") if part]
         assert one == "data: one"
@@ -236,7 +212,7 @@ async def test_engine_dies_mid_stream_then_the_stream_ends_with_an_error_event()
 
 @pytest.mark.parametrize("cut_short", [b"40\r\ndata: half", b"10\r\n"])
 def test_engine_dies_inside_a_chunk_then_the_connection_breaks(cut_short: bytes) -> None:
-    async def die(request: EngineRequest) -> None:
+    async def die_midway(request: EngineRequest) -> None:
         request.start_stream()
         request.writer.write(cut_short)
         await request.writer.drain()
@@ -245,10 +221,8 @@ def test_engine_dies_inside_a_chunk_then_the_connection_breaks(cut_short: bytes)
     @in_loop
     async def run() -> None:
         async with stage() as s:
-            engine = await s.engine(die)
-            s.supervisor.grant(engine)
-            client = await s.client()
-            client.chat(stream=True)
+            await s.granted(die_midway)
+            client = await s.chat(stream=True)
             await client.head()
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                 await client.chunk()
@@ -258,16 +232,14 @@ def test_engine_dies_inside_a_chunk_then_the_connection_breaks(cut_short: bytes)
 
 @in_loop
 async def test_engine_dies_inside_a_plain_body_then_the_connection_breaks() -> None:
-    async def die(request: EngineRequest) -> None:
+    async def die_midway(request: EngineRequest) -> None:
         request.writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
         await request.writer.drain()
         request.writer.close()
 
     async with stage() as s:
-        engine = await s.engine(die)
-        s.supervisor.grant(engine)
-        client = await s.client()
-        client.chat()
+        await s.granted(die_midway)
+        client = await s.chat()
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await client.answer()
         await until(lambda: s.in_flight() == 0)
@@ -275,20 +247,9 @@ async def test_engine_dies_inside_a_plain_body_then_the_connection_breaks() -> N
 
 @in_loop
 async def test_a_revoke_of_a_dead_engine_sends_back_who_had_no_byte_and_ends_the_rest() -> None:
-    async def half(request: EngineRequest) -> None:
-        if b'"stream"' in request.body:
-            request.start_stream()
-            request.event("one")
-        await eof_watch(request)
-
     async with stage() as s:
-        engine = await s.engine(half)
-        s.supervisor.grant(engine)
-        streaming, silent = await s.client(), await s.client()
-        streaming.chat(stream=True)
-        await streaming.head()
-        await streaming.chunk()
-        silent.chat()
+        engine = await s.granted(hang_and_stream_if_asked)
+        streaming, silent = await s.streaming(), await s.chat()
         await engine.next_request(2)
         s.supervisor.say(Revoke("alpha", "e1", dead=True))
         assert b"engine_died" in await streaming.chunk()
@@ -302,13 +263,11 @@ async def test_a_revoke_of_a_dead_engine_sends_back_who_had_no_byte_and_ends_the
 @in_loop
 async def test_an_engine_that_refuses_connections_with_the_supervisor_away_is_a_502() -> None:
     async with stage() as s:
-        engine = await s.engine()
-        s.supervisor.grant(engine)
+        engine = await s.granted()
         await until(lambda: s.gateway.admission.held("alpha") is not None)
         await engine.stop()
         await s.supervisor.stop()
-        client = await s.client()
-        client.chat()
+        client = await s.chat()
         answer = await client.answer()
         assert (answer.status, answer.code) == (502, "engine_unreachable")
         await s.supervisor.start()
@@ -324,8 +283,7 @@ async def test_an_idle_connection_that_the_engine_closed_costs_nothing() -> None
             await echo(request)
 
     async with stage() as s:
-        engine = await s.engine(once)
-        s.supervisor.grant(engine)
+        engine = await s.granted(once)
         client = await s.client()
         for _ in range(2):
             client.chat()
@@ -340,12 +298,8 @@ async def test_an_idle_connection_that_the_engine_closed_costs_nothing() -> None
 @in_loop
 async def test_a_revoke_lets_streams_finish_and_sends_new_requests_to_wait() -> None:
     async with stage() as s:
-        engine = await s.engine(start_and_hang)
-        s.supervisor.grant(engine)
-        streaming = await s.client()
-        streaming.chat(stream=True)
-        await streaming.head()
-        await streaming.chunk()
+        engine = await s.granted(start_and_hang)
+        streaming = await s.streaming()
         s.supervisor.say(Revoke("alpha", "e1"))
         late = await s.client()
         await until(lambda: s.gateway.admission.held("alpha") is None)
@@ -372,20 +326,9 @@ async def test_a_revoke_of_nothing_is_drained_at_once() -> None:
 
 @in_loop
 async def test_cut_ends_streams_with_an_event_and_unanswered_requests_with_503() -> None:
-    async def half(request: EngineRequest) -> None:
-        if b'"stream"' in request.body:
-            request.start_stream()
-            request.event("one")
-        await eof_watch(request)
-
     async with stage() as s:
-        engine = await s.engine(half)
-        s.supervisor.grant(engine)
-        streaming, silent = await s.client(), await s.client()
-        streaming.chat(stream=True)
-        await streaming.head()
-        await streaming.chunk()
-        silent.chat()
+        engine = await s.granted(hang_and_stream_if_asked)
+        streaming, silent = await s.streaming(), await s.chat()
         await engine.next_request(2)
         s.supervisor.say(
             Revoke("alpha", "e1"), Cut("alpha", "e1", "cut_by_switch", "drain deadline of 1 s")
@@ -405,20 +348,14 @@ async def test_cut_ends_streams_with_an_event_and_unanswered_requests_with_503()
 @in_loop
 async def test_grants_waiters_and_streams_outlive_the_supervisor() -> None:
     async with stage() as s:
-        engine = await s.engine(start_and_hang)
-        s.supervisor.grant(engine)
-        streaming, waiting = await s.client(), await s.client()
-        streaming.chat(stream=True)
-        await streaming.head()
-        await streaming.chunk()
-        waiting.chat("beta")
+        engine = await s.granted(start_and_hang)
+        streaming, waiting = await s.streaming(), await s.chat("beta")
         await until(lambda: s.waiting("beta") == 1)
         await s.supervisor.stop()
         engine.requests[0].event("two")
         assert await streaming.chunk() == b"data: two\n\n"
         engine.handler = echo
-        fresh = await s.client()
-        fresh.chat()
+        fresh = await s.chat()
         assert (await fresh.answer()).status == 200
         fresh.send("/health/ready", method="GET")
         assert (await fresh.answer()).json()["supervisor"] == "away"
@@ -459,10 +396,8 @@ async def test_a_slow_reader_stops_the_engine_instead_of_filling_memory() -> Non
         request.end_stream()
 
     async with stage() as s:
-        engine = await s.engine(flood)
-        s.supervisor.grant(engine)
-        client = await s.client()
-        client.chat(stream=True)
+        await s.granted(flood)
+        client = await s.chat(stream=True)
         await client.head()
         await soon(stuck.wait())
         (exchange,) = s.gateway.admission.in_flight_on("alpha", "e1")
@@ -485,8 +420,7 @@ async def test_big_bodies_go_both_ways() -> None:
         request.json({"size": len(request.body), "pad": "y" * (5 << 20)})
 
     async with stage() as s:
-        engine = await s.engine(big)
-        s.supervisor.grant(engine)
+        await s.granted(big)
         client = await s.client()
         for _ in range(2):
             client.chat(pad="x" * (7 << 20))
