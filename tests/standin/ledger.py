@@ -21,7 +21,6 @@ import fcntl
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -118,8 +117,14 @@ def _time_namespace_offset() -> int:
 class Ledger:
     """The file, and every way to read or change it."""
 
-    def __init__(self, path: str, default_capacity_gib: float = DEFAULT_CAPACITY_GIB) -> None:
+    def __init__(
+        self,
+        path: str,
+        default_capacity_gib: float = DEFAULT_CAPACITY_GIB,
+        lock_timeout: float = LOCK_TIMEOUT_SECS,
+    ) -> None:
         self.path = path
+        self._lock_timeout = lock_timeout
         self._default_capacity = int(default_capacity_gib * GIB)
 
     # reading
@@ -239,21 +244,33 @@ class Ledger:
         try:
             if os.fstat(fd).st_uid == os.geteuid():
                 os.fchmod(fd, 0o666)
-            deadline = time.monotonic() + LOCK_TIMEOUT_SECS
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(
-                            f"cannot lock the GPU ledger {self.path}: held for "
-                            f"{LOCK_TIMEOUT_SECS:.0f}s, perhaps by a frozen engine"
-                        ) from None
-                    time.sleep(0.001)
+            self._lock(fd)
             yield
         finally:
             os.close(fd)
+
+    def _lock(self, fd: int) -> None:
+        """flock knows no time limit: a thread waits in it, and we for the thread.
+
+        The lock belongs to the open file, so our own second call tells whether it was got; a thread
+        that still waits goes with the lock's holder and leaves no lock behind, as `fd` is closed.
+        """
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            import threading  # only who has to wait pays for it
+
+        waiting = threading.Thread(target=fcntl.flock, args=(fd, fcntl.LOCK_EX), daemon=True)
+        waiting.start()
+        waiting.join(self._lock_timeout)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TimeoutError(
+                f"cannot lock the GPU ledger {self.path}: held for "
+                f"{self._lock_timeout:g}s, perhaps by a frozen engine"
+            ) from None
 
 
 def _empty() -> dict[str, Any]:

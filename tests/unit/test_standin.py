@@ -604,20 +604,6 @@ def test_restored_worker_takes_its_memory_again(
     ledger.release(os.getpid())
 
 
-def test_ledger_command_prints_json(tmp_path: Path) -> None:
-    path = str(tmp_path / "ledger.json")
-    command = [sys.executable, str(STANDIN / "ledger.py"), "init", path]
-    made = subprocess.run(
-        [*command, "--capacity-gib", "24", "--gpus", "2"], capture_output=True, check=True
-    )
-    assert json.loads(made.stdout)["gpus"]["1"] == {
-        "capacity": 24 * GIB,
-        "used": 0,
-        "free": 24 * GIB,
-    }
-    assert Ledger(path).capacity(1) == 24 * GIB
-
-
 # faults
 
 
