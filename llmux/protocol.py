@@ -104,6 +104,15 @@ class EngineLost(Message):
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class Kept(Message):
+    """Engines keep these responses: id → model. Asked for with the verb ``response``, by whichever
+    worker a client names one to."""
+
+    kind: ClassVar[str] = "kept"
+    responses: dict[str, str] = field(default_factory=dict)
+
+
 # ---- supervisor → worker ----------------------------------------------------------------------
 
 

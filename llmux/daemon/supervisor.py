@@ -98,6 +98,8 @@ class Supervisor:
     async def _answer(self, ask: Ask, tell: Tell) -> object:
         if ask.verb == "events":
             return {"events": list(self.events.recent)}
+        if ask.verb == "response":
+            return self.hub.responses.answer(ask.args)
         if ask.verb == "metrics":
             hub = self.hub
             return await self.telemetry.answer(

@@ -30,7 +30,7 @@ from llmux.gateway.openai import names_of
 from llmux.gateway.patience import PatientExchange, wants_stream
 from llmux.gateway.relay import Exchange, KeptExchange
 from llmux.gateway.routes import Match, Source
-from llmux.gateway.tickets import Lease, Ticket
+from llmux.gateway.tickets import Lease, Stage, Ticket
 from llmux.gateway.upstream import EngineFailure, EnginePool
 from llmux.protocol import (
     Catalog,
@@ -42,19 +42,21 @@ from llmux.protocol import (
     EngineLost,
     Grant,
     Hello,
+    Kept,
     Message,
     ModelInfo,
     News,
     Refuse,
     Revoke,
 )
+from llmux.responses import ResponseModels
 
 if TYPE_CHECKING:
     from llmux.gateway.front import FrontProtocol
 
 logger = logging.getLogger(__name__)
 
-MAX_RESPONSES = 10_000  # ids remembered; vLLM keeps the answers themselves until it ends
+SEEK_SECS = 5.0  # for the supervisor to say whose response it is
 REPORT_SECS = 0.1  # a dying engine breaks all its streams at once; one report is enough
 
 
@@ -78,7 +80,8 @@ class Gateway:
             for name, model in config.models.items()
         }
         self._names = names_of(self.models.values())
-        self._responses: dict[str, str] = {}  # id → the model whose engine keeps it; oldest first
+        self.responses = ResponseModels()
+        self._seeking: set[asyncio.Task[None]] = set()
         self._worker = worker
         self.link = link
         self._loop = asyncio.get_running_loop()
@@ -102,7 +105,7 @@ class Gateway:
         self.observer.known = self.models
         self.log = RequestLog(self.clock, self.models)
         link.attach(
-            greetings=self.feeds.greetings,
+            greetings=self._greetings,
             hello=self._hello,
             demand=self.admission.demand,
             active=self._active_models,
@@ -121,12 +124,8 @@ class Gateway:
             name: str | None = openai.model_of(incoming.body)
         else:
             name = incoming.model()
-        if name is None:
-            name = self._responses.get(match.response_id or "")
-            if name is None:
-                raise Refused(
-                    Reason.NOT_FOUND, f'there is no response "{match.response_id}" here', param="id"
-                )
+        if name is None:  # "" is filled in by _seek
+            name = self.responses.model_of(match.response_id) or ""
         model = self._names.get(name, name)
         alias = None if model == name else name
         kind = KeptExchange if match.route.keeps else Exchange
@@ -135,11 +134,15 @@ class Gateway:
         return kind(self, front, incoming, model, alias=alias)
 
     def keeps_response(self, response_id: str, model: str) -> None:
-        self._responses[response_id] = model
-        if len(self._responses) > MAX_RESPONSES:
-            del self._responses[next(iter(self._responses))]
+        self.responses.keep({response_id: model})
+        self.link.send(Kept({response_id: model}))
 
     def submit(self, exchange: Exchange) -> None:
+        if not exchange.model:
+            task = self._loop.create_task(self._seek(exchange))
+            self._seeking.add(task)
+            task.add_done_callback(self._seeking.discard)
+            return
         try:
             if exchange.key is not None:
                 begin_use(exchange.key, exchange.model)
@@ -155,6 +158,22 @@ class Gateway:
             exchange.wait_begins()
         else:
             exchange.admitted(lease, self.pool(lease))
+
+    async def _seek(self, exchange: Exchange) -> None:
+        """Whose response it is that this worker has not seen: of another worker, or of a former."""
+        response_id = exchange.response_id or ""
+        try:
+            answer = await self.link.ask("response", {"id": response_id}, SEEK_SECS)
+            if (model := answer.get("model")) is None:
+                text = f'there is no response "{response_id}" here'
+                raise Refused(Reason.NOT_FOUND, text, param="id")
+        except Refused as problem:
+            exchange.refuse(problem)
+            return
+        if exchange.stage is Stage.NEW:  # the client may have left meanwhile
+            self.responses.keep({response_id: model})
+            exchange.model = model
+            self.submit(exchange)
 
     def _send_admitted(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
@@ -260,6 +279,9 @@ class Gateway:
         for ticket in list(lease.in_flight):
             if isinstance(ticket, Exchange):
                 self._again_or_fail(ticket, problem, between_chunks=ticket.between_chunks)
+
+    def _greetings(self) -> list[Message]:
+        return [*self.feeds.greetings(), *map(Kept, self.responses.parts())]
 
     def _hello(self) -> Hello:
         return Hello(role="gateway", worker=self._worker, holds=self.admission.holds())

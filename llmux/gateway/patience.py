@@ -47,6 +47,8 @@ class PatientExchange(KeptExchange):
         **more: Any,
     ) -> None:
         super().__init__(gateway, front, incoming, model, **more)
+        if incoming.match is None or not incoming.match.route.keeps:
+            self._seen = None
         self._early = False
         self._every = gateway.config.gateway.keep_alive_comment_secs
         self._collected: bytearray | None = None

@@ -17,7 +17,13 @@ from llmux.gateway.forms import Upload
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.reshaping import RenamingConnection, UnchunkingConnection
 from llmux.gateway.tickets import Lease, Stage, Ticket
-from llmux.gateway.upstream import EngineConnection, EngineFailure, EnginePool, ResponseHead
+from llmux.gateway.upstream import (
+    NO_BODY,
+    EngineConnection,
+    EngineFailure,
+    EnginePool,
+    ResponseHead,
+)
 
 if TYPE_CHECKING:
     from llmux.gateway.front import FrontProtocol
@@ -143,6 +149,12 @@ class Exchange(Ticket):
             front.abort()
 
     @property
+    def response_id(self) -> str | None:
+        """Of the response that the path names."""
+        match = None if self._incoming is None else self._incoming.match
+        return None if match is None else match.response_id
+
+    @property
     def between_chunks(self) -> bool:
         return self.connection is not None and self.connection.between_chunks
 
@@ -210,7 +222,7 @@ class Exchange(Ticket):
         self.repeatable = False
         self._incoming = None  # frees the body: a stream may last for minutes
         self._status = head.status
-        renamed = self._alias is not None  # and of another length
+        renamed = self._alias is not None and head.status not in NO_BODY  # of another length
         chunked = head.chunked or (renamed and not head.until_close)
         self._chunked = chunked and not incoming.version_1_0
         unsized = head.until_close or (chunked and incoming.version_1_0)
@@ -294,13 +306,14 @@ class KeptExchange(Exchange):
         self._seen: bytes | None = b""  # None: found, or not to be found
 
     def response_head(self, head: ResponseHead, first: bytes) -> None:
-        super().response_head(head, first)
         self._look(first)
+        super().response_head(head, first)
 
     def response_bytes(self, data: bytes) -> None:
-        super().response_bytes(data)
+        # Before the client has it, who may ask another worker for it at once.
         if self._seen is not None:
             self._look(data)
+        super().response_bytes(data)
 
     def _look(self, data: bytes) -> None:
         if self._seen is None:

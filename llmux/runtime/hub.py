@@ -35,12 +35,14 @@ from llmux.protocol import (
     Drained,
     EngineLost,
     Hello,
+    Kept,
     Message,
     Progress,
     Tell,
     Watch,
     decode,
 )
+from llmux.responses import ResponseModels
 from llmux.runtime.events import Feeds
 
 log = logging.getLogger("llmux")
@@ -70,6 +72,7 @@ class Hub:
         self._ask = ask
         self._catalog = catalog
         self._feeds = feeds or Feeds()
+        self.responses = ResponseModels()
         self._uids = allowed_uids | {0, os.getuid()}
         self._workers: dict[str, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -211,6 +214,8 @@ class Hub:
                 self._post(EngineSuspect(message.model, message.epoch, message.error))
             case Watch():
                 self._feeds.watch(writer, message, lambda news: self._write(writer, news))
+            case Kept() if worker is not None:
+                self.responses.keep(message.responses)
             case Collected() if worker is not None:
                 self._feeds.collected(worker, message)
             case _:

@@ -14,13 +14,14 @@ PACKAGE = ROOT / "llmux"
 
 # What each part may import of llmux itself, besides itself. Anything not listed here is an error,
 # so that a new part has to be given its place.
-LEAVES = {"llmux", "llmux.errors", "llmux.metrics"}
+LEAVES = {"llmux", "llmux.errors", "llmux.metrics", "llmux.responses"}
 SCHEMA = {"llmux.config.schema"}
 PORTS = {"llmux.ports", "llmux.protocol"}
 ALLOWED: dict[str, set[str]] = {
     "llmux": set(),
     "llmux.errors": set(),
     "llmux.metrics": set(),
+    "llmux.responses": set(),
     "llmux.__main__": {"llmux.cli"},
     "llmux.protocol": LEAVES,
     "llmux.ports": LEAVES | PORTS,

@@ -19,7 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.gateway_harness import Client, FakeSupervisor, StubEngine, in_loop, soon
+from gateway.gateway_harness import (
+    MODELS,
+    Client,
+    EngineRequest,
+    FakeSupervisor,
+    StubEngine,
+    in_loop,
+    soon,
+)
+
+from llmux.core.events import Event, WorkerJoined
+from llmux.protocol import Ask, Catalog, Grant, ModelInfo
+from llmux.runtime.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = """
@@ -60,7 +72,7 @@ class Front:
 
 
 @asynccontextmanager
-async def front(workers: int, **gateway: Any) -> AsyncIterator[Front]:
+async def front(workers: int, *, link: str | None = None, **gateway: Any) -> AsyncIterator[Front]:
     with tempfile.TemporaryDirectory(prefix="lxw") as name:
         directory = Path(name)
         supervisor = FakeSupervisor(str(directory / "s.sock"))
@@ -79,7 +91,7 @@ async def front(workers: int, **gateway: Any) -> AsyncIterator[Front]:
         for variable in ("WATCHDOG_USEC", "LISTEN_FDS"):
             env.pop(variable, None)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVE, str(directory / "config.json"), supervisor.path,
+            sys.executable, "-c", SERVE, str(directory / "config.json"), link or supervisor.path,
             str(directory / "last-good"), cwd=ROOT, env=env,
         )  # fmt: skip
         running = Front(process, supervisor, directory, notified)
@@ -95,6 +107,64 @@ async def front(workers: int, **gateway: Any) -> AsyncIterator[Front]:
             loop.remove_reader(notify)
             notify.close()
             await supervisor.stop()
+
+
+class RealHub:
+    """The supervisor's own hub, with a test in place of its decisions."""
+
+    def __init__(self, models: tuple[str, ...] = MODELS) -> None:
+        self.events: list[Event] = []
+        self._news = asyncio.Event()
+        infos = [ModelInfo(name, "serving") for name in models]
+        self.models = models
+        self.hub = Hub(post=self._posted, ask=self._answer, catalog=lambda: Catalog.of(infos))
+        self._grants: list[Grant] = []
+
+    def _posted(self, event: Event) -> None:
+        self.events.append(event)
+        self._news.set()
+        if isinstance(event, WorkerJoined):
+            for grant in self._grants:
+                self.hub.send(event.worker, grant)
+
+    async def _answer(self, ask: Ask, _tell: object) -> object:
+        assert ask.verb == "response"
+        return self.hub.responses.answer(ask.args)
+
+    def grant(self, engine: StubEngine, model: str = "alpha") -> None:
+        """To every worker there is and will be."""
+        self._grants.append(Grant(model, "e1", uds=engine.address.uds))
+        self.hub.broadcast(self._grants[-1])
+
+    async def happened(self, number: int, *kinds: type[Event]) -> list[Event]:
+        """The first so many events of these kinds, once there are as many."""
+        while True:
+            found = [event for event in self.events if isinstance(event, kinds)]
+            if len(found) >= number:
+                return found[:number]
+            self._news.clear()
+            await soon(self._news.wait())
+
+    async def joined(self, number: int) -> list[str]:
+        return [event.worker for event in await self.happened(number, WorkerJoined)]  # type: ignore[attr-defined]
+
+    def pids(self) -> dict[int, str]:
+        return {int(worker.rpartition("-")[2]): worker for worker in self.hub.workers()}
+
+
+@asynccontextmanager
+async def hub_and_front(workers: int, **more: Any) -> AsyncIterator[tuple[RealHub, Front]]:
+    """As ``front``, with the real hub. It is up."""
+    with tempfile.TemporaryDirectory(prefix="lxh") as name:
+        hub = RealHub()
+        await hub.hub.listen(f"{name}/s.sock", None)
+        try:
+            async with front(workers, link=f"{name}/s.sock", **more) as gateway:
+                await gateway.told("READY=1")
+                await hub.joined(workers)
+                yield hub, gateway
+        finally:
+            await hub.hub.close()
 
 
 async def gone(pid: int) -> None:
@@ -199,6 +269,36 @@ async def test_every_worker_asks_for_keys() -> None:
             client = await gateway.client()
             client.send("/control/status", method="GET")
             assert (await client.answer()).status == 200, "our own user, seen on a unix socket"
+
+
+@in_loop
+async def test_a_response_is_found_through_every_worker_and_after_a_restart() -> None:
+    async def keep(request: EngineRequest) -> None:
+        method = request.line.partition(" ")[0]
+        request.json({"id": "resp_1"} if method == "POST" else {"line": request.line})
+
+    async with hub_and_front(3) as (hub, gateway):
+        engine = StubEngine(keep, path=str(gateway.directory / "engine.sock"))
+        await engine.start()
+        hub.grant(engine, "beta")
+        first = await gateway.client()
+        first.send("/v1/responses", {"model": "beta", "input": "x"})
+        assert (await first.answer()).json() == {"id": "resp_1"}
+
+        async def read_by(connections: int) -> None:
+            for _ in range(connections):
+                client = await gateway.client()
+                client.send("/v1/responses/resp_1", method="GET")
+                answer = await client.answer()
+                assert answer.json() == {"line": "GET /v1/responses/resp_1 HTTP/1.1"}
+
+        await read_by(12)
+        for pid in hub.pids():
+            os.kill(pid, signal.SIGKILL)
+            await gone(pid)
+        await hub.joined(6)
+        await read_by(6)
+        await engine.stop()
 
 
 @in_loop

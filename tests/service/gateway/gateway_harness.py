@@ -72,6 +72,7 @@ class FakeSupervisor:
         self.heard: list[Message] = []
         self.hellos: list[Hello] = []
         self.answer: Callable[[Any], dict[str, Any]] = lambda _ask: {"ok": True, "result": {}}
+        self.answers = True  # else a test does
         self._news = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -103,7 +104,7 @@ class FakeSupervisor:
                         for name in self.models
                     ]
                     writer.write(Catalog.of(infos).encode())
-                elif message.kind == "ask":
+                elif message.kind == "ask" and self.answers:
                     body = {"type": "answer", "id": message.id, **self.answer(message)}  # type: ignore[attr-defined]
                     writer.write(json.dumps(body).encode() + b"\n")
                 self._news.set()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from gateway_harness import EngineRequest, a_config, in_loop, soon, stage, until
+from gateway_harness import EngineRequest, FakeSupervisor, a_config, in_loop, soon, stage, until
 
 from llmux.gateway import forms
-from llmux.protocol import Revoke
+from llmux.protocol import Answer, Ask, Kept, Revoke
 
 
 def form(*parts: tuple[str, bytes], boundary: str = "XX") -> tuple[bytes, str]:
@@ -164,6 +164,81 @@ async def test_responses_go_to_the_engine_that_keeps_them() -> None:
         client.send("/responses/resp_7/cancel")
         assert (await client.answer()).json()["line"].startswith("POST /v1/responses/resp_7/cancel")
         assert not alpha.requests
+
+
+@in_loop
+async def test_a_response_that_another_worker_passed_on_is_found_through_the_supervisor() -> None:
+    async def line(request: EngineRequest) -> None:
+        request.json({"line": request.line})
+
+    known = {"resp_far": "beta", "resp_old": "gone"}
+    async with stage() as s:
+        engine = await s.engine(line)
+        s.supervisor.grant(engine, "beta", "b1")
+        s.supervisor.answer = lambda ask: {
+            "ok": True, "result": {"model": known.get(ask.args["id"])},
+        }  # fmt: skip
+        client = await s.client()
+        for path, method in (("resp_far", "GET"), ("resp_far/cancel", "POST")):
+            client.send(f"/v1/responses/{path}", method=method)
+            assert (await client.answer()).json()["line"] == (
+                f"{method} /v1/responses/{path} HTTP/1.1"
+            )
+        asks = [message for message in s.supervisor.heard if message.kind == "ask"]
+        assert len(asks) == 1, "once found it is known"
+        for path in ("resp_none", "resp_old"):  # of a model that is configured no longer
+            client.send(f"/v1/responses/{path}", method="GET")
+            assert (await client.answer()).status == 404
+        await s.supervisor.stop()
+        client.send("/v1/responses/resp_else", method="GET")
+        answer = await client.answer()
+        assert (answer.status, answer.code) == (503, "supervisor_unreachable")
+        assert "retry-after" in answer.headers
+        client.send("/v1/responses/resp_far", method="GET")
+        assert (await client.answer()).status == 200
+
+
+@in_loop
+async def test_who_leaves_while_a_response_is_looked_for_costs_nothing() -> None:
+    async with stage() as s:
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        s.supervisor.answers = False
+        client = await s.client()
+        client.send("/v1/responses/resp_1", method="GET")
+        ask = await s.supervisor.hear(Ask)
+        client.leave()
+        await until(lambda: s.gateway.clients == 0)
+        s.supervisor.say(Answer(ask.id, True, {"model": "alpha"}))
+        other = await s.client()
+        other.chat()
+        assert (await other.answer()).status == 200
+        assert len(engine.requests) == 1 and s.in_flight() == 0
+
+
+@in_loop
+async def test_the_supervisor_is_told_of_responses_that_are_kept_and_of_nothing_else() -> None:
+    async def keep(request: EngineRequest) -> None:
+        request.start_stream()
+        request.event(json.dumps({"response": {"id": f"id_{len(engine.requests)}"}}))
+        request.end_stream()
+
+    async with stage(a_config(keep_alive_comment_secs=60)) as s:
+        engine = await s.engine(keep)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.chat(stream=True)
+        await client.answer()
+        client.send("/v1/responses", {"model": "alpha", "stream": True})
+        await client.answer()
+        assert await s.supervisor.hear(Kept) == Kept({"id_2": "alpha"})
+        await s.supervisor.stop()
+        again = FakeSupervisor(s.supervisor.path)
+        await again.start()
+        try:
+            assert await again.hear(Kept) == Kept({"id_2": "alpha"})
+        finally:
+            await again.stop()
 
 
 @in_loop

@@ -1,0 +1,37 @@
+"""Which model's engine keeps a response: bounded, newest first to stay, told in parts."""
+
+from __future__ import annotations
+
+from llmux.protocol import MAX_LINE, Kept
+from llmux.responses import MAX_RESPONSES, MAX_TOLD, ResponseModels
+
+
+def test_the_oldest_are_forgotten() -> None:
+    known = ResponseModels(limit=3)
+    known.keep({"a": "x", "b": "x", "c": "y"})
+    known.keep({"a": "z"})  # named again: young again
+    known.keep({"d": "x"})
+    assert [known.model_of(one) for one in "abcd"] == ["z", None, "y", "x"]
+    known.keep({str(number): "x" for number in range(10)})
+    assert [known.model_of(str(number)) for number in range(10)] == [None] * 7 + ["x"] * 3
+    assert known.model_of(None) is None
+
+
+def test_what_the_verb_answers() -> None:
+    known = ResponseModels()
+    known.keep({"resp_1": "alpha"})
+    assert known.answer({"id": "resp_1"}) == {"model": "alpha"}
+    assert known.answer({"id": "resp_2"}) == known.answer({}) == {"model": None}
+
+
+def test_all_of_it_is_told_in_lines_that_fit() -> None:
+    known = ResponseModels()
+    longest = "m" * 600
+    known.keep({f"{number:0200}": longest for number in range(MAX_RESPONSES + 5)})
+    parts = list(known.parts())
+    assert len(parts) == MAX_RESPONSES // MAX_TOLD
+    assert max(len(Kept(part).encode()) for part in parts) < MAX_LINE
+    again = ResponseModels()
+    for part in parts:
+        again.keep(part)
+    assert again.model_of(f"{MAX_RESPONSES:0200}") == longest
