@@ -21,6 +21,7 @@ GATEWAY_GROUP = "llmux"  # the front end's group: it must reach the sockets in t
 # Imported, not run as a script: only imports use the compiled file, and compiling costs 5 ms. Its
 # directory goes last on the path, so that none of our modules can stand in for one of the library.
 _RUN = "import sys; sys.path.append(sys.argv[1]); import launcher; launcher.main()"
+SPARE_DELAY = 1.0  # seconds after a start until the next launcher is made ready
 _LOWEST_FD = 10  # above the launcher's fixed descriptors, so that dup2 never overwrites a source
 
 
@@ -239,3 +240,44 @@ def spawn_launcher() -> Launch:
     process = Process.open(pid)
     assert process is not None
     return Launch(process, gate=kept[1], status=kept[0], memfd=kept[2])
+
+
+class Launchers:
+    """Hands launchers out and holds one ready at its gate, which takes the start of a Python
+    interpreter, 15 to 40 ms, out of every start and restore."""
+
+    def __init__(self) -> None:
+        self._spare: Launch | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def take(self) -> Launch:
+        """The one that is ready, or a new one. Raises UnitFailed."""
+        spare, self._spare = self._spare, None
+        if self._timer is None:
+            # Not at once: the engine that starts now can use the CPU better.
+            self._timer = asyncio.get_running_loop().call_later(SPARE_DELAY, self._make_ready)
+        if spare is not None:
+            if spare.process.ended is None:
+                return spare
+            spare.close()
+        return spawn_launcher()
+
+    def prepare(self) -> Launch:
+        """The one that is held ready, made if there is none. Raises UnitFailed."""
+        if self._spare is None:
+            self._spare = spawn_launcher()
+        return self._spare
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._spare is not None:
+            self._spare.close()
+            await self._spare.process.wait(1.0)
+            self._spare.process.close()
+            self._spare = None
+
+    def _make_ready(self) -> None:
+        self._timer = None
+        with suppress(UnitFailed):
+            self.prepare()

@@ -20,6 +20,7 @@ import pytest
 from rigs import DEADLINE, Exits, UnitsRig, units_rig
 
 from llmux.drivers.process import read_stat, start_ticks
+from llmux.drivers.spawn import Launchers
 from llmux.drivers.systemd import SystemdUnits
 from llmux.errors import UnitFailed
 from llmux.ports import LaunchSpec, UnitHandle
@@ -161,10 +162,9 @@ def test_an_engine_survives_its_supervisor_and_is_found_again(tmp_path: Path) ->
 
 def test_a_launcher_whose_supervisor_dies_at_the_gate_goes_away(tmp_path: Path) -> None:
     async def body() -> int:
-        units = SystemdUnits()
-        units._make_spare()
-        assert units._spare is not None
-        pid = units._spare.process.pid
+        launchers = Launchers()
+        units = SystemdUnits(launchers=launchers)
+        pid = launchers.prepare().process.pid
         await units.close()
         return pid
 
@@ -179,7 +179,7 @@ def test_the_bus_connection_is_replaced_when_lost(tmp_path: Path) -> None:
             await asyncio.to_thread(systemctl, "daemon-reexec")
             assert list(await rig.units.observe()) == [handle]
             assert isinstance(rig.units, SystemdUnits)
-            fd = rig.units._bus._bus.get_fd()
+            fd = rig.units._bus._bus._bus.get_fd()
             import socket
 
             sock = socket.socket(fileno=os.dup(fd))
@@ -270,9 +270,7 @@ def test_nothing_is_left_and_the_loop_is_never_held_long(tmp_path: Path) -> None
             assert isinstance(rig.units, SystemdUnits)
             for number in range(MEASURED):
                 if number % 2:
-                    rig.units._make_spare()
-                    assert rig.units._spare is not None
-                    await rig.units._spare.ready.wait()
+                    await rig.units._launchers.prepare().ready.wait()
                 kind = "start, launcher ready" if number % 2 else "start"
                 handle = await timed(kind, rig.units.start(rig.spec(), DEADLINE))
                 assert isinstance(handle, UnitHandle)
