@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--role", choices=[role.value for role in KeyRole], default="use")
     parser.add_argument("--model", action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--max-in-flight", type=int, metavar="N", help="requests at a time")
+    parser.add_argument("--max-waiting", type=int, metavar="N", help="of them waiting at a time")
     parser.add_argument("--requests-per-minute", type=float, metavar="N")
     parser.add_argument("--json", action="store_true", help="for machines")
 
@@ -35,6 +36,7 @@ def key(args: argparse.Namespace) -> None:
             role=KeyRole(args.role),
             models=tuple(args.model),
             max_in_flight=args.max_in_flight,
+            max_waiting=args.max_waiting,
             requests_per_minute=args.requests_per_minute,
         )
     except ValueError as error:

@@ -18,9 +18,9 @@ from llmux.config.schema import Key, KeyRole
 from llmux.errors import ConfigError, Problem
 
 PREFIX: Final = "sk-llmux-"
-_KNOWN: Final = frozenset(
-    {"name", "sha256", "role", "models", "max_in_flight", "requests_per_minute"}
-)
+_KNOWN: Final = (
+    "name", "sha256", "role", "models", "max_in_flight", "max_waiting", "requests_per_minute",
+)  # fmt: skip
 
 
 def resolve_secret(path: str) -> str:
@@ -60,6 +60,7 @@ def make_key(
     role: KeyRole = KeyRole.USE,
     models: tuple[str, ...] = (),
     max_in_flight: int | None = None,
+    max_waiting: int | None = None,
     requests_per_minute: float | None = None,
 ) -> tuple[str, str]:
     """(the key itself, shown once; its line for the file)."""
@@ -69,6 +70,8 @@ def make_key(
         entry["models"] = list(models)
     if max_in_flight is not None:
         entry["max_in_flight"] = max_in_flight
+    if max_waiting is not None:
+        entry["max_waiting"] = max_waiting
     if requests_per_minute is not None:
         entry["requests_per_minute"] = requests_per_minute
     _key(entry)
@@ -111,7 +114,7 @@ def _key(entry: object) -> Key:
         raise ValueError("a key is a mapping with name and sha256")
     unknown = sorted(str(name) for name in entry if name not in _KNOWN)
     if unknown:
-        raise ValueError(f"unknown: {', '.join(unknown)[:80]} (a key has {', '.join(_ordered())})")
+        raise ValueError(f"unknown: {', '.join(unknown)[:80]} (a key has {', '.join(_KNOWN)})")
     name, digest = entry.get("name"), entry.get("sha256")
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 100:
         raise ValueError("name: expected 1 to 100 printable characters")
@@ -136,6 +139,7 @@ def _key(entry: object) -> Key:
         None if models is None else frozenset(models),
         _limit(name, entry, "max_in_flight", whole=True),
         _limit(name, entry, "requests_per_minute", whole=False),
+        _limit(name, entry, "max_waiting", whole=True),
     )
 
 
@@ -147,10 +151,6 @@ def _limit(key: str, entry: Mapping[Any, Any], name: str, *, whole: bool) -> Any
     if not good or isinstance(value, bool) or not 0 < value < 1e9:
         raise ValueError(f"{key}: {name}: expected a number above 0")
     return value
-
-
-def _ordered() -> list[str]:
-    return ["name", "sha256", "role", "models", "max_in_flight", "requests_per_minute"]
 
 
 def _problem(path: str, line: int, message: str) -> Problem:

@@ -149,8 +149,9 @@ class Key:
     sha256: bytes
     role: KeyRole = KeyRole.USE
     models: frozenset[str] | None = None  # None = all
-    max_in_flight: int | None = None
+    max_in_flight: int | None = None  # requests at a time, those that wait included
     requests_per_minute: float | None = None
+    max_waiting: int | None = None  # requests that wait for a model, or for a place at its engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FULL = frozenset({Reason.OVERLOADED, Reason.QUEUE_FULL, Reason.RATE_LIMITED})
 SEEK_SECS = 5.0  # for the supervisor to say whose response it is
 REPORT_SECS = 0.1  # a dying engine breaks all its streams at once; one report is enough
 
@@ -148,8 +149,11 @@ class Gateway:
                 begin_use(exchange.key, exchange.model)
                 exchange.counted = True
             lease = self.admission.submit(exchange)
+            if lease is None and exchange.key is not None:
+                exchange.key.wait()
+                exchange.queued = True
         except Refused as problem:
-            if problem.reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
+            if problem.retry_after is None and problem.reason in FULL:
                 problem.retry_after = self._secs_until(exchange.model)
             exchange.refuse(problem)
             return
@@ -179,6 +183,9 @@ class Gateway:
         for ticket in tickets:
             # One that was sent before it in this loop may have failed and taken this one along.
             if isinstance(ticket, Exchange) and ticket.lease is not None and ticket.in_flight:
+                if ticket.queued and ticket.key is not None:
+                    ticket.queued = False
+                    ticket.key.served()
                 ticket.admitted(ticket.lease, self.pool(ticket.lease))
 
     def engine_failed(self, exchange: Exchange, failure: EngineFailure) -> None:
@@ -199,6 +206,9 @@ class Gateway:
         exchange.drop_connection()
         if self.admission.wait_again(exchange):
             self.observer.retried[exchange.model] += 1
+            if exchange.key is not None:
+                exchange.key.wait_again()
+                exchange.queued = True
             self.log.again(problem, request=exchange.request_id, model=exchange.model)
             self._set_timer()
             self._send_admitted(self.admission.admit_waiting(exchange.model))

@@ -1,7 +1,9 @@
-"""How much one key may use: requests in flight and requests a minute. Pure; the clock is handed in.
+"""How much one key may use: requests at a time, how many of them may wait, and requests a minute.
+Pure; the clock is handed in.
 
-With several workers each keeps its part (limit / workers, rounded up): nothing is shared between
-them, and a client whose connections all land on one worker may get less than its limit.
+With several workers each keeps its part (limit / workers, rounded up) and nothing is shared between
+them. So all workers together admit at most ``workers - 1`` more than the limit, and a client whose
+connections all land on one worker gets only that worker's part.
 """
 
 from __future__ import annotations
@@ -18,15 +20,19 @@ def share(limit: int, workers: int) -> int:
 
 
 class KeyUse:
-    """What one key uses in this worker. ``begin`` raises Refused; each begin has one ``end``."""
+    """What one key uses in this worker. ``begin`` and ``wait`` raise Refused; each begin has one
+    ``end``, and each wait before it one ``served``, or the end says that it ``waited``."""
 
-    __slots__ = ("_burst", "_clock", "_filled_at", "_rate", "_tokens", "in_flight", "key", "most")
+    __slots__ = (
+        "_burst", "_clock", "_filled_at", "_rate", "_tokens", "in_flight", "key", "most",
+        "most_waiting", "waiting",
+    )  # fmt: skip
 
     def __init__(self, key: Key, workers: int, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._tokens = self._burst = 0.0
         self._filled_at = clock()
-        self.in_flight = 0
+        self.in_flight = self.waiting = 0
         self.set_limits(key, workers)
         self._tokens = self._burst
 
@@ -34,6 +40,7 @@ class KeyUse:
         """The key's limits may change while requests run; what runs is not touched."""
         self.key = key
         self.most = None if key.max_in_flight is None else share(key.max_in_flight, workers)
+        self.most_waiting = None if key.max_waiting is None else share(key.max_waiting, workers)
         a_minute = key.requests_per_minute
         self._rate = None if a_minute is None else a_minute / workers / 60
         self._burst = 0.0 if a_minute is None else max(1.0, a_minute / workers)
@@ -44,7 +51,6 @@ class KeyUse:
             raise Refused(
                 Reason.RATE_LIMITED,
                 f"this key may have {self.key.max_in_flight} requests at a time",
-                retry_after=1.0,
             )
         if self._rate is not None:
             now = self._clock()
@@ -59,5 +65,22 @@ class KeyUse:
             self._tokens -= 1
         self.in_flight += 1
 
-    def end(self) -> None:
+    def wait(self) -> None:
+        """The request that was begun has to wait."""
+        if self.most_waiting is not None and self.waiting >= self.most_waiting:
+            raise Refused(
+                Reason.RATE_LIMITED,
+                f"this key may have {self.key.max_waiting} requests wait at a time",
+            )
+        self.waiting += 1
+
+    def wait_again(self) -> None:
+        """Through no fault of its own: the engine died."""
+        self.waiting += 1
+
+    def served(self) -> None:
+        self.waiting -= 1
+
+    def end(self, *, waited: bool = False) -> None:
         self.in_flight -= 1
+        self.waiting -= waited

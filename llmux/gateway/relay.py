@@ -61,7 +61,7 @@ class Exchange(Ticket):
     __slots__ = (
         "_alias", "_anthropic", "_chunked", "_close", "_event_stream", "_first_due", "_front",
         "_gateway", "_incoming", "_status", "_transport", "_wait_ms", "connection", "counted",
-        "key", "request_id",
+        "key", "queued", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +93,7 @@ class Exchange(Ticket):
         self._first_due = False  # the head came alone
         self.key = incoming.key
         self.counted = False  # in what the key uses
+        self.queued = False  # in what of it waits
         self.connection: EngineConnection | None = None
         self.request_id = incoming.request_id
 
@@ -171,7 +172,7 @@ class Exchange(Ticket):
         self._incoming = None
         if self.counted and self.key is not None:
             self.counted = False
-            self.key.end()
+            self.key.end(waited=self.queued)
         self._gateway.admission.leave(self, completed=completed)
 
     def drop_connection(self) -> None:

@@ -18,13 +18,16 @@ from gateway_harness import Client, EngineRequest, Stage, a_config, in_loop, soo
 from llmux.config.keyfile import hash_key
 from llmux.config.schema import Key, KeyRole
 from llmux.gateway import front
+from llmux.protocol import Catalog, ModelInfo
 
 ADMIN, USE, LIMITED, SLOW = "sk-admin", "sk-use", "sk-limited", "sk-slow"
+PATIENT = "sk-patient"
 KEYS = (
     Key("admin", hash_key(ADMIN), KeyRole.ADMIN),
     Key("use", hash_key(USE)),
     Key("limited", hash_key(LIMITED), models=frozenset({"beta"}), max_in_flight=1),
     Key("slow", hash_key(SLOW), requests_per_minute=1),
+    Key("patient", hash_key(PATIENT), max_waiting=1),
 )
 
 
@@ -147,6 +150,48 @@ async def test_requests_in_flight_are_limited_per_key_and_waiters_count() -> Non
         for _ in range(3):  # one after the other
             chat(third, LIMITED, "beta")
             assert (await third.answer()).status == 200
+
+
+@in_loop
+async def test_requests_that_wait_are_limited_per_key_and_those_served_are_not() -> None:
+    deaths = 0
+
+    async def die_once(request: EngineRequest) -> None:
+        nonlocal deaths
+        if not deaths:
+            deaths += 1
+            request.die()
+        else:
+            request.json({"ok": True})
+
+    async with guarded() as running:
+        running.supervisor.say(
+            Catalog.of([ModelInfo("alpha", "parked", switch_secs=40.0), ModelInfo("beta", "x")])
+        )
+        await until(lambda: running.gateway.models["alpha"].switch_secs == 40.0)
+        clients = [await running.client() for _ in range(3)]
+        chat(clients[0], PATIENT)
+        await until(lambda: running.waiting() == 1)
+        for model in ("alpha", "beta"):  # whatever it would wait for
+            chat(clients[1], PATIENT, model)
+            answer = await clients[1].answer()
+            assert (answer.status, answer.code) == (429, "rate_limit_exceeded")
+            assert int(answer.headers["retry-after"]) >= 40
+        chat(clients[2], USE)
+        await until(lambda: running.waiting() == 2)
+        engine = await running.engine(die_once)
+        running.supervisor.grant(engine)
+        # one of them meets the engine's death, waits again and is not refused for that
+        await until(lambda: running.waiting() == 1)
+        running.supervisor.grant(engine, epoch="e2")
+        assert (await clients[0].answer()).status == 200
+        assert (await clients[2].answer()).status == 200
+        for client in clients:
+            chat(client, PATIENT)
+            assert (await client.answer()).status == 200
+        assert running.gateway.guard is not None
+        use = running.gateway.guard.identify(b"/", PATIENT.encode(), None)
+        assert use is not None and (use.in_flight, use.waiting) == (0, 0)
 
 
 @in_loop

@@ -49,11 +49,11 @@ def a_key(secret: str = "s", **more: Any) -> Key:
 
 
 def test_a_made_key_is_found_again_by_what_was_shown_once(tmp_path: Path) -> None:
-    secret, line = make_key("ci", role=KeyRole.ADMIN, models=("a",), max_in_flight=3)
+    secret, line = make_key("ci", role=KeyRole.ADMIN, models=("a",), max_in_flight=3, max_waiting=2)
     assert secret not in line
     file = tmp_path / "keys"
     file.write_text(f"# keys\n\n{line}\n")
-    expected = Key("ci", hash_key(secret), KeyRole.ADMIN, frozenset({"a"}), 3, None)
+    expected = Key("ci", hash_key(secret), KeyRole.ADMIN, frozenset({"a"}), 3, None, 2)
     assert load_keys(str(file)) == (expected,)
 
 
@@ -239,9 +239,27 @@ def test_requests_in_flight_are_limited_and_given_back() -> None:
     use.begin()
     with pytest.raises(Refused) as caught:
         use.begin()
-    assert caught.value.reason is Reason.RATE_LIMITED and caught.value.retry_after == 1.0
+    assert caught.value.reason is Reason.RATE_LIMITED
+    assert caught.value.retry_after is None, "the gateway knows better"
     use.end()
     use.begin()
+
+
+def test_requests_that_wait_are_limited_and_given_back() -> None:
+    use = KeyUse(a_key(max_waiting=2), 1, Clock())
+    for _ in range(3):
+        use.begin()
+    use.wait()
+    use.wait()
+    with pytest.raises(Refused) as caught:
+        use.wait()
+    assert caught.value.reason is Reason.RATE_LIMITED and "2 requests wait" in str(caught.value)
+    use.end()  # the one that could not wait
+    use.served()
+    use.wait_again()  # nobody is refused for an engine's death
+    use.served()
+    use.end(waited=True)
+    assert (use.in_flight, use.waiting) == (1, 0)
 
 
 def test_requests_per_minute_refill_with_time() -> None:
@@ -264,6 +282,7 @@ def test_requests_per_minute_refill_with_time() -> None:
 def test_workers_share_a_limit() -> None:
     assert [share(10, n) for n in (1, 3, 4, 100)] == [10, 4, 3, 1]
     assert KeyUse(a_key(max_in_flight=10), 4, Clock()).most == 3
+    assert KeyUse(a_key(max_waiting=2), 4, Clock()).most_waiting == 1
     use = KeyUse(a_key(requests_per_minute=60), 4, Clock())
     for _ in range(15):
         use.begin()
