@@ -10,6 +10,10 @@ from typing import Any
 from llmux.errors import ControlError, LlmuxError, Reason, Refused
 from llmux.protocol import MAX_LINE, Answer, Ask, Hello, Progress, Tell, decode
 
+IS_IT_RUNNING = (
+    "is it running? `systemctl status llmux`; `llmux serve` names its own --socket as it starts"
+)
+
 
 class NotRunningError(ControlError):
     """No supervisor listens: what does not need one may be done without."""
@@ -39,13 +43,11 @@ def ask(
                         return _result(message)
         except FileNotFoundError as error:
             raise NotRunningError(
-                f"cannot reach the supervisor: {path} does not exist",
-                hint="is it running? `systemctl status llmux`",
+                f"cannot reach the supervisor: {path} does not exist", hint=IS_IT_RUNNING
             ) from error
         except ConnectionRefusedError as error:
             raise NotRunningError(
-                f"cannot reach the supervisor: nobody listens at {path}",
-                hint="is it running? `systemctl status llmux`",
+                f"cannot reach the supervisor: nobody listens at {path}", hint=IS_IT_RUNNING
             ) from error
         except PermissionError as error:
             raise ControlError(

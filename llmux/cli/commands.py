@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,14 +33,15 @@ def gateway(args: argparse.Namespace) -> None:
     try:
         daemon.gateway(args.config)
     except OSError as error:
-        raise LlmuxError(f"cannot run: {error}") from error
+        raise _cannot_run(error) from error
 
 
 def serve(args: argparse.Namespace) -> None:
     from llmux import daemon
 
     daemon.setup_logging(args.verbose)
-    _run(daemon.serve(args.config, port=getattr(args, "port", None)))
+    port, control = getattr(args, "port", None), getattr(args, "socket", None)
+    _run(daemon.serve(args.config, port=port, control=control))
 
 
 def _run(work: Any) -> None:
@@ -48,7 +50,12 @@ def _run(work: Any) -> None:
     try:
         daemon.run(work)
     except OSError as error:
-        raise LlmuxError(f"cannot run: {error}") from error
+        raise _cannot_run(error) from error
+
+
+def _cannot_run(error: OSError) -> LlmuxError:
+    where = f"{error.filename}: " if error.filename else ""
+    return LlmuxError(f"cannot run: {where}{error.strerror or error}")
 
 
 # ---- local --------------------------------------------------------------------------------------
@@ -131,9 +138,18 @@ def status(args: argparse.Namespace) -> None:
         print_json(result)
         return
     mode = result["mode"]
-    print(f"state  {result['state']}")
-    print(f"mode   {mode['mode']}" + (f", pinned {mode['pinned']}" if "pinned" in mode else ""))
-    print(f"gateway workers  {result['workers']}")
+    models = result["models"].values()
+    states = sorted(Counter(model["state"] for model in models).items())
+    waiting, in_flight = (sum(m[of] for m in models) for of in ("queue_depth", "in_flight"))
+    print_table(
+        [
+            ("state", result["state"]),
+            ("mode", mode["mode"] + (f", pinned to {mode['pinned']}" if "pinned" in mode else "")),
+            ("models", ", ".join(f"{count} {state}" for state, count in states) or "none"),
+            ("requests", f"{waiting} waiting, {in_flight} in flight"),
+            ("gateway", f"{result['workers']} worker{'s' if result['workers'] != 1 else ''}"),
+        ]
+    )
 
 
 def load(args: argparse.Namespace) -> None:
@@ -157,15 +173,25 @@ def unpin(args: argparse.Namespace) -> None:
 
 
 def reload(args: argparse.Namespace) -> None:
-    _order(args, "reload", {})
+    result = _order(args, "reload", {})
+    if args.json:
+        return
+    for what in ("added", "removed", "changed"):
+        if names := result.get(what):
+            print(f"{what}: {', '.join(names)}")
+    for unit in ("gateway", "supervisor"):
+        if settings := result.get(f"restart_{unit}_for"):
+            service = "llmux-gateway" if unit == "gateway" else "llmux"
+            print(f"not in force before `systemctl restart {service}`: {', '.join(settings)}")
 
 
-def _order(args: argparse.Namespace, verb: str, values: dict[str, Any]) -> None:
+def _order(args: argparse.Namespace, verb: str, values: dict[str, Any]) -> Any:
     result = ask(args.socket, verb, {k: v for k, v in values.items() if v is not None})
     if args.json:
         print_json(result)
     else:
         print(result["message"])
+    return result
 
 
 def print_json(value: Any) -> None:

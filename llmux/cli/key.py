@@ -18,14 +18,20 @@ GATEWAY_GROUP = "llmux"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["new"])
-    parser.add_argument("name", help="who or what the key is for")
-    parser.add_argument("--file", help="the file of keys (gateway.keys_file)")
-    parser.add_argument("--role", choices=[role.value for role in KeyRole], default="use")
-    parser.add_argument("--model", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("name", metavar="NAME", help="who or what the key is for")
+    parser.add_argument("--file", metavar="FILE", help="the file of keys (gateway.keys_file)")
+    parser.add_argument(
+        "--role",
+        choices=[role.value for role in KeyRole],
+        default="use",
+        help="use: ask models (the default); admin: /control too",
+    )
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="MODEL", help="only this one; repeatable"
+    )
     parser.add_argument("--max-in-flight", type=int, metavar="N", help="requests at a time")
     parser.add_argument("--max-waiting", type=int, metavar="N", help="of them waiting at a time")
     parser.add_argument("--requests-per-minute", type=float, metavar="N")
-    parser.add_argument("--json", action="store_true", help="for machines")
 
 
 def key(args: argparse.Namespace) -> None:

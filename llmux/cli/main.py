@@ -92,67 +92,86 @@ def build_parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         # also after the verb, without undoing what was said before it
-        sub.add_argument("-c", "--config", default=argparse.SUPPRESS, metavar="FILE")
-        sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS)
+        sub.add_argument(
+            "-c", "--config", default=argparse.SUPPRESS, metavar="FILE", help=f"({CONFIG})"
+        )
+        sub.add_argument(
+            "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="debug messages"
+        )
+        return sub
+
+    def local(name: str, run: commands.Command, text: str) -> argparse.ArgumentParser:
+        sub = verb(name, run, text)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    def client(name: str, run: commands.Command, text: str) -> argparse.ArgumentParser:
+        sub = local(name, run, text)
+        sub.add_argument("--socket", default=SOCKET, metavar="PATH", help=f"({SOCKET})")
         return sub
 
     serve = verb("serve", commands.serve, "supervisor and gateway in one process, without systemd")
-    serve.add_argument("-p", "--port", type=int, help="listen here instead (127.0.0.1)")
+    serve.add_argument(
+        "-p", "--port", type=int, help="of 127.0.0.1, instead of the configured addresses"
+    )
+    serve.add_argument("--socket", metavar="PATH", help="where other verbs reach it (a new one)")
     verb("supervise", commands.supervise, "the supervisor (llmux.service)")
     verb("gateway", commands.gateway, "the HTTP front end (llmux-gateway.service)")
-
-    def client(name: str, run: commands.Command, text: str) -> argparse.ArgumentParser:
-        sub = verb(name, run, text)
-        sub.add_argument("--socket", default=SOCKET, metavar="PATH", help=f"({SOCKET})")
-        sub.add_argument("--json", action="store_true", help="for machines")
-        return sub
-
-    check = verb("check", commands.check, "is the configuration right?")
+    check = local("check", commands.check, "is the configuration right?")
     check.add_argument("--host", action="store_true", help="also what it needs of this host")
-    check.add_argument("--json", action="store_true", help="for machines")
+    _add_orders(client)
+    _add_watching(client)
+    add_arguments(local("key", key, "make an API key; only its hash is kept"))
+    client("reload", commands.reload, "read the configuration anew")
+    _add_checkpoints(client)
+    local("doctor", commands.doctor, "what this host has and lacks")
+    local("version", commands.version, "print the version")
+    return parser
+
+
+_Client = Callable[[str, commands.Command, str], argparse.ArgumentParser]
+
+
+def _add_orders(client: _Client) -> None:
     client("ps", commands.ps, "the models and their states")
-    client("status", commands.status, "the whole state, as /control/status gives it")
+    client("status", commands.status, "the whole; with --json all that /control/status gives")
     for name, run, text in (
         ("load", commands.load, "make a model resident"),
         ("unload", commands.unload, "stop a model"),
         ("sleep", commands.sleep, "park a model"),
         ("pin", commands.pin, "keep a model resident, switch to manual mode"),
     ):
-        client(name, run, text).add_argument("model")
-    sleep = verbs.choices["sleep"]
-    sleep.add_argument("--eviction", metavar="W+P", help="instead of the model's own")
+        sub = client(name, run, text)
+        sub.add_argument("model", metavar="MODEL")
+        if name == "sleep":
+            sub.add_argument("--eviction", metavar="W+P", help="instead of the model's own")
     client("unpin", commands.unpin, "back to automatic mode")
+
+
+def _add_watching(client: _Client) -> None:
     logs = client("logs", watch.logs, "the last lines of a model's engine")
-    logs.add_argument("model")
-    logs.add_argument("-n", "--lines", type=int, default=100)
+    logs.add_argument("model", metavar="MODEL")
+    logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="how many (100)")
     events = client("events", watch.events, "the last transitions and switches")
     for sub in (logs, events):
         sub.add_argument("-f", "--follow", action="store_true", help="and those that come")
-    add_arguments(verb("key", key, "make an API key; only its hash is kept"))
-    client("reload", commands.reload, "read the configuration anew")
-    _add_checkpoints(client)
-    doctor = verb("doctor", commands.doctor, "what this host has and lacks")
-    doctor.add_argument("--json", action="store_true", help="for machines")
-    version = verb("version", commands.version, "print the version")
-    version.add_argument("--json", action="store_true", help="for machines")
-    return parser
 
 
-def _add_checkpoints(
-    client: Callable[[str, commands.Command, str], argparse.ArgumentParser],
-) -> None:
+def _add_checkpoints(client: _Client) -> None:
     make = client("checkpoint", checkpoints.checkpoint, "make a model's image, or list all images")
-    make.add_argument("model", nargs="?", help="without it: the images that there are")
+    make.add_argument(
+        "model", nargs="?", metavar="MODEL", help="without it: the images that there are"
+    )
     make.add_argument("--list", action="store_true", help="the images that there are")
     make.add_argument("--eviction", metavar="W+P", help="instead of the model's own")
     make.add_argument("--no-warmup", action="store_true", help="no inference before the dump")
     restore = client("restore", checkpoints.restore, "bring a model back from its image")
-    restore.add_argument("model")
+    restore.add_argument("model", metavar="MODEL")
     restore.add_argument(
         "--detached", action="store_true", help="leave the engine running (it always is)"
     )
     validate = client("validate", checkpoints.validate, "try ways of parking a model")
-    validate.add_argument("model")
+    validate.add_argument("model", metavar="MODEL")
     validate.add_argument(
         "--policies",
         default=checkpoints.POLICIES,

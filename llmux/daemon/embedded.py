@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -24,14 +25,21 @@ from llmux.drivers.identity import engine_identity
 from llmux.drivers.notify import SdNotifier
 from llmux.drivers.output import EngineFiles
 from llmux.drivers.store import FileStateStore
-from llmux.errors import ConfigError
+from llmux.errors import ConfigError, LlmuxError
 from llmux.gateway.server import bind_all, serve_gateway
+from llmux.gateway.stopping import Patience
 from llmux.runtime.drivers import Drivers, Places
 from llmux.runtime.watchdog import StatusLine
 
+log = logging.getLogger("llmux")
 
-async def serve(path: str, *, port: int | None = None) -> None:
-    """Supervisor and gateway in one process, engines as children that end with it."""
+
+async def serve(path: str, *, port: int | None = None, control: str | None = None) -> None:
+    """Supervisor and gateway in one process, engines as children that end with it.
+
+    ``port`` of 127.0.0.1 in place of the configured addresses; ``control``: the path of the socket
+    at which the other verbs find us, by default a new one.
+    """
     marked = load_marked(path)
     config = marked.config
     problems = check_embedded(config, marked.marks)
@@ -44,13 +52,18 @@ async def serve(path: str, *, port: int | None = None) -> None:
     stop_on_signals(stop)
     runtime = tempfile.mkdtemp(prefix="llmux-", dir=os.environ.get("XDG_RUNTIME_DIR"))
     try:
-        await _serve_in(runtime, path, config, sockets, stop)
+        await _serve_in(runtime, path, config, sockets, stop, control)
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
 
 
 async def _serve_in(
-    runtime: str, path: str, config: Config, sockets: list[socket.socket], stop: asyncio.Event
+    runtime: str,
+    path: str,
+    config: Config,
+    sockets: list[socket.socket],
+    stop: asyncio.Event,
+    control: str | None,
 ) -> None:
     notifier = SdNotifier()
     drivers = Drivers(
@@ -69,6 +82,7 @@ async def _serve_in(
     ours, theirs = socket.socketpair()
     try:
         await supervisor.hub.join(ours)
+        await _open_control(supervisor, control, f"{runtime}/control.sock")
         supervisor.loop.listeners.append(StatusLine(notifier))
         secrets = Secrets(config)
         reload: list[Callable[[], None]] = []
@@ -85,6 +99,7 @@ async def _serve_in(
                 keys=secrets.keys,
                 tls=secrets.tls,
                 reload=reload,
+                patience=Patience(waiters=False),  # the supervisor ends first
             )
         )
         try:
@@ -95,6 +110,25 @@ async def _serve_in(
                 await front
     finally:
         await supervisor.close()
+
+
+async def _open_control(supervisor: Supervisor, asked: str | None, usual: str) -> None:
+    """``asked`` is what the operator wants; ``usual`` may also fail (a long $TMPDIR)."""
+    path = asked or usual
+    if asked is not None:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(asked)
+            raise LlmuxError(
+                f"cannot listen at {asked}: another llmux does", hint="choose another --socket"
+            )
+    try:
+        await supervisor.hub.listen(path, None)
+    except OSError as error:
+        if asked is not None:
+            raise LlmuxError(f"cannot listen at {asked}: {error.strerror or error}") from error
+        log.warning("no socket for other verbs at %s: %s (say --socket PATH)", path, error)
+    else:
+        log.info("other verbs reach this process with --socket %s", path)
 
 
 async def _ended_early(task: asyncio.Task[None]) -> None:

@@ -118,7 +118,14 @@ def _system_drivers(config: Config) -> Drivers:
 
 async def _alone(*, patience: float) -> int:
     """A lock that only one supervisor of this machine has; the kernel ends it with the process."""
-    fd = os.open(f"{RUNTIME}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(f"{RUNTIME}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise LlmuxError(
+            f"cannot supervise engines: {error.filename}: {error.strerror}",
+            hint="`systemd-tmpfiles --create llmux.conf` makes /run/llmux; without systemd there is"
+            " only `llmux serve`",
+        ) from error
     ends = monotonic() + patience
     while True:
         try:

@@ -130,7 +130,7 @@ def check_images(host: Host, config: Config | None) -> Check:
         above = above.parent
     room = host.space(above)
     most = config.checkpoint.max_bytes if config else None
-    seen = f"{name}: {room.free / GIB:.0f} GiB free of {room.total / GIB:.0f}"
+    seen = f"{name}: {room.free / GIB:.0f} GiB free of {room.total / GIB:.0f} GiB"
     if needed and room.free < min(DISK_SPARE, most or DISK_SPARE):
         remedy = "free space, set checkpoint.images_dir to a larger disk, or use weights: discard"
         return Check("images directory", Level.WARN, seen, remedy)
@@ -145,7 +145,7 @@ def check_shm(host: Host, config: Config | None) -> Check:
     if not path.is_dir():
         return Check(SHM, Level.FAIL, "not there", "mount a tmpfs on /dev/shm: vLLM needs it")
     room = host.space(path)
-    seen = f"{room.free / GIB:.1f} GiB free of {room.total / GIB:.1f}"
+    seen = f"{room.free / GIB:.1f} GiB free of {room.total / GIB:.1f} GiB"
     if room.free < SHM_SPARE:
         return Check(SHM, Level.WARN, seen, "mount -o remount,size=50% /dev/shm")
     return Check(SHM, Level.OK, seen)

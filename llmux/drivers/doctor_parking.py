@@ -153,23 +153,27 @@ def check_vllm(host: Host, config: Config | None) -> list[Check]:
 
 
 def _check_vllm_command(host: Host, config: Config | None, command: tuple[str, ...]) -> Check:
-    name = f"vLLM ({' '.join(command)})"
+    called = " ".join(command)
+
+    def check(level: Level, seen: str, remedy: str = "") -> Check:
+        return Check("vLLM", level, f"{called}: {seen}", remedy)
+
     if host.which(command[0]) is None:
         remedy = "correct vllm_command: an absolute path, e.g. /opt/vllm/bin/vllm"
-        return Check(name, bad(config is not None), "not there or not executable", remedy)
+        return check(bad(config is not None), "not there or not executable", remedy)
     interpreter = interpreter_of(host, command[0])
     if interpreter is None:
-        return Check(name, Level.OK, "there; not a Python script, so its version is not known")
+        return check(Level.OK, "there; not a Python script, so its version is not known")
     ran = host.run([*interpreter.split(), "-c", ASK_VERSION], 30.0)
     numbers = version(ran.output)
     if ran.status != 0 or not numbers:
-        return Check(name, Level.WARN, f"no vllm in {interpreter}", "is it the right environment?")
+        return check(Level.WARN, f"no vllm in {interpreter}", "is it the right environment?")
     seen = ran.output.strip()
     if SLEEP_BROKEN[0] <= numbers < SLEEP_BROKEN[1]:
         problem = f"{seen}: sleep does not free the weights (vllm#32714, 0.14.0 to 0.16.x)"
         remedy = "upgrade to 0.17.0 or later, or park with weights: retain"
-        return Check(name, bad(Needs.of(config).sleep), problem, remedy)
+        return check(bad(Needs.of(config).sleep), problem, remedy)
     if numbers < SLEEP_BROKEN[0]:
         problem = f"{seen}: older than what llmux is tested with; /sleep has no mode=wait"
-        return Check(name, Level.WARN, problem, "upgrade to 0.17.0 or later")
-    return Check(name, Level.OK, seen)
+        return check(Level.WARN, problem, "upgrade to 0.17.0 or later")
+    return check(Level.OK, seen)

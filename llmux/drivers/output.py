@@ -108,6 +108,8 @@ class EngineFiles:
 
     def paths(self, model: str) -> tuple[str, str]:
         directory = os.path.join(self._directory, model)
+        # Root's alone: the images beside the logs hold keys, prompts and weights.
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
         os.makedirs(directory, mode=0o750, exist_ok=True)
         stdout, stderr = (os.path.join(directory, f"{name}.log") for name in ("stdout", "stderr"))
         for path in (stdout, stderr):

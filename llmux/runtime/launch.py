@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from llmux.config.schema import ModelConfig, Process, Weights
+from llmux.errors import LlmuxError
 from llmux.ports import LaunchSpec
 from llmux.protocol import Address
 from llmux.runtime.drivers import Drivers, Places
@@ -115,7 +116,7 @@ def engine_environment(
     env = {key: value for key, value in places.environment.items() if key not in PRIVATE}
     env.update(ALWAYS)
     if places.engine_user is not None:
-        env["HOME"] = pwd.getpwnam(places.engine_user).pw_dir
+        env["HOME"] = _home_of(places.engine_user)
         env["USER"] = env["LOGNAME"] = places.engine_user
     env["VLLM_RPC_BASE_PATH"] = engine_directory(config.name, places)
     if needs_dev_mode(config):
@@ -131,6 +132,16 @@ def engine_environment(
         env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     env.update(config.env)
     return env
+
+
+def _home_of(user: str) -> str:
+    try:
+        return pwd.getpwnam(user).pw_dir
+    except KeyError:
+        raise LlmuxError(
+            f'cannot start engines: there is no user "{user}" on this machine',
+            hint="create it with `systemd-sysusers`, or set engine_user to one that exists",
+        ) from None
 
 
 def remove_stale_socket(address: Address) -> None:

@@ -12,9 +12,9 @@ from llmux.protocol import Address
 
 def parse_eviction(text: str) -> Eviction:
     """``weights+process``; ValueError names what is wrong."""
-    weights, plus, process = text.partition("+")
-    if not plus:
-        raise ValueError(f'expected "weights+process", got {text!r}')
+    weights, _, process = text.partition("+")
+    if weights not in list(Weights) or process not in list(Process):
+        raise ValueError(f'expected {"|".join(Weights)}+{"|".join(Process)}, got "{text}"')
     return Eviction(Weights(weights), Process(process))
 
 

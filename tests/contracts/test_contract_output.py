@@ -97,6 +97,10 @@ class TestTheFiles:
         with open(path, "ab") as file:
             file.write(data)
 
+    def test_a_directory_of_images_that_it_makes_is_roots_alone(self, tmp_path: Path) -> None:
+        EngineFiles(str(tmp_path / "images")).paths("alpha")
+        assert os.stat(tmp_path / "images").st_mode & 0o777 == 0o700
+
     def test_what_is_said_before_attach_counts(self, tmp_path: Path) -> None:
         def script(output: EngineFiles, path: str) -> None:
             self.append(path, b"early\n")

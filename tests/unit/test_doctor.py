@@ -207,7 +207,7 @@ def test_vllm_commands_of_all_models_are_looked_at(tmp_path: Path) -> None:
     own = ModelConfig("a", "/a", vllm_command=("/opt/a/vllm",))
     config = Config(models={"a": own, "b": ModelConfig("b", "/b")})
     found = parking.check_vllm(make(tmp_path, which=lambda name: None), config)
-    assert [check.name for check in found] == ["vLLM (/opt/a/vllm)", "vLLM (vllm)"]
+    assert [check.seen.split(":")[0] for check in found] == ["/opt/a/vllm", "vllm"]
     assert {check.level for check in found} == {Level.FAIL}
 
 

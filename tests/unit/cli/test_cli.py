@@ -121,6 +121,48 @@ def test_ps_is_a_table_for_people_and_json_for_machines(
     assert json.loads(capsys.readouterr().out) == {"qwen": MODEL}
 
 
+def test_status_sums_up(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {
+        "state": "active:a",
+        "mode": {"mode": "manual", "pinned": "a"},
+        "workers": 1,
+        "models": {"a": {**MODEL, "state": "serving"}, "b": MODEL, "c": MODEL},
+    }
+    supervisor.reply = lambda ask: Answer(ask.id, True, whole)
+    assert run(supervisor, "status") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "state     active:a",
+        "mode      manual, pinned to a",
+        "models    2 parked, 1 serving",
+        "requests  3 waiting, 6 in flight",
+        "gateway   1 worker",
+    ]
+    assert run(supervisor, "status", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == whole
+
+
+def test_a_reload_says_what_changed_and_what_waits_for_a_restart(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {
+        "message": "configuration reloaded",
+        "added": ["a", "b"],
+        "removed": [],
+        "changed": ["c"],
+        "restart_gateway_for": ["gateway.listen"],
+        "restart_supervisor_for": ["engine_user"],
+    }
+    supervisor.reply = lambda ask: Answer(ask.id, True, result)
+    assert run(supervisor, "reload") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "configuration reloaded",
+        "added: a, b",
+        "changed: c",
+        "not in force before `systemctl restart llmux-gateway`: gateway.listen",
+        "not in force before `systemctl restart llmux`: engine_user",
+    ]
+
+
 def test_logs_are_printed_as_they_are(
     supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +216,19 @@ def test_check_names_what_is_wrong_and_ends_with_78(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out == f"llmux {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["serve", "gateway"])
+def test_what_the_system_refuses_is_said_without_a_number(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        file.write_text(f"gateway: {{listen: ['{address}']}}\nmodels: {{a: {{model_path: m}}}}\n")
+        assert main([verb, "-c", str(file)]) == 1
+    refused = f"llmux: cannot run: cannot listen on {address}: Address already in use\n"
+    assert capsys.readouterr().err.endswith(refused)
 
 
 def test_a_misspelt_verb_is_usage(capsys: pytest.CaptureFixture[str]) -> None:

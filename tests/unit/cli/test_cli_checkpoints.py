@@ -15,7 +15,8 @@ import pytest
 from llmux.cli.checkpoints import POLICIES, table
 from llmux.cli.client import NotRunningError, ask
 from llmux.cli.main import build_parser, main, verb_of
-from llmux.cli.progress import Progress
+from llmux.cli.progress import WORDS, Progress
+from llmux.core.plans import StepKind
 from llmux.errors import LlmuxError, Refused
 from llmux.protocol import Answer
 from llmux.protocol import Progress as Told
@@ -72,6 +73,10 @@ def test_progress_is_a_line_per_phase_where_there_is_no_terminal() -> None:
         progress("dump", 1.0, 5, 10)
         progress("pack", 2.0, 5, 10)
     assert out.getvalue() == "m: CRIU dump (0.0 s)\nm: checksums (2.0 s)\n"
+
+
+def test_every_step_has_a_word() -> None:
+    assert not [kind for kind in StepKind if kind.value not in WORDS]
 
 
 def test_on_a_terminal_it_is_one_line_with_the_bytes() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
+from llmux.errors import LlmuxError
 from llmux.protocol import Address
 from llmux.runtime.drivers import Places
 from llmux.runtime.launch import engine_address, engine_argv, engine_environment
@@ -32,6 +33,12 @@ def test_nothing_of_the_supervisors_unit_reaches_the_engine() -> None:
     env = engine_environment(model(), (0,), places())
     assert env["HF_HOME"] == "/srv/hf"
     assert not {"NOTIFY_SOCKET", "INVOCATION_ID", "CREDENTIALS_DIRECTORY"} & set(env)
+
+
+def test_an_engine_user_that_is_not_there_is_named_with_the_remedy() -> None:
+    nowhere = Places("/run/llmux", engine_user="no-such-user")
+    with pytest.raises(LlmuxError, match=r'no user "no-such-user".*systemd-sysusers'):
+        engine_environment(model(), (0,), nowhere)
 
 
 def test_the_models_own_environment_has_the_last_word() -> None:
