@@ -301,7 +301,8 @@ class Dumper(Protocol):
 
     async def recover(self) -> Sequence[Interrupted]:
         """Once at start, before anything else: removes half-made images and what they left in
-        /dev/shm, ends a CRIU that is still at work, and says which units are therefore unusable."""
+        /dev/shm, ends a CRIU that is still at work, and says which units are therefore unusable. A
+        restore is named again, should we end, until it is settled: once its unit was killed."""
 
     async def precheck(self, handle: UnitHandle) -> int:
         """Bytes that a dump would write now. Raises CheckpointFailed naming process, descriptor and
@@ -329,11 +330,19 @@ class Dumper(Protocol):
         """The image is in the page cache and its checksums hold. May be cancelled. A restore begun
         meanwhile takes over what was verified."""
 
-    async def restore(self, image: Image, launch: LaunchSpec, deadline: float) -> UnitHandle:
+    async def restore(
+        self, image: Image, launch: LaunchSpec, deadline: float, spare: int = 0
+    ) -> UnitHandle:
         """The tree lives again in a new unit, every process seen with its old pid and name, the
         image verified. ``launch`` is the engine's as today: unit properties and output files count.
-        Raises CheckpointFailed, then nothing of it is left; ``fields["blame"]`` is "image"
-        (quarantine it) or "host" (pid or port taken, no memory: the image may serve later)."""
+        ``spare``: bytes of host memory to be left beside it. Raises CheckpointFailed, then nothing
+        of it is left; ``fields["blame"]`` is "image" (quarantine it) or "host" (pid or port taken,
+        no memory: the image may serve later). Cancelled, it leaves nothing either. Until
+        ``settle`` the restore counts as under way."""
+
+    async def settle(self, model: str) -> None:
+        """What was restored is in use now, or was ended: recover() of a next supervisor is not to
+        end it."""
 
     async def quarantine(self, image: Image, reason: str) -> str:
         """Never used again, kept with its logs for a look; returns where."""

@@ -38,6 +38,29 @@ class ReadAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreAhead:
+    """Room is being made for the model: do meanwhile what of its restore needs no GPU. The wake
+    takes over what is there; else DropAhead follows.
+
+    ``into_ram``: models that are leaving the GPU for host memory, which they must find there.
+    ``deadline``: seconds after which nobody can be waiting for it any more.
+    """
+
+    model: str
+    config: ModelConfig
+    gpus: tuple[int, ...]
+    into_ram: tuple[str, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class DropAhead:
+    """What was restored ahead will not be woken: nothing of it is to stay but its image."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendGrant:
     worker: str
     model: str
@@ -84,5 +107,14 @@ class SwitchFinished:
 
 
 Effect = (
-    RunPlan | Probe | ReadAhead | SendGrant | SendRevoke | SendCut | SendRefuse | SwitchFinished
+    RunPlan
+    | Probe
+    | ReadAhead
+    | RestoreAhead
+    | DropAhead
+    | SendGrant
+    | SendRevoke
+    | SendCut
+    | SendRefuse
+    | SwitchFinished
 )

@@ -71,6 +71,11 @@ class Plan:
     fallback: tuple[Step, ...] = ()
 
     @property
+    def restores(self) -> bool:
+        """Does it bring the processes back from an image?"""
+        return any(step.kind is StepKind.RESTORE for step in self.steps)
+
+    @property
     def deadline(self) -> float:
         """The longest this plan can take, in seconds, its fallback included."""
         return sum(step.deadline for step in (*self.steps, *self.fallback))

@@ -159,10 +159,12 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A model that is being made resident: since when, and at whose cost."""
+    """A model that is being made resident: since when, and at whose cost. ``ahead``: what of its
+    restore needs no GPU was ordered, and neither taken over by a wake nor dropped."""
 
     decided_at: float
     victims: tuple[str, ...] = ()
+    ahead: bool = False
     drained_at: float | None = None
     room_at: float | None = None
     cold: bool = False
@@ -244,6 +246,18 @@ def share_after(record: ModelRecord) -> float:
             return 0.0
         case _:
             return share_now(record)
+
+
+def goes_into_ram(record: ModelRecord) -> bool:
+    """Is it leaving, and what it holds on its GPUs going into host memory?"""
+    if not isinstance(record.phase, (Draining, Parking)):
+        return False
+    eviction = record.phase.eviction
+    if eviction.process is Process.STOP or eviction == record.image:  # killed: its image is there
+        return False
+    if eviction.weights is Weights.RETAIN:
+        return eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT)
+    return eviction.weights is Weights.OFFLOAD
 
 
 def frees_memory(config: ModelConfig, eviction: Eviction) -> bool:

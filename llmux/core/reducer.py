@@ -143,12 +143,13 @@ def _demand_changed(turn: Turn, event: DemandChanged) -> None:
     before = worker.demands.get(event.model, WorkerDemand())
     demands = {**worker.demands, event.model: demand}
     turn.workers[event.worker] = replace(worker, demands=MappingProxyType(demands))
-    if record is None:
+    if record is None or record.removed:  # whether it runs still or not
         turn.refuse(
             event.model,
             Reason.UNKNOWN_MODEL,
             f'the model "{event.model}" does not exist',
         )
+    if record is None:
         return
     if demand.progress != before.progress or (demand.in_flight and not before.in_flight):
         turn.update(event.model, progress_at=turn.now)
@@ -216,7 +217,7 @@ def _operation_finished(turn: Turn, event: OperationFinished) -> None:
         case _:
             raise InvariantError(f"internal error: {name} is {phase.state}, operation {outcome}")
     if turn.models[name].removed and turn.can_forget(name):
-        del turn.models[name]
+        turn.forget(name)
 
 
 # ---- operators --------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def _config_changed(turn: Turn, config: Config) -> None:
         turn.refuse(name, Reason.UNKNOWN_MODEL, f'the model "{name}" was removed')
         turn.update(name, removed=True)
         if turn.can_forget(name):
-            del turn.models[name]
+            turn.forget(name)
         else:
             _park_asked(turn, name, Eviction(process=Process.STOP))
     if turn.pinned not in config.models:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from llmux.config.schema import Eviction, Process
-from llmux.core.effects import ReadAhead
+from llmux.core.effects import ReadAhead, RestoreAhead
 from llmux.core.policy import Resident, Waiting
 from llmux.core.records import (
     ROUNDING,
@@ -22,6 +22,7 @@ from llmux.core.records import (
     Serving,
     Stopped,
     frees_memory,
+    goes_into_ram,
     parked_share,
     share_after,
     share_now,
@@ -71,8 +72,8 @@ def _forget_reservations(turn: Turn, waiting: dict[str, Waiting]) -> None:
     """A model that nobody waits for any more, and that has not begun, gives its place up."""
     for name in list(turn.reservations):
         resting = isinstance(turn.models[name].phase, (Stopped, Parked, Failed))
-        if name not in turn.models or (resting and name not in waiting):
-            del turn.reservations[name]
+        if resting and name not in waiting:
+            turn.forget_reservation(name)
 
 
 def _cancel_drains(turn: Turn, waiting: dict[str, Waiting]) -> None:
@@ -132,6 +133,8 @@ def _consider(turn: Turn, target: Waiting, reserved: Load) -> None:
         return
     if not _fits(_load(turn, name, share_after), reserved, gpus, share):
         _make_room(turn, target, gpus, share, reserved)
+    coming = _fits(_load(turn, name, share_after), reserved, gpus, share)
+    _restore_ahead(turn, name, gpus, coming=coming)
     _add(reserved, gpus, share)
 
 
@@ -155,6 +158,23 @@ def _make_room(
     turn.reservations[target.model] = replace(
         reservation, decided_at=turn.now, victims=(*reservation.victims, *victims)
     )
+
+
+def _restore_ahead(turn: Turn, name: str, gpus: tuple[int, ...], *, coming: bool) -> None:
+    """While the room is ``coming``, not while its owner may still keep it: a restored engine takes
+    host memory."""
+    way_back = turn.way_back(name)
+    if not coming or way_back is None or way_back.process is not Process.CHECKPOINT:
+        turn.drop_ahead(name)
+        return
+    reservation = turn.reservations[name]
+    if reservation.ahead:
+        return
+    turn.reservations[name] = replace(reservation, ahead=True)
+    into_ram = tuple(n for n, r in turn.models.items() if goes_into_ram(r))
+    deadline = turn.config.policy.request_timeout_secs
+    config = turn.models[name].config
+    turn.effects.append(RestoreAhead(name, config, gpus, into_ram, deadline))
 
 
 def _own_way(record: ModelRecord) -> Eviction:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from llmux.config.schema import Config, Eviction
+from llmux.config.schema import Config, Eviction, Process
 from llmux.core.effects import (
+    DropAhead,
     Effect,
     Probe,
     RunPlan,
@@ -137,6 +138,7 @@ class Turn:
         """Cold start. The room is there."""
         op = self.operation()
         record = self.models[name]
+        self.drop_ahead(name)
         self.move(name, Starting(op, self.now, reason))
         if (reservation := self.reservations.get(name)) is not None:
             room = self.now if reservation.room_at is None else reservation.room_at
@@ -151,9 +153,12 @@ class Turn:
     def wake(self, name: str, eviction: Eviction) -> None:
         """The way back from how it was parked. The room is there."""
         op = self.operation()
+        if eviction.process is not Process.CHECKPOINT:
+            self.drop_ahead(name)
         self.move(name, Waking(op, self.now, eviction))
         if (reservation := self.reservations.get(name)) is not None:
-            self.reservations[name] = replace(reservation, room_at=self.now)
+            # what was restored ahead is the wake's now
+            self.reservations[name] = replace(reservation, room_at=self.now, ahead=False)
         self.run(name, op, wake_plan(self.models[name].config, eviction))
 
     def serve(self, name: str) -> None:
@@ -196,6 +201,19 @@ class Turn:
     def grant_to(self, worker: str, name: str, epoch: str) -> None:
         self.hold(worker, name, epoch)
         self.effects.append(SendGrant(worker, name, epoch))
+
+    # ---- ahead of a wake ------------------------------------------------------------------------
+
+    def drop_ahead(self, name: str) -> None:
+        """The model will not be woken from what was restored ahead, if anything was."""
+        reservation = self.reservations.get(name)
+        if reservation is not None and reservation.ahead:
+            self.reservations[name] = replace(reservation, ahead=False)
+            self.effects.append(DropAhead(name))
+
+    def forget_reservation(self, name: str) -> None:
+        self.drop_ahead(name)
+        self.reservations.pop(name, None)
 
     # ---- taking down --------------------------------------------------------------------------
 
@@ -250,6 +268,7 @@ class Turn:
 
     def stop(self, name: str, reason: str, *, grace: bool, crashed: bool = False) -> None:
         op = self.operation()
+        self.drop_ahead(name)
         share = share_now(self.models[name])
         self.move(name, Stopping(op, self.now, reason, share, crashed))
         self.run(name, op, stop_plan(self.models[name].config, grace=grace))
@@ -275,7 +294,7 @@ class Turn:
         delay = min(policy.backoff_secs * 2 ** min(failures - 1, 20), policy.backoff_max_secs)
         self.move(name, Failed(self.now, self.now + delay, message, held))
         self.wants.pop(name, None)
-        self.reservations.pop(name, None)
+        self.forget_reservation(name)
         self.refuse(name, Reason.START_FAILED, message, delay)
 
     # ---- workers ------------------------------------------------------------------------------
@@ -328,6 +347,12 @@ class Turn:
     def can_forget(self, name: str) -> bool:
         phase = self.models[name].phase
         return isinstance(phase, Stopped) or (isinstance(phase, Failed) and not phase.held)
+
+    def forget(self, name: str) -> None:
+        """It is configured no longer, and nothing of it runs."""
+        self.forget_reservation(name)
+        self.wants.pop(name, None)
+        del self.models[name]
 
     def state_of(self, name: str) -> ModelState:
         return self.models[name].state

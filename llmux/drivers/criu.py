@@ -286,16 +286,24 @@ class Criu:
             return None
         return await self._verify(image, _nothing)
 
-    async def restore(self, image: Image, launch: LaunchSpec, deadline: float) -> UnitHandle:
+    async def restore(
+        self, image: Image, launch: LaunchSpec, deadline: float, spare: int = 0
+    ) -> UnitHandle:
         tools = await self._tools("restore", image.model)
         self._in_use.add(image.model)
         verified = asyncio.ensure_future(self._trusted(image))
         try:
-            work = Restore(tools, self._store, self._units, image, launch, deadline)
+            work = Restore(tools, self._store, self._units, image, launch, deadline, spare)
             return await work.run(verified)
-        finally:
+        except BaseException:
             self._in_use.discard(image.model)
+            raise
+        finally:
             verified.cancel()
+
+    async def settle(self, model: str) -> None:
+        self._in_use.discard(model)
+        await asyncio.to_thread(self._store.settle, model)
 
     # ---- losing ---------------------------------------------------------------------------------
 
@@ -318,17 +326,18 @@ class Criu:
             self._end_criu(path)
             if note:
                 inodes = [(int(device), int(inode)) for device, inode in note.get("shm", ())]
-                found = criu_shm.find_names(inodes, self._shm)
-                names = [name for group in found.values() for name in group]
+                groups = criu_shm.find_names(inodes, self._shm)
+                names = [name for group in groups.values() for name in group]
                 names += [str(name) for name in note.get("names", ())]
                 links = [name for name in names if name.startswith("link_remap.")]
                 criu_shm.remove(links, self._shm)
                 criu_shm.remove_litter(note.get("litter", ()), self._shm, self._proc)
                 # The unit may live; what its processes use goes when it has been killed.
                 rest = tuple(sorted(set(names) - set(links)))
-                interrupted.append(
-                    Interrupted(model, str(note["unit"]), str(note["operation"]), rest)
-                )
+                found = Interrupted(model, str(note["unit"]), str(note["operation"]), rest)
+                interrupted.append(found)
+                if found.operation == "restore":
+                    continue  # its note stays until the unit was killed: see settle
             self._store.forget(path)
         return interrupted
 

@@ -108,13 +108,16 @@ def missing_processes(manifest: Manifest, members: list[int], proc: str = PROC) 
     return wrong
 
 
-def check_memory(needed: int, meminfo: str = "/proc/meminfo") -> None:
-    """Raises HostNotReady when the kernel says that so much cannot be had without swapping."""
+def check_memory(needed: int, spare: int = 0, meminfo: str = "/proc/meminfo") -> None:
+    """Raises HostNotReady when the kernel says that so much cannot be had without swapping, with
+    ``spare`` bytes left."""
     with suppress(OSError), open(meminfo) as file:
         for line in file:
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-                if available < needed:
+                if available < needed + spare:
+                    left = f", {spare} must be left" if spare else ""
                     raise HostNotReady(
-                        f"the engine needs {needed} bytes of memory and {available} are available"
+                        f"the engine needs {needed} bytes of memory{left}, and {available} are"
+                        " available"
                     )

@@ -28,7 +28,7 @@ _KILL_TIMEOUT = 10.0
 
 
 class Restore:
-    """State of one restore; used once."""
+    """State of one restore; used once. Its note outlives it when it succeeds: see Dumper.settle."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Restore:
         image: Image,
         launch: LaunchSpec,
         deadline: float,
+        spare: int = 0,
     ) -> None:
         self._tools = tools
         self._store = store
@@ -45,6 +46,7 @@ class Restore:
         self._image = image
         self._launch = launch
         self._end = time.monotonic() + deadline
+        self._spare = spare
         self._work = ""
         self._note = ""
         self._made: tuple[str, ...] = ()
@@ -68,7 +70,6 @@ class Restore:
             # CRIU removes its links itself; should one be left, it is ours.
             links = [name for name in self._made if name.startswith("link_remap.")]
             await asyncio.to_thread(criu_shm.remove, links, self._tools.shm)
-            await asyncio.to_thread(self._store.forget, self._note)
             return handle
         except BaseException as error:
             await asyncio.shield(self._undo())
@@ -97,7 +98,7 @@ class Restore:
         try:
             criu_host.check_pids(manifest, self._tools.proc)
             criu_host.check_ports(manifest, self._tools.proc)
-            criu_host.check_memory(manifest.apparent_bytes)
+            criu_host.check_memory(manifest.apparent_bytes, self._spare)
             criu_host.put_right(manifest)
             criu_host.clear_sockets(manifest, self._tools.proc)
             self._litter = self._read_litter()

@@ -339,6 +339,10 @@ class ImageStore:
                     )
         return begun
 
+    def settle(self, model: str) -> None:
+        """A restore is no longer under way: without its note nobody ends what came of it."""
+        self.forget(os.path.join(self.directory(model), RESTORING))
+
     def forget(self, path: str) -> None:
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)

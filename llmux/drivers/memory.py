@@ -107,6 +107,11 @@ class _Engine:
     used: dict[str, int] = field(default_factory=dict)  # the same when awake
     dying: str | None = None
 
+    @property
+    def on_gpu(self) -> int:
+        """Bytes on each of its GPUs now."""
+        return 0 if self.suspended else sum(self.held.values())
+
 
 @dataclass(slots=True)
 class Size:
@@ -129,6 +134,8 @@ class World:
         self.in_flight: dict[str, int] = {}  # set by tests: requests running on a model now
         self.images: dict[str, Image] = {}
         self.dumped: dict[str, _Engine] = {}
+        self.restoring: set[str] = set()  # models whose restore nobody has settled
+        self.memory_bytes = 1024 * GIB  # of the host, available
         self.output: dict[str, list[str]] = {}
         self.notified: list[str] = []
         self.unready: set[str] = set()  # models whose /health stays 503 until removed from here
@@ -169,7 +176,7 @@ class World:
 
     def used(self, gpu: int) -> int:
         """Bytes in use on a GPU."""
-        return sum(sum(e.held.values()) for e in self.engines.values() if gpu in e.gpus)
+        return sum(e.on_gpu for e in self.engines.values() if gpu in e.gpus)
 
     def names(self, *operations: str) -> list[str]:
         """ "operation model" of each call in order, of these operations when any are given."""
@@ -226,7 +233,7 @@ class World:
                 holders = [
                     name
                     for name, other in self.engines.items()
-                    if other is not engine and gpu in other.gpus and other.held
+                    if other is not engine and gpu in other.gpus and other.on_gpu
                 ]
                 self.violate(f"{model} wants memory of GPU {gpu} that {', '.join(holders)} hold")
                 return (
@@ -493,7 +500,7 @@ class MemoryGpu:
             GpuProcess(gpu, engine.handle.pid, used)
             for engine in self._world.engines.values()
             for gpu in engine.gpus
-            if gpu < len(self._world.gpu_bytes) and (used := sum(engine.held.values()))
+            if gpu < len(self._world.gpu_bytes) and (used := engine.on_gpu)
         ]
 
     async def totals(self) -> Mapping[int, int]:
@@ -567,6 +574,8 @@ class MemoryDumper:
     async def recover(self) -> Sequence[Interrupted]:
         await self._world.act("dumper.recover", "")
         found, self.interrupted = self.interrupted, []
+        for model in sorted(self._world.restoring):
+            found.append(Interrupted(model, unit_name(model), "restore"))
         return found
 
     async def precheck(self, handle: UnitHandle) -> int:
@@ -629,7 +638,24 @@ class MemoryDumper:
     async def read_ahead(self, image: Image, progress: Progress | None = None) -> None:
         await self._world.act("dumper.read_ahead", image.model)
 
-    async def restore(self, image: Image, launch: LaunchSpec, deadline: float) -> UnitHandle:
+    async def restore(
+        self, image: Image, launch: LaunchSpec, deadline: float, spare: int = 0
+    ) -> UnitHandle:
+        target = f'model "{image.model}"'
+        if self._world.memory_bytes < image.apparent_bytes + spare:
+            raise CheckpointFailed("restore", target, "not enough memory", blame="host")
+        self._world.restoring.add(image.model)
+        try:
+            return await self._restore(image, launch)
+        except BaseException:
+            self._world.restoring.discard(image.model)
+            raise
+
+    async def settle(self, model: str) -> None:
+        await self._world.act("dumper.settle", model)
+        self._world.restoring.discard(model)
+
+    async def _restore(self, image: Image, launch: LaunchSpec) -> UnitHandle:
         target = f'model "{image.model}"'
         await self._world.act("dumper.restore", image.model, launch)
         engine = self._world.dumped.get(image.path)

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from llmux.config.schema import ModelConfig
-from llmux.core.effects import Probe, ReadAhead, RunPlan
+from llmux.core.effects import DropAhead, Probe, ReadAhead, RestoreAhead, RunPlan
 from llmux.core.events import EngineExited, Event, OperationFinished, ProbeFinished
 from llmux.core.plans import PROBE_SECS, Outcome, Step, StepKind
 from llmux.errors import (
@@ -26,6 +26,7 @@ from llmux.errors import (
 )
 from llmux.ports import Canary, Dumper, Image, UnitHandle
 from llmux.protocol import Address
+from llmux.runtime.ahead import Ahead
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.imaging import Imaging
 from llmux.runtime.instance import Instance
@@ -58,6 +59,7 @@ class Executor:
         self._on_phase = on_phase
         self._tasks: set[asyncio.Task[None]] = set()
         self.imaging = Imaging(drivers, post)
+        self.ahead = Ahead(drivers, self.imaging)
         self.instances: dict[str, Instance] = {}
 
     def instance(self, config: ModelConfig) -> Instance:
@@ -70,6 +72,13 @@ class Executor:
 
     def read_ahead(self, effect: ReadAhead) -> None:
         self.imaging.read_ahead(effect.config, effect.gpus)
+
+    def restore_ahead(self, effect: RestoreAhead) -> None:
+        going = (self.instances[name].handle for name in effect.into_ram if name in self.instances)
+        self.ahead.begin(effect, [handle for handle in going if handle is not None])
+
+    def drop_ahead(self, effect: DropAhead) -> None:
+        self.ahead.drop(effect.model)
 
     def probe(self, effect: Probe) -> None:
         self._spawn(self._probe(effect), f"probe {effect.model}")
@@ -88,10 +97,12 @@ class Executor:
         return instance
 
     async def close(self) -> None:
-        """Stop working on operations; engines are left as they are, for whoever adopts them."""
+        """Stop working on operations; engines are left as they are, for whoever adopts them. Those
+        that were restored ahead serve nobody and are ended."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.ahead.close()
 
     # ---- operations -----------------------------------------------------------------------------
 
@@ -123,6 +134,8 @@ class Executor:
         plan = effect.plan
         detail = ""
         try:
+            if not plan.restores:
+                await self.ahead.dropped(effect.model)
             plan = await self.imaging.shorten(plan, instance)
             for step in plan.steps:
                 await self._step(step, effect, instance)
@@ -145,6 +158,7 @@ class Executor:
             extra={"model": effect.model, "reason": detail},
         )
         try:
+            await self.ahead.dropped(effect.model)
             # a plan without a way back of its own is itself the last rung: once more, without mercy
             for step in plan.fallback or plan.steps[-2:]:
                 await self._step(step, effect, instance)
@@ -265,7 +279,7 @@ class Executor:
                 assert effect.plan.eviction is not None
                 await self.imaging.dump(instance, effect.plan.eviction, deadline)
             case StepKind.RESTORE:
-                image = await self.imaging.restore(instance, effect.gpus, deadline)
+                image = await self.imaging.restore(instance, effect.gpus, deadline, self.ahead.take)
                 instance.image = image
                 self._follow(instance)
             case StepKind.FREEZE:
@@ -311,6 +325,7 @@ class Executor:
         await self._drivers.units.kill(handle, deadline)
         if dumper is not None:
             await dumper.remove_shm(litter)
+            await dumper.settle(instance.config.name)
         self._drivers.output.detach(instance.config.name)
         instance.handle = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,13 +16,15 @@ from llmux.config.schema import Eviction, ModelConfig
 from llmux.core.events import Event, ImageKnown
 from llmux.core.plans import Plan, StepKind, reuse_plan
 from llmux.errors import CheckpointFailed, LlmuxError, Unsupported
-from llmux.ports import Dumper, DumpSpec, Image, LaunchSpec, NoImage
+from llmux.ports import Dumper, DumpSpec, Image, LaunchSpec, NoImage, UnitHandle
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.instance import Instance
 from llmux.runtime.launch import engine_address, launch_spec
 from llmux.runtime.words import address_from, canary_from, parse_eviction
 
 log = logging.getLogger("llmux")
+
+Take = Callable[[Image, LaunchSpec], Awaitable[UnitHandle | None]]
 
 # A CRIU that hangs must not keep the GPU for as long as the largest engine's dump may take: the
 # deadline grows with the size. Measured 0.3 to 1 GB/s; a slow shared disk writes 50 MB/s.
@@ -134,8 +136,11 @@ class Imaging:
             if isinstance(found, Image):
                 await self._dumper.read_ahead(found)
 
-    async def restore(self, instance: Instance, gpus: tuple[int, ...], deadline: float) -> Image:
-        """The instance lives again as it was dumped; still asleep, if it was."""
+    async def restore(
+        self, instance: Instance, gpus: tuple[int, ...], deadline: float, take: Take
+    ) -> Image:
+        """The instance lives again as it was dumped; still asleep, if it was. ``take`` gives the
+        engine when it was restored ahead."""
         config = instance.config
         found = await self.find(config, gpus)
         if isinstance(found, NoImage):
@@ -144,15 +149,17 @@ class Imaging:
         log.info("Restoring %s from checkpoint", config.name, extra={"model": config.name})
         instance.forget()
         self._drivers.output.paths(config.name)
-        try:
-            spec = self.spec(config, gpus)
-            limit = patience(deadline, found.apparent_bytes)
-            instance.handle = await self._dumper.restore(found, spec, limit)
-        except CheckpointFailed as error:
-            if error.fields.get("blame") == "image":
-                await self.distrust(found, str(error))
-            raise
+        spec = self.spec(config, gpus)
+        instance.handle = await take(found, spec)
+        if instance.handle is None:
+            try:
+                limit = patience(deadline, found.apparent_bytes)
+                instance.handle = await self._dumper.restore(found, spec, limit)
+            except CheckpointFailed as error:
+                await self.blamed(found, error)
+                raise
         self._remember(instance, found)
+        await self._dumper.settle(config.name)
         log.info("criu restore: success", extra={"model": config.name})
         return found
 
@@ -173,6 +180,13 @@ class Imaging:
         if not self._drivers.keep_images and image.managed:
             await self._dumper.discard(image.model)
             self._post(ImageKnown(image.model, None))
+
+    async def blamed(self, image: Image | None, error: CheckpointFailed) -> bool:
+        """Was the image at fault? Then it is not used again."""
+        if image is None or error.fields.get("blame") != "image":
+            return False
+        await self.distrust(image, str(error))
+        return True
 
     async def distrust(self, image: Image, reason: str) -> None:
         """Never again from this image."""
@@ -223,3 +237,5 @@ class Imaging:
                 await self._drivers.units.kill(handle, 15.0)
         for found in interrupted.values():
             await self._dumper.remove_shm(found.shm)
+            if found.operation == "restore":
+                await self._dumper.settle(found.model)

@@ -13,9 +13,11 @@ from time import monotonic
 from typing import Protocol
 
 from llmux.core.effects import (
+    DropAhead,
     Effect,
     Probe,
     ReadAhead,
+    RestoreAhead,
     RunPlan,
     SendCut,
     SendGrant,
@@ -119,6 +121,10 @@ class Loop:
                 self.executor.probe(effect)
             case ReadAhead():
                 self.executor.read_ahead(effect)
+            case RestoreAhead():
+                self.executor.restore_ahead(effect)
+            case DropAhead():
+                self.executor.drop_ahead(effect)
             case SendGrant(worker, model, epoch):
                 address = self.executor.instances[model].address
                 assert address is not None

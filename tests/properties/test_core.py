@@ -1,13 +1,15 @@
 """Hypothesis drives the core with a small world of workers and engines that follow the protocol.
 
 What must hold after every step: no GPU over its capacity; nothing is parked, stopped or woken under
-a request in flight (unless the cut deadline passed); one operation at a time per model. And at the
-end, when faults stop: everyone who waits is served or refused, and nothing moves any more.
+a request in flight (unless the cut deadline passed); one operation at a time per model; nothing is
+restored ahead but of a model that waits for room, and only a restore finds it. And at the end, when
+faults stop: everyone who waits is served or refused, nothing is left that was restored ahead, and
+nothing moves any more.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from hypothesis import settings
@@ -30,8 +32,10 @@ from llmux.config.schema import (
     Weights,
 )
 from llmux.core.effects import (
+    DropAhead,
     Effect,
     Probe,
+    RestoreAhead,
     RunPlan,
     SendCut,
     SendGrant,
@@ -43,6 +47,7 @@ from llmux.core.events import (
     DemandChanged,
     EngineExited,
     Event,
+    ImageKnown,
     LoadAsked,
     ModeSet,
     OperationFinished,
@@ -66,6 +71,8 @@ EVICTIONS = [
     Eviction(Weights.RETAIN, Process.FREEZE),
     Eviction(Weights.OFFLOAD, Process.FREEZE),
     Eviction(Weights.RETAIN, Process.KEEP_RUNNING),
+    Eviction(Weights.OFFLOAD, Process.CHECKPOINT),
+    Eviction(Weights.DISCARD, Process.CHECKPOINT),
 ]
 
 
@@ -92,10 +99,12 @@ class Core(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self.models: dict[str, ModelConfig] = {}  # as first configured
         self.workers: dict[str, World] = {}
         self.outbox: list[Event] = []  # events the world owes the core
         self.running: dict[str, RunPlan] = {}
         self.probes: list[Probe] = []
+        self.ahead: set[str] = set()  # models with an engine restored ahead
         self.state: State = initial(Config(), gpu_count=1, epoch_prefix="t")
 
     @initialize(
@@ -126,6 +135,7 @@ class Core(RuleBasedStateMachine):
         policy = PolicyConfig(
             policy_type=kind, min_active_secs=min_active, drain_before_switch=drain
         )
+        self.models = models
         config = Config(models=MappingProxyType(models), policy=policy)
         self.state = initial(config, gpu_count=gpu_count, epoch_prefix="t")
         self.join("w0")
@@ -142,10 +152,19 @@ class Core(RuleBasedStateMachine):
             case RunPlan():
                 assert effect.model not in self.running, "two operations at once"
                 self.running[effect.model] = effect
+                if effect.plan.restores:
+                    self.ahead.discard(effect.model)
+                assert effect.model not in self.ahead, "an operation on an engine restored ahead"
                 if effect.plan.name == "park":
                     self.assert_idle(effect.model)
             case Probe():
                 self.probes.append(effect)
+            case RestoreAhead(model):
+                assert model not in self.ahead, "restored ahead twice"
+                assert model not in self.running
+                self.ahead.add(model)
+            case DropAhead(model):
+                self.ahead.remove(model)
             case SendGrant(worker, model, epoch):
                 line = self.workers[worker].line(model)
                 line.held = epoch
@@ -258,15 +277,32 @@ class Core(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(sorted(self.running)))
         effect = self.running.pop(model)
         result = {"success": effect.plan.success, "down": Outcome.DOWN, "stuck": Outcome.STUCK}
+        self.tell_of_an_image(effect, result[outcome])
         self.happen(OperationFinished(model, effect.op, result[outcome], "because"))
+        self.deliver()
+
+    def tell_of_an_image(self, effect: RunPlan, outcome: Outcome) -> None:
+        eviction = effect.plan.eviction
+        if eviction is not None and eviction.process is Process.CHECKPOINT:
+            if outcome is Outcome.PARKED:
+                self.happen(ImageKnown(effect.model, eviction))
+            elif effect.plan.restores and outcome is Outcome.DOWN:
+                self.happen(ImageKnown(effect.model, None))  # distrusted
+
+    @rule(model=st.sampled_from(MODELS))
+    def image_is_lost(self, model: str) -> None:
+        self.happen(ImageKnown(model, None))
         self.deliver()
 
     @rule(model=st.sampled_from(MODELS))
     def engine_dies(self, model: str) -> None:
-        if model in self.running:
+        if model in self.running or model not in self.state.models:
             return  # the operation sees it
-        if isinstance(self.state.models[model].phase, (Stopped, Failed)):
+        phase = self.state.models[model].phase
+        if isinstance(phase, (Stopped, Failed)):
             return
+        if isinstance(phase, Parked) and phase.eviction.process is Process.CHECKPOINT:
+            return  # it has no process; the end of one restored ahead is nobody's business here
         self.happen(EngineExited(model, "exit status 1"))
         self.deliver()
 
@@ -304,9 +340,12 @@ class Core(RuleBasedStateMachine):
         self.happen(ModeSet(manual, pinned if manual else None))
         self.deliver()
 
-    @rule()
-    def configuration_is_reloaded(self) -> None:
-        self.happen(ConfigChanged(self.state.config))
+    @rule(gone=st.sampled_from([None, *MODELS]))
+    def configuration_is_reloaded(self, gone: str | None) -> None:
+        """Perhaps without one of the models, which then comes back by the next reload."""
+        models = {m: c for m, c in self.models.items() if m != gone}
+        config = replace(self.state.config, models=MappingProxyType(models))
+        self.happen(ConfigChanged(config))
         self.deliver()
 
     # ---- what must hold -------------------------------------------------------------------------
@@ -320,6 +359,13 @@ class Core(RuleBasedStateMachine):
             assert load <= 1.0 + 10 * ROUNDING, f"GPU {gpu} holds {load}"
 
     @invariant()
+    def only_what_waits_for_room_is_restored_ahead(self) -> None:
+        orders = {name for name, r in self.state.reservations.items() if r.ahead}
+        assert self.ahead == orders
+        for name in orders:
+            assert isinstance(self.state.models[name].phase, (Stopped, Parked, Failed))
+
+    @invariant()
     def operations_and_states_agree(self) -> None:
         for name, record in self.state.models.items():
             op = getattr(record.phase, "op", None)
@@ -331,6 +377,7 @@ class Core(RuleBasedStateMachine):
         for world in self.workers.values():
             for name, line in world.lines.items():
                 if line.held is not None:
+                    assert name in self.state.models, f"{name} was forgotten while it is held"
                     assert self.state.models[name].epoch == line.held
 
     def teardown(self) -> None:
@@ -340,6 +387,7 @@ class Core(RuleBasedStateMachine):
         for _ in range(200):
             for model in sorted(self.running):
                 effect = self.running.pop(model)
+                self.tell_of_an_image(effect, effect.plan.success)
                 self.happen(OperationFinished(model, effect.op, effect.plan.success, ""))
                 self.deliver()
             while self.probes:
@@ -357,6 +405,7 @@ class Core(RuleBasedStateMachine):
             raise AssertionError(f"does not come to rest: {self.state}")
         for record in self.state.models.values():
             assert isinstance(record.phase, (Stopped, Parked, Serving, Failed)), record.phase
+        assert not self.ahead
 
 
 TestCore = Core.TestCase

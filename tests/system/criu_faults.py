@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import threading
+from collections.abc import Callable
 
 from criu_lab import (
     IDENTITY,
@@ -33,7 +34,7 @@ from criu_lab import (
     tree_has_begun,
 )
 
-from llmux.ports import DumpSpec, NoImage
+from llmux.ports import DumpSpec, Image, NoImage, UnitHandle
 
 # ---- what is wrong with an image ----------------------------------------------------------------
 
@@ -205,6 +206,9 @@ async def a_supervisor_killed_in_a_restore_is_cleaned_up_after(lab: Lab) -> None
         for handle in await again.units.observe():
             await again.kill(handle)
         await again.criu.remove_shm(found[0].shm)
+        assert await again.criu.recover() == found, "named until it is settled"
+        await again.criu.settle("m")
+        assert await again.criu.recover() == []
         assert in_shm() == []
         await again.units.close()
     handle = await lab.restore("m")
@@ -220,6 +224,56 @@ async def child_dumps(lab: Lab) -> None:
 
 async def child_restores(lab: Lab) -> None:
     await lab.restore("m")
+
+
+async def a_supervisor_killed_after_a_restore_that_nobody_took_over(lab: Lab) -> None:
+    """The engine lives, and no supervisor may take it for one that serves."""
+    await lab.dump(await lab.start("m"))
+    done = pathlib.Path("/tmp/restored")
+    done.unlink(missing_ok=True)
+    await end_of_child("child_restores_and_waits", done.exists)
+    again = Lab()
+    found = await again.criu.recover()
+    assert [(item.unit, item.operation) for item in found] == [("llmux-m.scope", "restore")]
+    (handle,) = await again.units.observe()
+    await again.units.kill(handle, 10)
+    await again.criu.remove_shm(found[0].shm)
+    await again.criu.settle("m")
+    assert in_shm() == []
+    assert home("m") == ["images", "last-used", "restore"]
+    await again.units.close()
+    await lab.restore("m")
+    await lab.ask("m")
+
+
+async def child_restores_and_waits(lab: Lab) -> None:
+    image = await lab.criu.find("m", IDENTITY)
+    assert isinstance(image, Image)
+    await lab.criu.restore(image, launch_spec("m"), 30)
+    pathlib.Path("/tmp/restored").touch()
+    await asyncio.Event().wait()  # until it is killed
+
+
+def busy_until(moment: Callable[[], bool], task: asyncio.Future[UnitHandle]) -> None:
+    """It lasts for milliseconds."""
+    while not moment() and not task.done():
+        pass
+
+
+async def a_restore_that_is_cancelled_leaves_nothing(lab: Lab) -> None:
+    image = await lab.dump(await lab.start("m", weights_mib=256))
+    for moment in (restoring_exists, tree_has_begun):
+        task = asyncio.ensure_future(lab.criu.restore(image, launch_spec("m"), 30))
+        await asyncio.to_thread(busy_until, moment, task)
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert list(await lab.units.observe()) == []
+        assert in_shm() == []
+        assert home("m") == ["images", "restore"]
+    await lab.restore("m")
+    await lab.ask("m")
 
 
 async def criu_killed_in_a_dump_condemns_the_tree_only(lab: Lab) -> None:

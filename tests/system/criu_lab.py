@@ -134,7 +134,9 @@ class Lab:
     async def restore(self, model: str, flags: tuple[str, ...] = ()) -> UnitHandle:
         image = await self.criu.find(model, IDENTITY)
         assert isinstance(image, Image), image
-        return await self.criu.restore(image, launch_spec(model, *flags), 30)
+        handle = await self.criu.restore(image, launch_spec(model, *flags), 30)
+        await self.criu.settle(model)
+        return handle
 
     async def kill(self, handle: UnitHandle) -> None:
         names = await self.criu.shm_names(handle)

@@ -23,7 +23,7 @@ from llmux.drivers.images_files import (
     sizes_on_disk,
 )
 from llmux.drivers.images_manifest import KeptPath, Manifest, ManifestError, load_manifest
-from llmux.drivers.images_notes import read_note, write_note
+from llmux.drivers.images_notes import RESTORING, read_note, write_note
 from llmux.errors import CheckpointFailed
 from llmux.ports import Image, NoImage
 
@@ -175,6 +175,18 @@ def test_what_a_crash_left_is_reported_and_never_an_image(home: pathlib.Path) ->
     assert read_note(f"{temporary}/dumping.json") == {}
 
 
+def test_a_restore_is_under_way_until_it_is_settled(home: pathlib.Path) -> None:
+    store = ImageStore(str(home))
+    publish(store, "m")
+    note = {"unit": "llmux-m.scope", "operation": "restore"}
+    write_note(str(home / "m" / RESTORING), note)
+    for _ in range(2):
+        assert store.sweep() == [("m", str(home / "m" / RESTORING), note)]
+    store.settle("m")
+    store.settle("m")
+    assert store.sweep() == []
+
+
 def test_a_second_publication_replaces_the_first(home: pathlib.Path) -> None:
     store = ImageStore(str(home))
     publish(store, "m", created=1.0)
@@ -304,6 +316,17 @@ def test_a_taken_pid_is_named(home: pathlib.Path) -> None:
     taken = replace(manifest, processes=(TreeProcess(os.getpid(), "x", (os.getpid(),)),))
     with pytest.raises(criu_host.HostNotReady, match=f"pid {os.getpid()} of the image is taken"):
         criu_host.check_pids(taken)
+
+
+def test_memory_is_left_for_others(tmp_path: pathlib.Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4 kB\nMemAvailable:       3 kB\n")
+    criu_host.check_memory(3072, meminfo=str(meminfo))
+    criu_host.check_memory(2048, 1024, meminfo=str(meminfo))
+    with pytest.raises(criu_host.HostNotReady, match="needs 3073 bytes of memory, and 3072 are"):
+        criu_host.check_memory(3073, meminfo=str(meminfo))
+    with pytest.raises(criu_host.HostNotReady, match="2048 bytes of memory, 1025 must be left"):
+        criu_host.check_memory(2048, 1025, meminfo=str(meminfo))
 
 
 def test_log_files_are_made_again_but_never_through_a_link(tmp_path: pathlib.Path) -> None:

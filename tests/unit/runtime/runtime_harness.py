@@ -73,9 +73,10 @@ class _Jump(selectors.DefaultSelector):
     def __init__(self) -> None:
         super().__init__()
         self.passed = 0.0
+        self.threads = 0  # at work; they take real time
 
     def select(self, timeout: float | None = None) -> Any:
-        found = super().select(0)
+        found = super().select(None if self.threads and timeout != 0 else 0)
         if not found and timeout is not None and timeout > 0:
             self.passed += timeout
         return found if found or timeout is not None else super().select(None)
@@ -90,6 +91,18 @@ class VirtualTime(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return super().time() + self._jump.passed
+
+    def run_in_executor(  # type: ignore[override]  # its own are generic
+        self, executor: Any, func: Any, *args: Any
+    ) -> asyncio.Future[Any]:
+        future = super().run_in_executor(executor, func, *args)
+        self._jump.threads += 1
+
+        def done(_: object) -> None:
+            self._jump.threads -= 1
+
+        future.add_done_callback(done)
+        return future
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

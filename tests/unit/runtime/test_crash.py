@@ -21,8 +21,9 @@ from runtime_harness import (
     model,
 )
 
+from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.events import EvictionSet, LoadAsked, ModeSet, ParkAsked
-from llmux.core.records import ROUNDING, State, share_now
+from llmux.core.records import ROUNDING, Parked, State, share_now
 from llmux.drivers.memory import Hold, MemoryStore, World
 from llmux.protocol import Grant
 
@@ -37,10 +38,16 @@ ACTS = (
     "freezer.thaw",
     "engine.wake",
     "engine.reload_weights",
+    "cuda.suspend",
+    "dumper.dump",
+    "dumper.restore",
+    "dumper.settle",
+    "cuda.resume",
     "units.terminate",
     "units.kill",
 )
-EVICTIONS = [STOP, OFFLOAD, DISCARD, OFFLOAD_FREEZE]
+CHECKPOINT = Eviction(Weights.OFFLOAD, Process.CHECKPOINT)
+EVICTIONS = [STOP, OFFLOAD, DISCARD, OFFLOAD_FREEZE, CHECKPOINT]
 MODELS = ("a", "b")
 Step = tuple[str, str]
 
@@ -158,7 +165,13 @@ def check(life: Life, world: World) -> None:
         load = sum(share_now(record) for record in state.models.values() if gpu in record.gpus)
         assert load <= 1 + 10 * ROUNDING
     living = {name for name, r in state.models.items() if r.state.value in ("serving", "parked")}
-    assert set(world.engines) == living
+    on_disk = {
+        name
+        for name, r in state.models.items()
+        if isinstance(r.phase, Parked) and r.phase.eviction.process is Process.CHECKPOINT
+    }
+    assert set(world.engines) == living - on_disk
+    assert world.restoring == set()
     for name, engine in world.engines.items():
         if state.models[name].state.value == "serving":
             assert not engine.frozen
