@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-SUBCOMMANDS = ("switch", "park")
+SUBCOMMANDS = ("switch", "park", "proxy")
 
 
 def main() -> int:
