@@ -11,6 +11,8 @@ import os
 import re
 import string
 
+import httptools
+
 from llmux.errors import Reason, Refused
 from llmux.gateway import openai, routes
 from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
@@ -100,13 +102,16 @@ class Incoming:
     def path(self) -> bytes:
         return self.target.partition(b"?")[0]
 
-    def read_head(self) -> str | None:
+    def read_head(self, version: str) -> str | None:
         """Take from ``headers`` what the gateway needs; what is wrong with them, or None.
 
         The parsers refuse most of this as well, but their strictness differs (http-parser in
         Debian 12's httptools, llhttp later), and a length that two readers read differently is how
         requests are smuggled.
         """
+        if version != "1.1" and version != "1.0":  # the parsers take 0.9 and 2.0 as well
+            return "only HTTP/1.0 and HTTP/1.1 are understood"
+        self.version_1_0 = version == "1.0"
         if not self.target or self.target.translate(None, _TARGET):
             return "the request target contains a space, a control or a non-ASCII character"
         lengths = 0
@@ -186,6 +191,13 @@ class Incoming:
         self.match = match = routes.find(self.method, path)
         if match is not None and match.path != path:
             self.target = match.path + mark + query
+
+    def target_is_readable(self) -> bool:
+        """Sanic ends a connection without an answer when it cannot parse the target."""
+        try:
+            return httptools.parse_url(self.target).path is not None
+        except httptools.HttpParserInvalidURLError:
+            return False
 
     def begin_upload(self) -> None:
         """Raises Refused."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 import re
 
-from llmux.gateway.upstream import EngineConnection, EnginePool, Sink
+from llmux.gateway.upstream import (
+    NO_BODY,
+    EngineConnection,
+    EnginePool,
+    ResponseHead,
+    Sink,
+)
 
 
 class UnchunkingConnection(EngineConnection):
@@ -40,6 +46,10 @@ class RenamingConnection(UnchunkingConnection):
         self._alias = json.dumps(alias).encode()
         self._held = b""
         super().send(sink)
+
+    def _response_head(self, status_line: bytes, status: int) -> ResponseHead:
+        self._framed = self._framed and status not in NO_BODY
+        return super()._response_head(status_line, status)
 
     def on_chunk_header(self) -> None:
         """What is passed on are whole chunks of our own: it always ends between two."""

@@ -21,6 +21,7 @@ from llmux.protocol import Address
 MAX_HEAD = 64 * 1024  # h11's and uvicorn's own bound for a head
 MAX_IDLE = 256  # idle connections kept per engine; more streams than that at once is rare
 COPY_BYTES = 64 * 1024
+NO_BODY = frozenset({204, 304})  # these answers end with their head
 CONNECT_SECS = 5.0  # an engine on the same machine that does not accept for so long is not well
 
 

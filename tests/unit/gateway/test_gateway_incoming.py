@@ -11,11 +11,10 @@ from llmux.gateway import openai
 from llmux.gateway.incoming import Incoming
 
 
-def incoming(*headers: tuple[bytes, bytes], version_1_0: bool = False) -> Incoming:
+def incoming(*headers: tuple[bytes, bytes]) -> Incoming:
     made = Incoming()
     made.method, made.target = b"POST", b"/v1/completions?x=1"
     made.headers = list(headers)
-    made.version_1_0 = version_1_0
     return made
 
 
@@ -24,7 +23,7 @@ def test_the_engine_gets_one_length_and_nothing_about_the_clients_connection() -
         (b"Host", b"h"), (b"Content-Length", b"99"), (b"Connection", b"close, X-Hop"),
         (b"X-Hop", b"1"), (b"TE", b"trailers"), (b"X-Keep", b"2"), (b"X-Request-ID", b"r1"),
     )  # fmt: skip
-    assert request.read_head() is None
+    assert request.read_head("1.1") is None
     request.body = b"{}"
     assert request.length == 99
     assert request.engine_head() == (
@@ -36,14 +35,14 @@ def test_the_engine_gets_one_length_and_nothing_about_the_clients_connection() -
 @pytest.mark.parametrize("given", [b"", b"x" * 129, b"caf\xc3\xa9", b"a\x07b"])
 def test_an_unusable_request_id_is_replaced(given: bytes) -> None:
     request = incoming((b"x-request-id", given))
-    request.read_head()
+    request.read_head("1.1")
     assert request.request_id.startswith(b"req-")
 
 
 def test_request_ids_differ() -> None:
     first, second = incoming(), incoming()
-    first.read_head()
-    second.read_head()
+    first.read_head("1.1")
+    second.read_head("1.1")
     assert first.request_id != second.request_id
 
 
@@ -64,13 +63,13 @@ def test_request_ids_differ() -> None:
     ],
 )
 def test_ambiguous_heads_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
-    assert incoming(*headers).read_head()
+    assert incoming(*headers).read_head("1.1")
 
 
 def test_http_1_0_knows_no_chunks_and_no_continue() -> None:
-    assert incoming((b"transfer-encoding", b"chunked"), version_1_0=True).read_head()
-    request = incoming((b"expect", b"100-continue"), version_1_0=True)
-    assert request.read_head() is None
+    assert incoming((b"transfer-encoding", b"chunked")).read_head("1.0")
+    request = incoming((b"expect", b"100-continue"))
+    assert request.read_head("1.0") is None
     assert not request.expects_continue
 
 

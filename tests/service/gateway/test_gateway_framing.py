@@ -1,0 +1,67 @@
+"""What the fuzzer found, each as the smallest case of its own."""
+
+from __future__ import annotations
+
+import pytest
+from gateway_harness import EngineRequest, in_loop, stage
+
+from llmux.config.keyfile import hash_key
+from llmux.config.schema import Key
+
+
+@in_loop
+async def test_an_answer_without_a_body_gets_none_under_an_alias() -> None:
+    async def nothing(request: EngineRequest) -> None:
+        request.writer.write(b"HTTP/1.1 204 No Content\r\nx-thing: 1\r\n\r\n")
+
+    async with stage() as s:
+        engine = await s.engine(nothing)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        for model in ("alpha", "alef"):
+            client.chat(model)
+            answer = await client.head()
+            assert (answer.status, answer.headers["x-thing"]) == (204, "1")
+            assert "transfer-encoding" not in answer.headers  # RFC 9112 6.1
+        client.send("/health", method="GET")  # and nothing is left between the answers
+        assert (await client.answer()).json()
+
+
+@pytest.mark.parametrize("version", [b"", b" HTTP/0.9", b" HTTP/2.0", b" HTTP/1.2"])
+def test_other_versions_of_http_are_refused(version: bytes) -> None:
+    @in_loop
+    async def body() -> None:
+        async with stage() as s:
+            engine = await s.engine()
+            s.supervisor.grant(engine)
+            for path in (b"/health", b"/upstream/alpha/health"):
+                client = await s.client()
+                client.writer.write(b"GET " + path + version + b"\r\nhost: x\r\n\r\n")
+                answer = await client.answer()
+                assert (answer.status, answer.headers["connection"]) == (400, "close")
+            assert engine.requests == []
+
+    body()
+
+
+@in_loop
+async def test_a_target_that_cannot_be_read_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    async with stage() as s:
+        for target in ("unix:/health", "http:///health", "http://x", "health", "?x", "x:1"):
+            client = await s.client()
+            client.send(target, method="GET")
+            answer = await client.answer()
+            assert (answer.status, answer.code) == (400, "invalid_request")
+    assert [one for one in caplog.records if one.levelname == "ERROR"] == []
+
+
+@in_loop
+async def test_an_engines_health_is_not_open_as_ours_is() -> None:
+    async with stage(keys=lambda: (Key("use", hash_key("sk-use")),)) as s:
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        for headers in ((), ("x-api-key: wrong",)):
+            client = await s.client()
+            client.send("/upstream/alpha/health", method="GET", headers=headers)
+            assert (await client.answer()).status == 401
+        assert engine.requests == []  # it would have been woken for a stranger
