@@ -343,20 +343,34 @@ class Gateway:
 
     # ---- stopping -------------------------------------------------------------------------------
 
-    def start_draining(self) -> None:
-        """Nobody waits for a model any more; what is in flight goes on."""
+    def start_draining(self, grace_secs: float) -> None:
+        """What is in flight goes on. Who waits stays, unless the model is expected later than the
+        grace."""
         self.draining = True
         self.feeds.close()
-        self._refuse_all(self.admission.close(), lambda model: Refused(
+        late = {model: self._secs_until(model) for model in self.admission.wanted()}
+        for model, seconds in late.items():
+            if seconds > grace_secs:
+                self._tell_ending(self.admission.refuse(model), seconds)
+
+    def turn_away(self) -> None:
+        """Nobody waits for a model any more."""
+        self._tell_ending(self.admission.close())
+
+    def _tell_ending(self, tickets: list[Ticket], retry_after: float | None = None) -> None:
+        self._refuse_all(tickets, lambda model: Refused(
             Reason.SHUTTING_DOWN,
             f'cannot wait for model "{model}": the gateway is shutting down',
+            retry_after=self._secs_until(model) if retry_after is None else retry_after,
         ))  # fmt: skip
 
     def close(self) -> None:
         """Cut what is left and give up all connections to engines."""
         if self._timer is not None:
             self._timer.cancel()
-        self.start_draining()  # nobody takes the places that become free below
+        self.draining = True
+        self.feeds.close()
+        self.turn_away()  # nobody takes the places that become free below
         problem = Refused(Reason.SHUTTING_DOWN, "the gateway is shutting down")
         for line in list(self.admission.lines()):
             for lease in list(line.leases.values()):

@@ -79,6 +79,9 @@ class Link:
         self._flushed_at = -COALESCE_SECS
         self._progress_sent: dict[str, int] = {}
         self.came_up = asyncio.Event()  # was connected at least once
+        self.here = asyncio.Event()  # connected now …
+        self.away = asyncio.Event()  # … or not
+        self.away.set()
         self.connects = 0
         self._hello: Callable[[], Hello] = lambda: Hello(role="gateway")
         self._demand: Callable[[str], Demand] = Demand
@@ -139,6 +142,8 @@ class Link:
 
     async def _stay(self, protocol: _LineProtocol) -> None:
         self._protocol = protocol
+        self.here.set()
+        self.away.clear()
         self.connects += 1
         progress = self._loop.create_task(self._report_progress())
         try:
@@ -152,6 +157,8 @@ class Link:
         finally:
             progress.cancel()
             self._protocol = None
+            self.here.clear()
+            self.away.set()
             protocol.close()
             asked, self._asked = self._asked, {}
             for future in asked.values():

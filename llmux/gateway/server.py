@@ -25,6 +25,7 @@ from llmux.gateway.journal import on_loop_error
 from llmux.gateway.keys import LoadKeys
 from llmux.gateway.link import Link, LinkTarget
 from llmux.gateway.metrics import serve_metrics
+from llmux.gateway.stopping import Patience, drain, fronts
 from llmux.gateway.tls import Tls
 from llmux.ports import Notifier
 
@@ -34,8 +35,6 @@ Reload = list[Callable[[], None]]  # filled by the worker with what a SIGHUP sha
 
 BACKLOG = 4096  # what waits here while a worker restarts; the kernel caps it at somaxconn
 SWEEP_SECS = 1.0  # deadlines of client connections are coarse
-DRAIN_SECS = 30.0  # how long a stop waits for running answers
-ABORT_SECS = 1.0  # for error events to leave after the drain's end
 
 
 async def serve_gateway(
@@ -49,7 +48,7 @@ async def serve_gateway(
     on_listen: Callable[[Sequence[socket.socket]], None] | None = None,
     on_started: Callable[[Gateway], None] | None = None,
     watchdog_secs: float | None = None,
-    drain_secs: float = DRAIN_SECS,
+    patience: Patience | None = None,
     keys: LoadKeys | None = None,
     reload: Reload | None = None,
     metrics_sockets: Sequence[socket.socket] = (),
@@ -91,7 +90,7 @@ async def serve_gateway(
             await stop.wait()
         if notifier is not None:
             notifier.stopping()
-        await _drain(gateway, servers, drain_secs)
+        await drain(gateway, servers, patience or Patience())
     finally:
         for server in metrics_servers:
             server.close()
@@ -213,10 +212,6 @@ async def _link_or_stop(link: Link, stop: asyncio.Event) -> bool:
     return link.came_up.is_set()
 
 
-def _fronts(servers: Sequence[Any]) -> list[FrontProtocol]:
-    return [front for server in servers for front in server.connections]
-
-
 async def _sweep(
     gateway: Gateway, servers: Sequence[Any], notifier: Notifier | None, watchdog_secs: float | None
 ) -> None:
@@ -227,35 +222,10 @@ async def _sweep(
         if notifier is not None and watchdog_secs is not None:
             notifier.watchdog()
         now = gateway.clock()
-        for front in _fronts(servers):
+        for front in fronts(servers):
             if 0.0 < front.deadline < now:
                 front.expire()
         await asyncio.sleep(interval)
-
-
-async def _drain(gateway: Gateway, servers: Sequence[Any], drain_secs: float) -> None:
-    """Accept nothing more, close what is idle, let answers end, then end them."""
-    # The sockets stay open (systemd may hold them): what connects now waits for the next worker.
-    for server in servers:
-        server.close()
-    gateway.start_draining()
-    for front in _fronts(servers):
-        front.close_if_idle()
-    await _clients_gone(gateway, servers, drain_secs)
-    left = len(_fronts(servers))
-    if left:
-        logger.warning("%d answers were still running %g seconds after the stop; cutting them",
-                       left, drain_secs)  # fmt: skip
-    gateway.close()
-    await _clients_gone(gateway, servers, ABORT_SECS)
-
-
-async def _clients_gone(gateway: Gateway, servers: Sequence[Any], timeout: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(timeout):
-            while _fronts(servers):
-                gateway.client_left.clear()
-                await gateway.client_left.wait()
 
 
 async def _close(
@@ -265,7 +235,7 @@ async def _close(
         if server.is_serving():
             server.close()
     gateway.close()
-    for front in _fronts(servers):
+    for front in fronts(servers):
         front.abort()
     for task in background:
         task.cancel()

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llmux.gateway import workers
+from llmux.gateway.stopping import ABORT_SECS, Patience
+
 UNITS = Path(__file__).resolve().parents[2] / "units"
 SYSTEM_UNITS = Path("/usr/lib/systemd/system")
 
@@ -73,6 +76,16 @@ def test_supervisor_keeps_the_capabilities_that_criu_and_cuda_need() -> None:
         " SETPCAP SETUID SYS_ADMIN SYS_CHROOT SYS_MODULE SYS_NICE SYS_PTRACE SYS_RESOURCE"
     )
     assert not {f"CAP_{name}" for name in needed.split()} & set(dropped[1:].split())
+
+
+def test_a_stop_of_the_gateway_is_over_before_systemd_kills() -> None:
+    (timeout,) = values("llmux-gateway.service", "TimeoutStopSec")
+    worker = Patience().secs + ABORT_SECS
+    assert worker + 10 <= workers.STOP_SECS <= float(timeout) - 5
+    text = (UNITS / "llmux-gateway.service").read_text()
+    assert f"get {Patience().secs:.0f} s" in text
+    (watchdog,) = values("llmux-gateway.service", "WatchdogSec")
+    assert workers.BEAT_SECS * 5 <= workers.HANG_SECS < float(watchdog)
 
 
 @pytest.mark.parametrize("service", ["llmux.service", "llmux-gateway.service"])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gateway.gateway_harness import (
     MODELS,
     Client,
@@ -30,24 +31,43 @@ from gateway.gateway_harness import (
 )
 
 from llmux.core.events import Event, WorkerJoined
-from llmux.protocol import Ask, Catalog, Grant, ModelInfo
+from llmux.protocol import Ask, Catalog, Demand, Grant, ModelInfo
 from llmux.runtime.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = """
-import sys
+import os, sys
 from llmux import daemon
+if "TEST_LISTENER" in os.environ:  # as systemd's fd store hands it out
+    os.dup2(int(os.environ["TEST_LISTENER"]), 3)
+    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
 daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3])
 """
 
 
 @dataclass
 class Front:
-    process: asyncio.subprocess.Process
     supervisor: FakeSupervisor
     directory: Path
     notified: asyncio.Queue[str]
+    link: str
+    listener: socket.socket | None = None  # kept for it, as by systemd
     clients: list[Client] = field(default_factory=list)
+    process: asyncio.subprocess.Process = field(init=False)
+
+    async def start(self) -> None:
+        env = dict(os.environ) | {"NOTIFY_SOCKET": str(self.directory / "notify.sock")}
+        for variable in ("WATCHDOG_USEC", "LISTEN_FDS"):
+            env.pop(variable, None)
+        kept = []
+        if self.listener is not None:
+            kept = [self.listener.fileno()]
+            name = f"listen-unix_{self.directory}/http.sock".replace("/", "-")
+            env |= {"TEST_LISTENER": str(kept[0]), "LISTEN_FDNAMES": name}
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", SERVE, str(self.directory / "config.json"), self.link,
+            str(self.directory / "last-good"), cwd=ROOT, env=env, pass_fds=kept,
+        )  # fmt: skip
 
     async def client(self) -> Client:
         path = str(self.directory / "http.sock")
@@ -66,13 +86,20 @@ class Front:
     def hellos(self) -> list[Any]:
         return [hello for hello in self.supervisor.hellos if hello.role == "gateway"]
 
+    async def waited_by(self, number: int) -> None:
+        """Until so many requests wait, over all workers."""
+        while sum(demand.waiting for demand in self.supervisor.demands.values()) < number:
+            await self.supervisor.hear(Demand)
+
     async def hello(self, number: int) -> None:
         while len(self.hellos()) < number:
             await self.supervisor.hear(type(self.supervisor.hellos[0]))
 
 
 @asynccontextmanager
-async def front(workers: int, *, link: str | None = None, **gateway: Any) -> AsyncIterator[Front]:
+async def front(
+    workers: int, *, link: str | None = None, kept: bool = False, **gateway: Any
+) -> AsyncIterator[Front]:
     with tempfile.TemporaryDirectory(prefix="lxw") as name:
         directory = Path(name)
         supervisor = FakeSupervisor(str(directory / "s.sock"))
@@ -87,23 +114,24 @@ async def front(workers: int, *, link: str | None = None, **gateway: Any) -> Asy
         notified: asyncio.Queue[str] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         loop.add_reader(notify, lambda: notified.put_nowait(notify.recv(4096).decode()))
-        env = dict(os.environ) | {"NOTIFY_SOCKET": str(directory / "notify.sock")}
-        for variable in ("WATCHDOG_USEC", "LISTEN_FDS"):
-            env.pop(variable, None)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVE, str(directory / "config.json"), link or supervisor.path,
-            str(directory / "last-good"), cwd=ROOT, env=env,
-        )  # fmt: skip
-        running = Front(process, supervisor, directory, notified)
+        listener = None
+        if kept:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"{directory}/http.sock")
+            listener.listen()
+        running = Front(supervisor, directory, notified, link or supervisor.path, listener)
+        await running.start()
         try:
             yield running
         finally:
             for client in running.clients:
                 client.leave()
-            if process.returncode is None:
+            if running.process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-                await soon(process.wait())
+                    running.process.terminate()
+                await soon(running.process.wait())
+            if listener is not None:
+                listener.close()
             loop.remove_reader(notify)
             notify.close()
             await supervisor.stop()
@@ -252,6 +280,37 @@ async def test_a_stop_lets_every_workers_streams_end() -> None:
             assert b"[DONE]" in await client.chunk()
         assert await soon(gateway.process.wait()) == 0
         await engine.stop()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_restart_serves_who_waits_and_refuses_nobody(workers: int) -> None:
+    @in_loop
+    async def run() -> None:
+        async with front(workers, kept=True) as gateway:
+            await gateway.told("READY=1")
+            engine = StubEngine(path=str(gateway.directory / "engine.sock"))
+            await engine.start()
+            waiting = [await gateway.client() for _ in range(4)]
+            for client in waiting:
+                client.chat()
+            await gateway.waited_by(len(waiting))
+            gateway.process.terminate()
+            await gateway.told("STOPPING=1")
+            late = [await gateway.client() for _ in range(4)]  # held by the socket's backlog
+            for client in late:
+                client.chat()
+            gateway.supervisor.grant(engine)
+            for client in waiting:
+                assert (await client.answer()).status == 200
+            assert await soon(gateway.process.wait()) == 0
+            await gateway.start()
+            await gateway.told("READY=1")
+            gateway.supervisor.grant(engine, epoch="e2")
+            for client in late:
+                assert (await client.answer()).status == 200
+            await engine.stop()
+
+    run()
 
 
 @in_loop

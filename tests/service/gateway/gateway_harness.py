@@ -24,7 +24,17 @@ import uvloop
 from llmux.config.schema import Config, GatewayConfig, ModelConfig, PolicyConfig
 from llmux.gateway.gateway import Gateway
 from llmux.gateway.server import serve_gateway
-from llmux.protocol import Address, Catalog, Grant, Hello, Message, ModelInfo, Revoke, decode
+from llmux.protocol import (
+    Address,
+    Catalog,
+    Demand,
+    Grant,
+    Hello,
+    Message,
+    ModelInfo,
+    Revoke,
+    decode,
+)
 
 M = TypeVar("M", bound=Message)
 
@@ -71,6 +81,7 @@ class FakeSupervisor:
         self.models = models
         self.heard: list[Message] = []
         self.hellos: list[Hello] = []
+        self.demands: dict[tuple[asyncio.StreamWriter, str], Demand] = {}  # the last of each peer
         self.answer: Callable[[Any], dict[str, Any]] = lambda _ask: {"ok": True, "result": {}}
         self.answers = True  # else a test does
         self._news = asyncio.Event()
@@ -97,6 +108,8 @@ class FakeSupervisor:
             while line := await reader.readline():
                 message = decode(line)
                 self.heard.append(message)
+                if isinstance(message, Demand):
+                    self.demands[writer, message.model] = message
                 if isinstance(message, Hello):
                     self.hellos.append(message)
                     infos = [

@@ -1,0 +1,81 @@
+"""How a worker ends: nobody new comes in, answers that run go on, and who waits stays if there is
+hope.
+
+The listening sockets stay open, held by systemd or by whoever handed them in: who connects now
+waits there for the next gateway. A request that waits here cannot be handed over, so it is served
+here, or told when to come back: at once where its model is not expected in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from llmux.gateway.front import FrontProtocol
+    from llmux.gateway.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+
+ABORT_SECS: Final = 1.0  # for error events to leave after the end of the patience
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """``secs`` for answers that run and for requests that wait. ``away_secs``: without a supervisor
+    no model comes; a restarted one is back by then. ``waiters``: False where none can come."""
+
+    secs: float = 30.0
+    away_secs: float = 3.0
+    waiters: bool = True
+
+
+async def drain(gateway: Gateway, servers: Sequence[Any], patience: Patience) -> None:
+    """Returns when every client is gone, or when the patience is at its end and all are cut."""
+    for server in servers:
+        server.close()
+    gateway.start_draining(patience.secs)
+    if not patience.waiters:
+        gateway.turn_away()
+    for front in fronts(servers):
+        front.close_if_idle()
+    alone = asyncio.get_running_loop().create_task(_alone(gateway, patience.away_secs))
+    try:
+        await _clients_gone(gateway, servers, patience.secs)
+    finally:
+        alone.cancel()
+    left = len(fronts(servers))
+    if left:
+        logger.warning("%d requests were still open %g seconds after the stop; cutting them",
+                       left, patience.secs)  # fmt: skip
+    gateway.close()
+    await _clients_gone(gateway, servers, ABORT_SECS)
+
+
+def fronts(servers: Sequence[Any]) -> list[FrontProtocol]:
+    return [front for server in servers for front in server.connections]
+
+
+async def _alone(gateway: Gateway, away_secs: float) -> None:
+    """Turn away who waits once the supervisor has been away for so long."""
+    link = gateway.link
+    while True:
+        await link.away.wait()
+        try:
+            async with asyncio.timeout(away_secs):
+                await link.here.wait()
+        except TimeoutError:
+            gateway.turn_away()
+            return
+
+
+async def _clients_gone(gateway: Gateway, servers: Sequence[Any], timeout: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            while fronts(servers):
+                gateway.client_left.clear()
+                await gateway.client_left.wait()
