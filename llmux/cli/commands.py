@@ -77,10 +77,13 @@ def check(args: argparse.Namespace) -> int:
         raise
     config = marked.config
     if args.json:
-        print(json.dumps({"ok": True, "models": list(config.models)}))
+        notes = [_problem(note) for note in marked.notes]
+        print(json.dumps({"ok": True, "models": list(config.models), "notes": notes}))
     else:
         count = len(config.models)
         print(f"{args.config}: good, {count} model{'s' if count != 1 else ''}")
+        for note in marked.notes:
+            print(f"note: {note}")
     return 0
 
 

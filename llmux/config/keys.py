@@ -150,6 +150,10 @@ POLICY: Final = Spec(
         "backoff_max_secs": _seconds(0.01, DAY),
     },
     gone={"sleep_level": _gone_sleep_level},
+    idle={
+        "tick_interval_ms": "time_slice switches by itself when a turn has ended",
+        "min_quantum_ms": "min_active_secs is the least time of a turn",
+    },
     defaults=_defaults(PolicyConfig),
 )
 

@@ -41,7 +41,7 @@ from llmux.config.schema import (
 from llmux.config.sections import Section, Spec, read_section
 from llmux.config.sources import read_sources
 from llmux.config.vllm_args import GPU_MEMORY, PIPELINE_PARALLEL, TENSOR_PARALLEL, find_flag
-from llmux.errors import ConfigError
+from llmux.errors import ConfigError, Problem
 
 MAX_GPUS: Final = 64  # per host; more is a slip of the keyboard
 MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -49,10 +49,12 @@ MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class MarkedConfig:
-    """A configuration and the places in the files that its values came from."""
+    """A configuration, the places in the files that its values came from, and the keys in them that
+    have no effect."""
 
     config: Config
     marks: Marks
+    notes: tuple[Problem, ...] = ()
 
 
 def load_config(
@@ -89,7 +91,8 @@ def load_marked(
             faults += file_faults(draft)
     if faults:
         raise ConfigError(tuple(fault.problem() for fault in _in_file_order(faults, sources.files)))
-    return MarkedConfig(config, marks)
+    notes = tuple(note.problem() for note in _in_file_order(builder.notes, sources.files))
+    return MarkedConfig(config, marks, notes)
 
 
 def _in_file_order(faults: Iterable[Fault], files: Sequence[str]) -> list[Fault]:
@@ -110,6 +113,7 @@ class _Builder:
     def __init__(self, root: Table) -> None:
         self.root = root
         self.faults: list[Fault] = []
+        self.notes: list[Fault] = []
         self.places: dict[KeyPath, Mark] = {}
 
     def config(self, files: tuple[str, ...]) -> Config:
@@ -129,6 +133,7 @@ class _Builder:
     def read(self, node: Node, spec: Spec, path: KeyPath, owner: Fault) -> Section:
         section = read_section(node, spec, owner=owner, homes=HOMES)
         self.faults += (fault.under(*path) for fault in section.faults)
+        self.notes += (note.under(*path) for note in section.notes)
         for entry in section.entries.values():
             self.remember((*path, entry.key), entry)
         return section

@@ -103,8 +103,6 @@ class PolicyConfig:
     coalesce_window_ms: float = 2000.0
     amortization_factor: float = 0.5
     max_wait_secs: float = 15.0
-    tick_interval_ms: float = 500.0
-    min_quantum_ms: float = 2000.0
     backoff_secs: float = 2.0  # first wait after a failed start; doubles
     backoff_max_secs: float = 300.0
 

@@ -32,23 +32,27 @@ NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 class Spec:
     """The keys of one mapping.
 
-    ``required`` maps a key to why it is needed, ``gone`` a key of earlier versions to its remedy;
-    ``defaults`` only tell whether an empty value can be meant.
+    ``required`` maps a key to why it is needed, ``gone`` a key of earlier versions to its remedy,
+    ``idle`` one that is still read and has no effect to the reason; ``defaults`` only tell whether
+    an empty value can be meant.
     """
 
     parsers: Mapping[str, Parser[Any]]
     required: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     gone: Mapping[str, GoneKey] = field(default_factory=lambda: NOTHING)
+    idle: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     defaults: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What could be read, the node each value came from, and what was wrong with the rest."""
+    """What could be read, the node each value came from, what was wrong with the rest, and what is
+    right and has no effect."""
 
     values: Mapping[str, Any]
     entries: Mapping[str, Entry]
     faults: tuple[Fault, ...]
+    notes: tuple[Fault, ...] = ()
 
 
 def read_section(
@@ -81,7 +85,11 @@ def read_section(
     for key, why in spec.required.items():
         if key not in entries:
             faults.append(Fault(owner.mark, (key,), f"missing key {quote(key)}: {why}"))
-    return Section(MappingProxyType(values), MappingProxyType(entries), tuple(faults))
+    notes = []
+    for key, why in spec.idle.items():
+        if values.pop(key, None) is not None:
+            notes.append(Fault(entries[key].mark, (key,), f"this key has no effect: {why}"))
+    return Section(MappingProxyType(values), MappingProxyType(entries), tuple(faults), tuple(notes))
 
 
 def _is_nothing(node: Node) -> bool:

@@ -213,6 +213,19 @@ def test_check_names_what_is_wrong_and_ends_with_78(
     assert capsys.readouterr().out == f"{file}: good, 1 model\n"
 
 
+def test_check_names_keys_that_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("policy:\n  min_quantum_ms: 300\nmodels:\n  a: {model_path: m}\n")
+    assert main(["check", "-c", str(file)]) == 0
+    note = "policy.min_quantum_ms: this key has no effect: min_active_secs is the least time"
+    assert f"note: {file}:2:3: {note}" in capsys.readouterr().out
+    assert main(["check", "--json", "-c", str(file)]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["notes"]
+    assert (shown["line"], shown["path"]) == (2, "policy.min_quantum_ms")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out == f"llmux {__version__}\n"

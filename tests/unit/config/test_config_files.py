@@ -115,8 +115,6 @@ def test_every_key_is_read() -> None:
             coalesce_window_ms=1000,
             amortization_factor=1,
             max_wait_secs=20,
-            tick_interval_ms=100,
-            min_quantum_ms=300,
             backoff_secs=1,
             backoff_max_secs=60,
         ),

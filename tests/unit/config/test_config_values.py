@@ -220,7 +220,7 @@ def test_the_file_format_has_exactly_the_fields_of_the_schema() -> None:
         return {field.name for field in fields(cls)}
 
     assert set(keys.MODEL.parsers) == names(ModelConfig) - {"name"}
-    assert set(keys.POLICY.parsers) == names(PolicyConfig) | {"eviction"}
+    assert set(keys.POLICY.parsers) == names(PolicyConfig) | {"eviction"} | set(keys.POLICY.idle)
     assert set(keys.CHECKPOINT.parsers) == names(CheckpointConfig)
     assert set(keys.GATEWAY.parsers) == names(GatewayConfig)
     assert set(keys.TOP.parsers) == names(Config) - {"sources"}
