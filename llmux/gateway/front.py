@@ -1,10 +1,10 @@
 """The client's side: one HTTP/1.x connection. Takes inference requests, hands the rest to Sanic.
 
-Measured before this was written (2 cores, Python 3.11, uvloop): Sanic alone spends 79 µs on a POST
-with a 90-byte JSON body, 12,700/s per core, before any engine is asked. The goal for a whole relayed
-request is 15,000/s. So this subclass of Sanic's protocol parses heads with httptools, takes the few
-inference routes itself without a task or a coroutine, and hands every other request to Sanic, one
-at a time and in one canonical form: no two parsers can disagree about where a request ends.
+Measured before (2 cores, Python 3.11, uvloop): Sanic alone spends 79 µs on a POST with a 90-byte
+JSON body, 12,700/s per core; the goal for a whole relayed request is 15,000/s. So this subclass of
+Sanic's protocol parses heads with httptools, takes the inference routes itself without a task or a
+coroutine, and hands every other request to Sanic, one at a time and in one canonical form: no two
+parsers can disagree about where a request ends.
 
 Requests of one connection are answered in order, one at a time; pipelined ones wait in ``_queue``.
 """
@@ -35,6 +35,7 @@ MAX_QUEUED_BYTES = 1024 * 1024  # … and the bytes of their bodies
 RECEIVE_SECS = 60.0  # for a request to arrive …
 RECEIVE_RATE = 4096  # … and a second more for each so many bytes of its body
 KEEP_ALIVE_SECS = 120.0  # an idle connection is kept this long
+FIRST_SECS = 1.0  # a stop gives those who just came so long to send a request
 FLUSH_SECS = 30.0  # a closed connection's last bytes, to a client that reads slowly
 LINGER_SECS = 2.0  # after an early refusal: time for the client to read it before the reset
 
@@ -73,7 +74,8 @@ class FrontProtocol(HttpProtocol):
         self.transport = transport
         self.connections.add(self)
         self.gateway.clients += 1
-        self.deadline = self.gateway.clock() + KEEP_ALIVE_SECS
+        late = self.gateway.draining  # a TLS handshake may end after the stop began
+        self.deadline = self.gateway.clock() + (FIRST_SECS if late else KEEP_ALIVE_SECS)
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -155,7 +157,6 @@ class FrontProtocol(HttpProtocol):
         parser = self._parser
         incoming.target = self._url
         incoming.keep_alive = parser.should_keep_alive()
-        incoming.version_1_0 = parser.get_http_version() == "1.0"
         incoming.method = parser.get_method()
         self._body = []
         self._size = 0
@@ -293,9 +294,9 @@ class FrontProtocol(HttpProtocol):
             close = not incoming.keep_alive or self.gateway.draining
             self.write(options_response(incoming, methods, self.gateway.cors, close=close))
             self._answered(close=close)
-        else:
         elif not incoming.target_is_readable():
             self._answer_problem(incoming, problems.HttpRefused(400, "cannot read the target"))
+        else:
             self._hand_to_sanic(incoming)
 
     def _answer_problem(self, incoming: Incoming, problem: Refused) -> None:
@@ -320,13 +321,17 @@ class FrontProtocol(HttpProtocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
+        close = close or self.gateway.draining
+        if close and self._queue:  # what was pipelined after it gets no answer
+            self._queue.clear()
+            self._stop_receiving()
+            transport.resume_reading()
         if self._deaf and not self._queue:
             # Closing with bytes unread makes the kernel send a reset that can overtake the answer.
             self.deadline = self.gateway.clock() + LINGER_SECS
             if transport.can_write_eof():
                 transport.write_eof()
-        elif close or self.gateway.draining:
-            self._queue.clear()
+        elif close:
             self.close()
         else:
             self.deadline = self.gateway.clock() + KEEP_ALIVE_SECS
@@ -384,6 +389,9 @@ class FrontProtocol(HttpProtocol):
 
     def close_if_idle(self) -> bool:
         if self._busy() or self._current is not None:
+            return False
+        if not self._began:  # it has just come; its first request is on the way
+            self.deadline = self.gateway.clock() + FIRST_SECS
             return False
         self.close()
         return True

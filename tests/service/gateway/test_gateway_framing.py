@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
-from gateway_harness import EngineRequest, in_loop, stage
+from gateway_harness import EngineRequest, in_loop, soon, stage, until
 
 from llmux.config.keyfile import hash_key
 from llmux.config.schema import Key
@@ -65,3 +67,37 @@ async def test_an_engines_health_is_not_open_as_ours_is() -> None:
             client.send("/upstream/alpha/health", method="GET", headers=headers)
             assert (await client.answer()).status == 401
         assert engine.requests == []  # it would have been woken for a stranger
+
+
+@in_loop
+async def test_who_leaves_behind_a_long_pipeline_waits_no_more() -> None:
+    async with stage() as s:
+        client = await s.client()
+        for _ in range(40):  # more than are held: the gateway reads no further
+            client.chat()
+        await until(lambda: s.waiting() == 1)
+        client.leave()
+        await until(lambda: s.waiting() == 0)
+        assert s.in_flight() == 0
+
+
+@in_loop
+async def test_the_last_answer_is_not_lost_to_what_was_sent_after_its_request() -> None:
+    written = asyncio.Event()
+
+    async def until_close(request: EngineRequest) -> None:
+        await written.wait()
+        request.writer.write(b"HTTP/1.1 200 OK\r\n\r\nall of it")
+        request.writer.close()
+
+    async with stage() as s:
+        engine = await s.engine(until_close)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        for _ in range(40):
+            client.chat(padding="x" * 4000)
+        await soon(client.writer.drain())
+        written.set()
+        answer = await client.answer()  # raises when the connection was reset
+        assert (answer.status, answer.body) == (200, b"all of it")
+        assert len(engine.requests) == 1
