@@ -151,7 +151,7 @@ POLICY: Final = Spec(
     },
     gone={"sleep_level": _gone_sleep_level},
     idle={
-        "tick_interval_ms": "time_slice switches by itself when a turn has ended",
+        "tick_interval_ms": "time_slice decides when something changes, not at intervals",
         "min_quantum_ms": "min_active_secs is the least time of a turn",
     },
     defaults=_defaults(PolicyConfig),

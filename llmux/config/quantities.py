@@ -29,13 +29,8 @@ UNIT_BYTES: Final[Mapping[str, int]] = MappingProxyType(
 def integer(low: int, high: int, what: str = "a whole number") -> Parser[int]:
     def parse(node: Node) -> int:
         expected = f"expected {what} from {low} to {high}"
-        text = _number_text(node, expected)
-        if not _INTEGER.fullmatch(text):
-            raise invalid(node, f"{expected}, got {text} (write a plain decimal number)")
-        value = int(text)
-        if not low <= value <= high:
-            raise invalid(node, f"{expected}, got {text}")
-        return value
+        value = _whole(node, expected, "write a plain decimal number")
+        return int(_within(node, expected, value, low, high))
 
     return parse
 
@@ -83,13 +78,8 @@ def size(low: int, high: int) -> Parser[int]:
                 units = ", ".join(UNIT_BYTES)
                 raise invalid(node, f"{expected}, got {quote(node.text)} (units: {units})")
         else:
-            text = _number_text(node, expected)
-            if not _INTEGER.fullmatch(text):
-                raise invalid(node, f"{expected}, got {text} (write whole bytes, or a unit)")
-            value = int(text)
-        if not low <= value <= high:
-            raise invalid(node, f"{expected}, got {node.text if isinstance(node, Scalar) else ''}")
-        return value
+            value = _whole(node, expected, "write whole bytes, or a unit")
+        return int(_within(node, expected, value, low, high))
 
     return parse
 
@@ -132,6 +122,13 @@ def _number_text(node: Node, expected: str) -> str:
     if len(node.text) > _LONGEST_NUMBER:
         raise invalid(node, f"{expected}, got a number of {len(node.text)} characters")
     return node.text
+
+
+def _whole(node: Node, expected: str, hint: str) -> int:
+    text = _number_text(node, expected)
+    if not _INTEGER.fullmatch(text):
+        raise invalid(node, f"{expected}, got {text} ({hint})")
+    return int(text)
 
 
 def _quoted_number(node: Node, expected: str, more: str) -> ParseError:

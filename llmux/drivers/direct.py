@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llmux.drivers.process import Process, descendants, find_root, start_ticks
+from llmux.drivers.process import (
+    Process,
+    ProcessKey,
+    Watches,
+    descendants,
+    find_root,
+    key_of,
+    start_ticks,
+)
 from llmux.drivers.spawn import prepare_runtime_dir, spawn_launcher, unit_name
 from llmux.errors import DriverTimeout, UnitFailed
 from llmux.ports import LaunchSpec, UnitHandle
@@ -39,9 +47,8 @@ class DirectUnits:
 
     def __init__(self) -> None:
         self._units: dict[str, _Guarded] = {}
-        self._watched: dict[tuple[int, int], tuple[UnitHandle, Callable[[UnitHandle, str], None]]]
-        self._watched = {}
-        self._ended: dict[tuple[int, int], str] = {}
+        self._watches = Watches()
+        self._ended: dict[ProcessKey, str] = {}
 
     async def start(self, spec: LaunchSpec, deadline: float) -> UnitHandle:
         unit = unit_name(spec.model, suffix="")
@@ -70,7 +77,7 @@ class DirectUnits:
         guarded = self._find(handle)
         if guarded is None:
             return True
-        engine = Process.open(handle.pid, handle.start_ticks)
+        engine = Process.open(*key_of(handle))
         if engine is not None:
             engine.signal(signal.SIGTERM)
             engine.close()
@@ -118,18 +125,18 @@ class DirectUnits:
         return sorted(found, key=lambda pid: (pid != root, pid))
 
     def watch(self, handle: UnitHandle, on_exit: Callable[[UnitHandle, str], None]) -> None:
-        key = (handle.pid, handle.start_ticks)
-        self._watched[key] = (handle, on_exit)
+        key = key_of(handle)
+        self._watches.add(handle, on_exit)
         if self._find(handle) is None:
             description = self._ended.get(key, "gone")
-            asyncio.get_running_loop().call_soon(self._tell, key, description)
+            asyncio.get_running_loop().call_soon(self._watches.tell, key, description)
 
     def unwatch(self, handle: UnitHandle) -> None:
-        self._watched.pop((handle.pid, handle.start_ticks), None)
+        self._watches.remove(handle)
 
     async def close(self) -> None:
         """Kill every engine and see them gone, within 10 s."""
-        self._watched.clear()
+        self._watches.clear()
         held = list(self._units.values())
         for guarded in held:
             guarded.cut()
@@ -146,14 +153,9 @@ class DirectUnits:
         handle = guarded.handle
         if self._units.get(handle.unit) is guarded:
             del self._units[handle.unit]
-        key = (handle.pid, handle.start_ticks)
+        key = key_of(handle)
         # For a watch that comes late; bounded, oldest first.
         self._ended[key] = description
         while len(self._ended) > 64:
             del self._ended[next(iter(self._ended))]
-        self._tell(key, description)
-
-    def _tell(self, key: tuple[int, int], description: str) -> None:
-        if (entry := self._watched.pop(key, None)) is not None:
-            handle, on_exit = entry
-            on_exit(handle, description)
+        self._watches.tell(key, description)

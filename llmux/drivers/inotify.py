@@ -21,9 +21,7 @@ class Mask(IntFlag):
     ATTRIB = 0x4
     MOVED_TO = 0x80
     CREATE = 0x100
-    DELETE = 0x200
     DELETE_SELF = 0x400
-    MOVE_SELF = 0x800
     IGNORED = 0x8000
     Q_OVERFLOW = 0x4000
 

@@ -52,10 +52,6 @@ class SdNotifier:
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
 
-    def extend_timeout(self, seconds: float) -> None:
-        """Ask for that much more time to start, reload or stop."""
-        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
-
     def store_fds(self, name: str, sockets: Sequence[socket.socket]) -> None:
         """Put sockets into the fd store; they come back by ``listen_fds`` after a restart.
 

@@ -11,6 +11,10 @@ import signal
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from llmux.ports import UnitHandle
+
+ProcessKey = tuple[int, int]  # pid and start ticks
+
 
 def read_stat(pid: int) -> tuple[int, int, str] | None:
     """(parent pid, start ticks, state letter) of a process, None when there is none."""
@@ -60,6 +64,31 @@ def describe_status(code: int, status: int) -> str:
     except ValueError:  # a real-time signal has no name of its own
         name = f"signal {status}"
     return f"killed by {name}" + (" (core dumped)" if code == os.CLD_DUMPED else "")
+
+
+class Watches:
+    """Who is to be told how a unit's root process ended: each once, and none after ``remove``."""
+
+    def __init__(self) -> None:
+        self._told: dict[ProcessKey, tuple[UnitHandle, Callable[[UnitHandle, str], None]]] = {}
+
+    def add(self, handle: UnitHandle, on_exit: Callable[[UnitHandle, str], None]) -> None:
+        self._told[key_of(handle)] = (handle, on_exit)
+
+    def remove(self, handle: UnitHandle) -> None:
+        self._told.pop(key_of(handle), None)
+
+    def tell(self, key: ProcessKey, description: str) -> None:
+        if (entry := self._told.pop(key, None)) is not None:
+            handle, on_exit = entry
+            on_exit(handle, description)
+
+    def clear(self) -> None:
+        self._told.clear()
+
+
+def key_of(handle: UnitHandle) -> ProcessKey:
+    return handle.pid, handle.start_ticks
 
 
 class Process:

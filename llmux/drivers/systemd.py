@@ -17,7 +17,14 @@ from contextlib import suppress
 
 from llmux.drivers import cgroup
 from llmux.drivers.inotify import Inotify
-from llmux.drivers.process import Process, find_root, start_ticks
+from llmux.drivers.process import (
+    Process,
+    ProcessKey,
+    Watches,
+    find_root,
+    key_of,
+    start_ticks,
+)
 from llmux.drivers.spawn import Launch, Launchers, model_of, prepare_runtime_dir, unit_name
 from llmux.drivers.systemd_bus import Bus, BusThread
 from llmux.drivers.systemd_scope import SLICE, Scopes
@@ -41,9 +48,8 @@ class SystemdUnits:
         self._bus = BusThread()
         self._scopes = Scopes(self._bus, cgroup_root)
         self._inotify: Inotify | None = None
-        self._processes: dict[tuple[int, int], Process] = {}
-        self._watched: dict[tuple[int, int], tuple[UnitHandle, Callable[[UnitHandle, str], None]]]
-        self._watched = {}
+        self._processes: dict[ProcessKey, Process] = {}
+        self._watches = Watches()
 
     async def start(self, spec: LaunchSpec, deadline: float) -> UnitHandle:
         unit = unit_name(spec.model)
@@ -52,16 +58,14 @@ class SystemdUnits:
         launch = self._launchers.take()
         pid, ticks = launch.process.pid, launch.process.ticks
         self._keep(launch.process)
+        making = asyncio.ensure_future(self._scopes.make(spec, unit, launch, end))
         try:
-            path = await self._scopes.make(spec, unit, launch, end)
+            path = await asyncio.shield(making)
             handle = UnitHandle(spec.model, unit, pid, ticks, path)
             left = max(end - time.monotonic(), 0.001)
             await launch.open(spec, left, cgroup_root=self._root, guardian=False)
         except BaseException:
-            # Closing the gate is enough for a launcher that waits at it; a kill for one beyond.
-            launch.close()
-            launch.process.signal(signal.SIGKILL)
-            await asyncio.shield(self._clean(unit, launch))
+            await asyncio.shield(self._give_up(unit, launch, making))
             raise
         launch.close()
         return handle
@@ -71,10 +75,10 @@ class SystemdUnits:
         # A frozen process keeps SIGTERM pending and never acts on it.
         with suppress(OSError):
             cgroup.write_freeze(cgroup.engine_directory(self._root, handle.cgroup), "0")
-        process = self._processes.get((handle.pid, handle.start_ticks))
+        process = self._processes.get(key_of(handle))
         opened = None
         if process is None or process.ended is not None:
-            process = opened = Process.open(handle.pid, handle.start_ticks)
+            process = opened = Process.open(*key_of(handle))
         end = time.monotonic() + deadline
         try:
             if process is not None:
@@ -108,9 +112,9 @@ class SystemdUnits:
                     hint="a process in uninterruptible sleep (state D) waits for its driver",
                 )
         await self._scopes.await_gone(handle.unit, handle.model, end)
-        process = self._processes.get((handle.pid, handle.start_ticks))
+        process = self._processes.get(key_of(handle))
         if process is not None and await process.wait(max(end - time.monotonic(), 0.001)):
-            self._processes.pop((handle.pid, handle.start_ticks), None)
+            self._processes.pop(key_of(handle), None)
 
     async def observe(self) -> Sequence[UnitHandle]:
         def look(bus: Bus) -> list[tuple[str, str]]:
@@ -137,8 +141,8 @@ class SystemdUnits:
         return cgroup.read_procs(self._root + handle.cgroup)
 
     def watch(self, handle: UnitHandle, on_exit: Callable[[UnitHandle, str], None]) -> None:
-        key = (handle.pid, handle.start_ticks)
-        self._watched[key] = (handle, on_exit)
+        key = key_of(handle)
+        self._watches.add(handle, on_exit)
         process = self._processes.get(key) or Process.open(*key)
         if process is None:
             asyncio.get_running_loop().call_soon(self._ended, key, "gone")
@@ -147,10 +151,10 @@ class SystemdUnits:
         process.on_end(lambda ended: self._ended(key, ended.ended or "gone"))
 
     def unwatch(self, handle: UnitHandle) -> None:
-        self._watched.pop((handle.pid, handle.start_ticks), None)
+        self._watches.remove(handle)
 
     async def close(self) -> None:
-        self._watched.clear()
+        self._watches.clear()
         await self._launchers.close()
         for process in self._processes.values():
             process.close()
@@ -170,14 +174,18 @@ class SystemdUnits:
         # Ended ones are kept until their unit is killed, so that a late watch still learns how.
         self._processes[process.pid, process.ticks] = process
 
-    def _ended(self, key: tuple[int, int], description: str) -> None:
+    def _ended(self, key: ProcessKey, description: str) -> None:
         self._processes.pop(key, None)
-        if (entry := self._watched.pop(key, None)) is not None:
-            handle, on_exit = entry
-            on_exit(handle, description)
+        self._watches.tell(key, description)
 
-    async def _clean(self, unit: str, launch: Launch) -> None:
+    async def _give_up(self, unit: str, launch: Launch, making: asyncio.Future[str]) -> None:
         """After a failed start: nothing may be left, and the first error is the one to tell."""
+        # systemd keeps a scope for good whose process died on the way into it (257): when we were
+        # cancelled, it is to get there first.
+        await asyncio.wait([making])
+        # Closing the gate is enough for a launcher that waits at it; a kill for one beyond.
+        launch.close()
+        launch.process.signal(signal.SIGKILL)
         if not await launch.process.wait(2.0):
             log.warning("the launcher of %s (pid %d) does not die", unit, launch.process.pid)
             return
