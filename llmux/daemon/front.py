@@ -15,16 +15,23 @@ from llmux.config.schema import Config, Key
 from llmux.daemon.process import run, stop_on_signals
 from llmux.daemon.supervisor import LAST_GOOD, SOCKET
 from llmux.drivers.notify import SdNotifier, listen_fds, watchdog_interval
-from llmux.gateway.server import bind_all, serve_gateway
+from llmux.gateway.server import WATCHDOG_BEATS, bind_all, serve_gateway
 from llmux.gateway.tls import Tls
-from llmux.gateway.workers import BEAT_SECS, Parent
+from llmux.gateway.workers import BEATS, HANG_SECS, Parent
 from llmux.ports import Notifier
 
 log = logging.getLogger("llmux")
 
 
-def gateway(path: str, *, link: str = SOCKET, last_good: str = LAST_GOOD) -> None:
-    """The front end as a service of its own. Its sockets live in systemd's fd store."""
+def gateway(
+    path: str,
+    *,
+    link: str = SOCKET,
+    last_good: str = LAST_GOOD,
+    hang_secs: float = HANG_SECS,
+) -> None:
+    """The front end as a service of its own. Its sockets live in systemd's fd store. One of several
+    workers that stands still for ``hang_secs`` is replaced."""
     config = LastGood(last_good).load(path, check_files=False).config
     notifier = SdNotifier()
     secrets = Secrets(config)
@@ -49,7 +56,10 @@ def gateway(path: str, *, link: str = SOCKET, last_good: str = LAST_GOOD) -> Non
     if count == 1:
         work(notifier, watchdog_interval(), None)
     else:
-        Parent(count, lambda told: work(told, 3 * BEAT_SECS, told.life), notifier).run()
+        beat = hang_secs / BEATS
+        Parent(
+            count, lambda told: work(told, WATCHDOG_BEATS * beat, told.life), notifier, hang_secs
+        ).run()
 
 
 async def _gateway_worker(

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 Reload = list[Callable[[], None]]  # filled by the worker with what a SIGHUP shall do
 
 BACKLOG = 4096  # what waits here while a worker restarts; the kernel caps it at somaxconn
+WATCHDOG_BEATS = 3  # signs of life in the time after which somebody would act
 SWEEP_SECS = 1.0  # deadlines of client connections are coarse
 
 
@@ -218,7 +219,9 @@ async def _sweep(
 ) -> None:
     """Once a second: connections whose deadline passed; and the watchdog, which is thereby fed
     exactly as long as the loop turns."""
-    interval = SWEEP_SECS if watchdog_secs is None else min(SWEEP_SECS, watchdog_secs / 3)
+    interval = (
+        SWEEP_SECS if watchdog_secs is None else min(SWEEP_SECS, watchdog_secs / WATCHDOG_BEATS)
+    )
     while True:
         if notifier is not None and watchdog_secs is not None:
             notifier.watchdog()

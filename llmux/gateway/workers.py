@@ -22,9 +22,10 @@ from llmux.ports import Notifier
 
 logger = logging.getLogger(__name__)
 
-HANG_SECS: Final = 20.0  # a worker says once a second that its loop turns
+HANG_SECS: Final = 20.0  # a worker that does not say for so long that its loop turns is killed …
+BEATS: Final = 20  # … which it says as many times in that time
 STOP_SECS: Final = 50.0  # longer than a worker's drain, shorter than systemd's patience
-BEAT_SECS: Final = 1.0
+BEAT_SECS: Final = 1.0  # how often the parent looks after them and feeds systemd's watchdog
 FIRST_DELAY_SECS: Final = 0.1  # before a worker is replaced; doubles while they die at once
 MAX_DELAY_SECS: Final = 5.0
 YOUNG_SECS: Final = 2.0
@@ -74,11 +75,14 @@ class _Worker:
 
 @dataclass(slots=True)
 class Parent:
-    """``run`` returns when a stop was asked for and every worker has ended."""
+    """``work`` is one worker from start to stop: it says ``watchdog`` to its notifier ``BEATS``
+    times in ``hang_secs``, from its start on. ``run`` returns when a stop was asked for and every
+    worker has ended."""
 
     count: int
     work: Work
     notifier: Notifier
+    hang_secs: float = HANG_SECS
     _workers: dict[int, _Worker] = field(default_factory=dict)  # by number
     _due: dict[int, float] = field(default_factory=dict)  # number → when to start it
     _delay: float = FIRST_DELAY_SECS
@@ -113,7 +117,9 @@ class Parent:
             del self._due[number]
             self._start(number)
         waits = [at - now for at in self._due.values()]
-        for key, _ in self._selector.select(max(0.0, min([*waits, BEAT_SECS]))):
+        for key, _ in self._selector.select(
+            max(0.0, min([*waits, BEAT_SECS, self.hang_secs / BEATS]))
+        ):
             if key.data is None:
                 for number in signals.recv(4096):
                     self._signalled(number)
@@ -181,8 +187,9 @@ class Parent:
             pid, status = os.waitpid(worker.pid, os.WNOHANG)
             if pid:
                 self._ended(worker, status, now)
-            elif worker.ready and now - worker.heard > HANG_SECS and self._stop_by is None:
-                logger.error("gateway worker %d stands still: killed", worker.pid)
+            elif now - worker.heard > self.hang_secs and self._stop_by is None:
+                logger.error("gateway worker %d has stood still for %.0f s: killed",
+                             worker.pid, now - worker.heard)  # fmt: skip
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.heard = now
         if self._stop_by is not None and now > self._stop_by:

@@ -85,7 +85,7 @@ def test_a_stop_of_the_gateway_is_over_before_systemd_kills() -> None:
     text = (UNITS / "llmux-gateway.service").read_text()
     assert f"get {Patience().secs:.0f} s" in text
     (watchdog,) = values("llmux-gateway.service", "WatchdogSec")
-    assert workers.BEAT_SECS * 5 <= workers.HANG_SECS < float(watchdog)
+    assert float(watchdog) >= workers.BEAT_SECS * 5
 
 
 @pytest.mark.parametrize("service", ["llmux.service", "llmux-gateway.service"])

@@ -30,7 +30,8 @@ from gateway.gateway_harness import (
     soon,
 )
 
-from llmux.core.events import Event, WorkerJoined
+from llmux.core.events import DemandChanged, Event, WorkerJoined, WorkerLeft
+from llmux.gateway.workers import HANG_SECS
 from llmux.protocol import Ask, Catalog, Demand, Grant, ModelInfo
 from llmux.runtime.hub import Hub
 
@@ -41,7 +42,8 @@ from llmux import daemon
 if "TEST_LISTENER" in os.environ:  # as systemd's fd store hands it out
     os.dup2(int(os.environ["TEST_LISTENER"]), 3)
     os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
-daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3])
+hang_secs = float(os.environ["TEST_HANG_SECS"])
+daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3], hang_secs=hang_secs)
 """
 
 
@@ -52,11 +54,15 @@ class Front:
     notified: asyncio.Queue[str]
     link: str
     listener: socket.socket | None = None  # kept for it, as by systemd
+    hang_secs: float = HANG_SECS
     clients: list[Client] = field(default_factory=list)
     process: asyncio.subprocess.Process = field(init=False)
 
     async def start(self) -> None:
-        env = dict(os.environ) | {"NOTIFY_SOCKET": str(self.directory / "notify.sock")}
+        env = dict(os.environ) | {
+            "NOTIFY_SOCKET": str(self.directory / "notify.sock"),
+            "TEST_HANG_SECS": str(self.hang_secs),
+        }
         for variable in ("WATCHDOG_USEC", "LISTEN_FDS"):
             env.pop(variable, None)
         kept = []
@@ -98,7 +104,12 @@ class Front:
 
 @asynccontextmanager
 async def front(
-    workers: int, *, link: str | None = None, kept: bool = False, **gateway: Any
+    workers: int,
+    *,
+    link: str | None = None,
+    kept: bool = False,
+    hang_secs: float = HANG_SECS,
+    **gateway: Any,
 ) -> AsyncIterator[Front]:
     with tempfile.TemporaryDirectory(prefix="lxw") as name:
         directory = Path(name)
@@ -119,7 +130,9 @@ async def front(
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(f"{directory}/http.sock")
             listener.listen()
-        running = Front(supervisor, directory, notified, link or supervisor.path, listener)
+        running = Front(
+            supervisor, directory, notified, link or supervisor.path, listener, hang_secs
+        )
         await running.start()
         try:
             yield running
@@ -175,6 +188,17 @@ class RealHub:
 
     async def joined(self, number: int) -> list[str]:
         return [event.worker for event in await self.happened(number, WorkerJoined)]  # type: ignore[attr-defined]
+
+    async def in_flight(self, number: int) -> dict[str, int]:
+        """What every worker has in flight, once it is so many in all."""
+        counts: dict[str, int] = {}
+        while sum(counts.values()) != number:
+            self._news.clear()
+            demands = [event for event in self.events if isinstance(event, DemandChanged)]
+            counts = {demand.worker: demand.in_flight for demand in demands}
+            if sum(counts.values()) != number:
+                await soon(self._news.wait())
+        return counts
 
     def pids(self) -> dict[int, str]:
         return {int(worker.rpartition("-")[2]): worker for worker in self.hub.workers()}
@@ -238,6 +262,64 @@ async def test_a_killed_worker_is_replaced_and_the_others_go_on() -> None:
             client = await gateway.client()
             client.send("/health", method="GET")
             assert (await client.answer()).status == 200
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_lost_or_hangs_is_replaced_and_its_grants_are_given_up(
+    blow: signal.Signals,
+) -> None:
+    """SIGSTOP looks like a loop that turns no more: the process is there, and says nothing."""
+
+    @in_loop
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def slow(request: EngineRequest) -> None:
+            request.start_stream()
+            request.event("one")
+            await release.wait()
+            request.end_stream()
+
+        hang_secs = 3.0 if blow is signal.SIGSTOP else HANG_SECS
+        async with hub_and_front(2, hang_secs=hang_secs) as (hub, gateway):
+            engine = StubEngine(slow, path=str(gateway.directory / "engine.sock"))
+            await engine.start()
+            hub.grant(engine)
+            clients = [await gateway.client() for _ in range(8)]
+            for client in clients:
+                client.chat(stream=True)
+                assert (await client.head()).status == 200
+                assert b"one" in await client.chunk()
+            streams = await hub.in_flight(8)
+            worker = max(streams, key=lambda name: streams[name])
+            pid = next(pid for pid, name in hub.pids().items() if name == worker)
+            os.kill(pid, blow)
+            (left,) = await hub.happened(1, WorkerLeft)
+            assert left == WorkerLeft(worker)
+            await gone(pid)
+            assert (await hub.joined(3))[-1] not in streams
+            release.set()
+            whole = [await is_whole(client) for client in clients]
+            assert whole.count(False) == streams[worker], "the others' streams go on"
+            for _ in range(4):
+                client = await gateway.client()
+                client.chat()
+                assert await is_whole(client, headed=False)
+            await engine.stop()
+
+    run()
+
+
+async def is_whole(client: Client, *, headed: bool = True) -> bool:
+    """Whether the stream comes to its end."""
+    try:
+        if not headed:
+            await client.head()
+        while await client.chunk():
+            pass
+    except (asyncio.IncompleteReadError, ConnectionError, ValueError):
+        return False
+    return True
 
 
 @in_loop
