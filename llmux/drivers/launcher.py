@@ -103,7 +103,7 @@ class _SockFprog(ctypes.Structure):
     _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.POINTER(_SockFilter))]
 
 
-def _deny_io_uring(libc: ctypes.CDLL) -> None:
+def deny_io_uring(libc: ctypes.CDLL) -> None:
     """io_uring_setup answers ENOSYS from here on, in us and in all our descendants.
 
     uvloop's libuv opens a ring although UV_USE_IO_URING=0, and CRIU cannot dump one (tried).
@@ -199,7 +199,7 @@ def _become(
     os.set_inheritable(STATUS_FD, False)
     if options.get("deny_io_uring") == "1":
         try:
-            _deny_io_uring(libc)
+            deny_io_uring(libc)
         except OSError as error:
             raise _step("cannot install the seccomp filter", error) from error
     os.umask(0o007)

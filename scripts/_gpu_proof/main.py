@@ -12,8 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from _gpu_proof import report
@@ -115,13 +114,7 @@ def deny_io_uring() -> None:
     """In vLLM's process before it starts: CRIU cannot dump the ring that libuv opens."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, without which no filter may be set
-    launcher._deny_io_uring(libc)
-
-
-@contextmanager
-def workplace(asked: argparse.Namespace) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="gpu-proof-") as name:
-        yield Path(name)
+    launcher.deny_io_uring(libc)
 
 
 def make_fake(work: Path) -> tuple[Path, str]:
@@ -225,7 +218,8 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     asked = parse(sys.argv[1:] if argv is None else argv)
-    with workplace(asked) as work, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="gpu-proof-") as directory, ExitStack() as stack:
+        work = Path(directory)
         rows, facts = measure(asked, work, stack)
     print(report.table(rows))
     print()
