@@ -9,9 +9,9 @@ import select
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
-def has_left(transport: asyncio.Transport | None) -> bool:
+def has_left(transport: asyncio.Transport) -> bool:
     """The other side has closed or reset a connection on which reading is paused."""
-    if transport is None or transport.is_closing() or transport.is_reading():
+    if transport.is_closing() or transport.is_reading():
         return False
     poll = select.poll()
     poll.register(transport.get_extra_info("socket").fileno(), _GONE)

@@ -322,7 +322,7 @@ class FrontProtocol(HttpProtocol):
         if transport is None or transport.is_closing():
             return
         close = close or self.gateway.draining
-        if close and self._queue:  # what was pipelined after it gets no answer
+        if close and (self._queue or self._current is not None):  # what was pipelined: no answer
             self._queue.clear()
             self._stop_receiving()
             transport.resume_reading()
@@ -342,7 +342,7 @@ class FrontProtocol(HttpProtocol):
 
     def _hand_to_sanic(self, incoming: Incoming) -> None:
         self._sanic_busy = True
-        close = self._deaf or self.gateway.draining
+        close = (self._deaf and not self._queue) or self.gateway.draining
         if self.conn_info is None:
             self.conn_info = ConnInfo(self.transport, unix=self._unix)  # type: ignore[arg-type]  # a Transport is what it reads
         self.conn_info.ctx.key = incoming.key

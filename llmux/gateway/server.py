@@ -229,7 +229,7 @@ async def _sweep(
         for front in fronts(servers):
             if 0.0 < front.deadline < now:
                 front.expire()
-            elif has_left(front.transport):
+            elif front.transport is not None and has_left(front.transport):
                 front.transport.abort()
         await asyncio.sleep(interval)
 

@@ -101,3 +101,18 @@ async def test_the_last_answer_is_not_lost_to_what_was_sent_after_its_request() 
         answer = await client.answer()  # raises when the connection was reset
         assert (answer.status, answer.body) == (200, b"all of it")
         assert len(engine.requests) == 1
+
+
+@in_loop
+async def test_requests_before_one_that_cannot_be_read_are_all_answered() -> None:
+    async with stage() as s:
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.send("/health", method="GET")
+        client.chat()
+        client.send("/health", method="GET")
+        client.writer.write(b"no request\r\n\r\n")
+        statuses = [(await client.answer()).status for _ in range(4)]
+        assert statuses == [200, 200, 200, 400]
+        assert await client.ended() == b""
