@@ -20,6 +20,7 @@ from llmux.errors import CheckpointFailed, DriverTimeout, LlmuxError
 from llmux.ports import Image, LaunchSpec, UnitHandle
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.imaging import Imaging, patience
+from llmux.runtime.release import held_by
 
 log = logging.getLogger("llmux")
 
@@ -114,7 +115,8 @@ class Ahead:
         engine.image = found
         drivers.output.paths(order.model)
         limit = patience(order.config.checkpoint_timeout_secs, found.apparent_bytes)
-        spare = HEADROOM_BYTES + self._promised(engine) + await self._on_gpu(leaving)
+        leaving_bytes = sum((await held_by(drivers, *leaving)).values())
+        spare = HEADROOM_BYTES + leaving_bytes + self._promised(engine)
         try:
             async with asyncio.timeout(limit + BACKSTOP_SECS):
                 handle = await drivers.dumper.restore(found, engine.spec, limit, spare)
@@ -142,12 +144,6 @@ class Ahead:
             for other in self._engines.values()
             if other is not engine and other.handle is None and other.image is not None
         )
-
-    async def _on_gpu(self, leaving: Sequence[UnitHandle]) -> int:
-        if not leaving or not self._drivers.gpu.available:
-            return 0
-        pids = {pid for handle in leaving for pid in await self._drivers.units.pids(handle)}
-        return sum(p.used_bytes for p in await self._drivers.gpu.processes() if p.pid in pids)
 
     # ---- take over ------------------------------------------------------------------------------
 

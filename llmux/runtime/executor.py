@@ -18,20 +18,20 @@ from llmux.core.effects import DropAhead, Probe, ReadAhead, RestoreAhead, RunPla
 from llmux.core.events import EngineExited, Event, OperationFinished, ProbeFinished
 from llmux.core.plans import PROBE_SECS, Outcome, Step, StepKind
 from llmux.errors import (
-    CheckpointFailed,
     DriverTimeout,
     EngineUnhealthy,
     LlmuxError,
-    Unsupported,
 )
 from llmux.ports import Canary, Dumper, Image, UnitHandle
 from llmux.protocol import Address
 from llmux.runtime.ahead import Ahead
+from llmux.runtime.canary import compare
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.imaging import Imaging
 from llmux.runtime.instance import Instance
 from llmux.runtime.launch import engine_address, remove_stale_socket, warn_about
-from llmux.runtime.release import verify_release
+from llmux.runtime.release import held_by, verify_release
+from llmux.runtime.suspend import resume, suspend
 
 log = logging.getLogger("llmux")
 
@@ -41,7 +41,6 @@ BACKSTOP_SECS = 2.0
 MAY_DIE = frozenset(
     {StepKind.SPAWN, StepKind.TERMINATE, StepKind.KILL, StepKind.VERIFY_RELEASE, StepKind.DUMP}
 )
-LOGPROB_TOLERANCE = 0.05  # kernels chosen anew after a reload may differ in the last digits
 TAIL_LINES = 12
 
 
@@ -271,9 +270,10 @@ class Executor:
                 address = self._address(instance)
                 await drivers.engine.communicators(address, up=up, deadline=deadline)
             case StepKind.CUDA_SUSPEND:
-                await self._cuda_suspend(step, instance)
+                await self._note_memory(instance)
+                await suspend(drivers, self._handle(instance), instance, step)
             case StepKind.CUDA_RESUME:
-                await self._cuda_resume(step, instance)
+                await resume(drivers, instance, step)
             case StepKind.DUMP:
                 await self._note_memory(instance)
                 assert effect.plan.eviction is not None
@@ -329,40 +329,10 @@ class Executor:
         self._drivers.output.detach(instance.config.name)
         instance.handle = None
 
-    async def _cuda_suspend(self, step: Step, instance: Instance) -> None:
-        cuda = self._drivers.cuda
-        if cuda is None:
-            if step.if_any:
-                return
-            raise Unsupported(
-                "suspend", f'model "{instance.config.name}"', "there is no CUDA driver here"
-            )
-        await self._note_memory(instance)
-        pids = await self._drivers.units.pids(self._handle(instance))
-        await cuda.check_memory(pids, sum(instance.used_before.values()))
-        instance.cuda_pids = tuple(await cuda.suspend(pids, step.deadline))
-        if not instance.cuda_pids and not step.if_any:
-            raise CheckpointFailed(
-                "suspend",
-                f'model "{instance.config.name}"',
-                "none of its processes uses CUDA, so nothing would be freed",
-            )
-
-    async def _cuda_resume(self, step: Step, instance: Instance) -> None:
-        if instance.cuda_pids and self._drivers.cuda is not None:
-            await self._drivers.cuda.resume(instance.cuda_pids, step.deadline)
-            instance.cuda_pids = ()
-
     async def _note_memory(self, instance: Instance) -> None:
         """Who of this engine held how much, so that its going can be seen."""
-        instance.used_before = {}
-        if instance.handle is None or not self._drivers.gpu.available:
-            return
-        pids = set(await self._drivers.units.pids(instance.handle))
-        for process in await self._drivers.gpu.processes():
-            if process.pid in pids:
-                so_far = instance.used_before.get(process.pid, 0)
-                instance.used_before[process.pid] = so_far + process.used_bytes
+        engine = (instance.handle,) if instance.handle is not None else ()
+        instance.used_before = await held_by(self._drivers, *engine)
 
     # ---- verification ---------------------------------------------------------------------------
 
@@ -373,16 +343,9 @@ class Executor:
 
     async def _check_canary(self, instance: Instance, deadline: float) -> None:
         answer = await self.ask_canary(instance, deadline)
-        expected = instance.canary
-        if expected is None:
+        if instance.canary is None:
             instance.canary = answer  # adopted without one: from here on it can be compared
-            return
-        if not same_answer(expected, answer):
-            raise EngineUnhealthy(
-                "trust",
-                f'the woken model "{instance.config.name}"',
-                f"its canary answered {answer.text!r} instead of {expected.text!r}",
-            )
+        compare(instance.config.name, instance.canary, answer)
 
     async def _probe(self, effect: Probe) -> None:
         instance = self.instance(effect.config)
@@ -417,11 +380,9 @@ class Executor:
 
     async def gpu_bytes(self, handle: UnitHandle) -> int | None:
         """GPU memory of the unit's processes; None where it cannot be seen."""
-        gpu = self._drivers.gpu
-        if not gpu.available:
+        if not self._drivers.gpu.available:
             return None
-        pids = set(await self._drivers.units.pids(handle))
-        return sum(used.used_bytes for used in await gpu.processes() if used.pid in pids)
+        return sum((await held_by(self._drivers, handle)).values())
 
     async def gpu_totals(self) -> Mapping[int, int]:
         return await self._drivers.gpu.totals()
@@ -429,28 +390,4 @@ class Executor:
     def notes(self, name: str) -> dict[str, Any]:
         """What a next supervisor needs to know of the instance."""
         instance = self.instances.get(name)
-        if instance is None or instance.handle is None:
-            return {}
-        canary = instance.canary
-        return {
-            "pid": instance.handle.pid,
-            "start_ticks": instance.handle.start_ticks,
-            "unit": instance.handle.unit,
-            "uds": instance.address.uds if instance.address else None,
-            "port": instance.address.port if instance.address else None,
-            "canary": [canary.text, list(canary.logprobs)] if canary else None,
-            "max_model_len": instance.max_model_len,
-            "version": instance.version,
-            "identity": dict(instance.identity),
-            "cold_seconds": instance.cold_seconds,
-            "cuda_pids": list(instance.cuda_pids),
-        }
-
-
-def same_answer(expected: Canary, got: Canary) -> bool:
-    """Word for word, and as sure of it."""
-    close = len(got.logprobs) == len(expected.logprobs) and all(
-        abs(a - b) <= LOGPROB_TOLERANCE
-        for a, b in zip(got.logprobs, expected.logprobs, strict=True)
-    )
-    return got.text == expected.text and close
+        return {} if instance is None else instance.notes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmux.config.schema import ModelConfig
 from llmux.ports import Canary, Image, UnitHandle
@@ -37,6 +38,25 @@ class Instance:
     def tell(self, phase: str, done: int = 0, total: int = 0) -> None:
         if self.follower is not None:
             self.follower(phase, done, total)
+
+    def notes(self) -> dict[str, Any]:
+        """What a next supervisor needs to know of it; nothing without a process."""
+        if self.handle is None:
+            return {}
+        address, canary = self.address, self.canary
+        return {
+            "pid": self.handle.pid,
+            "start_ticks": self.handle.start_ticks,
+            "unit": self.handle.unit,
+            "uds": address.uds if address else None,
+            "port": address.port if address else None,
+            "canary": [canary.text, list(canary.logprobs)] if canary else None,
+            "max_model_len": self.max_model_len,
+            "version": self.version,
+            "identity": dict(self.identity),
+            "cold_seconds": self.cold_seconds,
+            "cuda_pids": list(self.cuda_pids),
+        }
 
     def forget(self) -> None:
         """A new process begins: nothing of the former one is true of it."""

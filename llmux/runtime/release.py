@@ -1,4 +1,4 @@
-"""Seeing that a parked or killed engine's GPU memory is really free, before anything is woken."""
+"""Seeing who holds GPU memory, and that a parked or killed engine's is really free."""
 
 from __future__ import annotations
 
@@ -10,10 +10,23 @@ from llmux.core.effects import RunPlan
 from llmux.core.plans import Outcome
 from llmux.core.records import parked_share
 from llmux.errors import MemoryNotReleased
-from llmux.ports import GpuObserver
+from llmux.ports import GpuObserver, UnitHandle
+from llmux.runtime.drivers import Drivers
 
 POLL_SECS = 0.02  # NVML answers in well under a millisecond per device
 SLACK_BYTES = 1 << 30  # contexts and graphs differ between versions by some hundred MiB
+
+
+async def held_by(drivers: Drivers, *handles: UnitHandle) -> dict[int, int]:
+    """pid → bytes of GPU memory, of the units' processes; nothing where it cannot be seen."""
+    held: dict[int, int] = {}
+    if not handles or not drivers.gpu.available:
+        return held
+    pids = {pid for handle in handles for pid in await drivers.units.pids(handle)}
+    for process in await drivers.gpu.processes():
+        if process.pid in pids:
+            held[process.pid] = held.get(process.pid, 0) + process.used_bytes
+    return held
 
 
 async def verify_release(

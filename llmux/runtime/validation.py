@@ -18,8 +18,8 @@ from llmux.core.records import Failed, Parked, Starting, State, Stopped, parked_
 from llmux.errors import LlmuxError, Reason, Refused
 from llmux.ports import Canary, Image, UnitHandle
 from llmux.protocol import Tell
+from llmux.runtime.canary import same_answer
 from llmux.runtime.checkpoints import ask_canary
-from llmux.runtime.executor import same_answer
 from llmux.runtime.loop import Loop
 from llmux.runtime.orders import bring_down, bring_up, followed
 from llmux.runtime.release import SLACK_BYTES
