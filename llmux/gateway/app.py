@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from sanic import Request, Sanic
+from sanic.compat import Header
 from sanic.exceptions import MethodNotAllowed, SanicException
 from sanic.response import BaseHTTPResponse, HTTPResponse
 from sanic.response import json as json_response
@@ -140,7 +141,10 @@ async def _control(request: Request, name: str) -> HTTPResponse:
     gateway: Gateway = request.app.ctx.gateway
     link: Link = request.app.ctx.link
     timeout = gateway.config.startup_timeout_secs + ASK_SECS if slow else ASK_SECS
-    return json_response(await link.ask(verb, _arguments(request), timeout))
+    arguments = _arguments(request)
+    if isinstance(model := arguments.get("model"), str):
+        arguments["model"] = gateway.find_model(model) or model
+    return json_response(await link.ask(verb, arguments, timeout))
 
 
 def _arguments(request: Request) -> dict[str, Any]:
@@ -158,7 +162,16 @@ def _arguments(request: Request) -> dict[str, Any]:
 # ---- errors and headers -------------------------------------------------------------------------
 
 
+class _Headers(Header):
+    """Sanic adds an empty Alt-Svc to every answer, which is none (RFC 7838 3)."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name != "alt-svc":
+            super().__setitem__(name, value)
+
+
 async def _name_request(request: Request, response: BaseHTTPResponse) -> None:
+    response.headers = _Headers(response.headers)
     request_id = request.headers.get("x-request-id")
     if request_id is not None:
         response.headers["x-request-id"] = request_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import Any
+from urllib.parse import unquote
 
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse, text
@@ -38,8 +39,8 @@ def add_control_routes(app: Sanic[Any, Any]) -> None:
     app.add_route(_running, "/running", methods=["GET"], name="running")
     app.add_route(_unload, "/unload", methods=["GET", "POST"], name="unload")
     app.add_route(_logs, "/logs", methods=["GET"], name="logs")
-    app.add_route(_logs, "/logs/<model>", methods=["GET"], name="logs-model")
-    app.add_route(_log_stream, "/logs/stream/<model>", methods=["GET"], name="logs-stream")
+    app.add_route(_logs, "/logs/<model:path>", methods=["GET"], name="logs-model")
+    app.add_route(_log_stream, "/logs/stream/<model:path>", methods=["GET"], name="logs-stream")
     app.add_route(_events, "/events", methods=["GET"], name="events")
 
 
@@ -76,7 +77,7 @@ async def _unload(request: Request) -> HTTPResponse:
         status = await gateway.link.ask("status", {}, ASK_SECS)
         names = [name for name, one in status["models"].items() if one["state"] != "stopped"]
     else:
-        names = [model]
+        names = [gateway.find_model(model) or model]
     patience = gateway.config.startup_timeout_secs + ASK_SECS
     answers = await asyncio.gather(
         *(gateway.link.ask("unload", {"model": name}, patience) for name in names),
@@ -116,6 +117,7 @@ async def _tail(request: Request, model: str | None) -> list[str]:
     lines = request.args.get("lines", str(TAIL_LINES))
     if not (lines.isascii() and lines.isdigit()) or not 0 < int(lines) <= MAX_TAIL_LINES:
         raise Refused(Reason.BAD_REQUEST, f"lines: expected 1 to {MAX_TAIL_LINES}", param="lines")
+    name = _name(gateway, name)
     result = await gateway.link.ask("logs", {"model": name, "lines": int(lines)}, ASK_SECS)
     return list(result["lines"])
 
@@ -123,6 +125,7 @@ async def _tail(request: Request, model: str | None) -> list[str]:
 async def _log_stream(request: Request, model: str) -> None:
     """The last lines (not with ?no-history), then every line as the engine writes it."""
     gateway: Gateway = request.app.ctx.gateway
+    model = _name(gateway, model)
     with gateway.feeds.subscribe("logs", model) as subscription:
         tail = await _tail(request, model)  # says as well if there is no such model
         response = await request.respond(
@@ -134,6 +137,11 @@ async def _log_stream(request: Request, model: str) -> None:
             if line is not None:
                 await response.send(f"{line}\n")
         await response.eof()
+
+
+def _name(gateway: Gateway, asked: str) -> str:
+    """The model's own name; clients write the "/" of one as %2F."""
+    return gateway.find_model(unquote(asked)) or asked
 
 
 # ---- events -------------------------------------------------------------------------------------

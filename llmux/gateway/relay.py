@@ -123,6 +123,7 @@ class Exchange(Ticket):
         if front is None or incoming is None:
             return
         self._wait_ms = int((self._gateway.clock() - self.arrived) * 1000)
+        self._waited_in_vain()
         self._gateway.observer.answered(self.model, problems.status_of(problem))
         self._gateway.log.refused(problem, request=self.request_id, model=self.model)
         close = self._close or self._gateway.draining
@@ -161,8 +162,15 @@ class Exchange(Ticket):
 
     def client_gone(self) -> None:
         """The engine learns it by losing its connection; vLLM then stops computing."""
+        self._waited_in_vain()
         self._gateway.observer.abandoned[self.model] += 1
         self._end(completed=False)
+
+    def _waited_in_vain(self) -> None:
+        """Who was let through was counted then; who was refused at once did not wait."""
+        observer = self._gateway.observer
+        if self.stage is not Stage.NEW and self.lease is None and observer.waited is not None:
+            observer.waited(self.model, self._gateway.clock() - self.arrived)
 
     def _end(self, *, completed: bool) -> None:
         connection, self.connection = self.connection, None

@@ -28,6 +28,7 @@ from gateway.gateway_harness import (
     StubEngine,
     in_loop,
     soon,
+    until,
 )
 
 from llmux.core.events import DemandChanged, Event, WorkerJoined, WorkerLeft
@@ -410,6 +411,26 @@ async def test_every_worker_asks_for_keys() -> None:
             client = await gateway.client()
             client.send("/control/status", method="GET")
             assert (await client.answer()).status == 200, "our own user, seen on a unix socket"
+
+
+@in_loop
+async def test_all_workers_together_keep_a_limit_that_they_divide() -> None:
+    async with front(2, max_waiting=4) as gateway:
+        await gateway.told("READY=1")
+        clients = [await gateway.client() for _ in range(12)]
+        for client in clients:
+            client.chat()
+        answers = [asyncio.create_task(client.answer()) for client in clients]
+
+        def waiting() -> int:
+            return sum(demand.waiting for demand in gateway.supervisor.demands.values())
+
+        await until(lambda: waiting() + sum(answer.done() for answer in answers) == 12)
+        assert 2 <= waiting() <= 4  # by one worker or by both
+        for answer in answers:
+            if answer.done():
+                assert (answer.result().status, answer.result().code) == (503, "queue_full")
+            answer.cancel()
 
 
 @in_loop

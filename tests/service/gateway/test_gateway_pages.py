@@ -79,6 +79,17 @@ def test_a_page_that_may_is_told_so_everywhere(allowed: str, told: str) -> None:
 
 
 @in_loop
+async def test_our_own_answers_have_no_empty_headers() -> None:
+    async with stage() as s:
+        client = await s.client()
+        for path in ("/health", "/v1/models", "/nothing"):
+            client.send(path, method="GET")
+            assert "" not in (await client.answer()).headers.values()
+        client.send("/events", method="GET")
+        assert "" not in (await client.head()).headers.values()
+
+
+@in_loop
 async def test_head_is_get_without_the_body() -> None:
     async with stage() as s:
         client = await s.client()

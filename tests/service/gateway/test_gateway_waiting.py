@@ -132,3 +132,22 @@ async def test_a_crowd_that_left_is_no_demand_and_reaches_no_engine() -> None:
         assert (await last.answer()).status == 200
         assert len(engine.requests) == 1
         assert s.in_flight() == s.waiting() == 0
+
+
+@in_loop
+async def test_waits_in_vain_are_measured_too_and_refusals_at_once_are_not() -> None:
+    async with stage(a_config(max_waiting=2)) as s:
+        late, gone, full, served = [await s.client() for _ in range(4)]
+        late.send(payload={"model": "alpha"}, headers=("X-Request-Timeout: 0.05",))
+        assert (await late.answer()).status == 504
+        gone.chat()
+        served.chat()
+        await until(lambda: s.waiting() == 2)
+        full.chat()
+        assert (await full.answer()).status == 503
+        gone.leave()
+        await until(lambda: s.waiting() == 1)
+        s.supervisor.grant(await s.engine())
+        assert (await served.answer()).status == 200
+        waits = s.gateway.observer.waits["alpha"]
+        assert sum(waits.counts) == 3 and waits.sum >= 0.05

@@ -8,7 +8,7 @@ import pytest
 from gateway_harness import EngineRequest, FakeSupervisor, a_config, in_loop, soon, stage, until
 
 from llmux.gateway import forms
-from llmux.protocol import Answer, Ask, Kept, Revoke
+from llmux.protocol import Answer, Ask, Kept, Revoke, Watch
 
 
 def form(*parts: tuple[str, bytes], boundary: str = "XX") -> tuple[bytes, str]:
@@ -134,6 +134,37 @@ async def test_the_client_reads_the_name_it_sent() -> None:
         other.send("/v1/models/org/alpha", method="GET")
         listed = (await other.answer()).json()
         assert (listed["id"], listed["root"]) == ("org/alpha", "alpha")
+
+
+@in_loop
+async def test_an_alias_will_do_wherever_a_model_is_named() -> None:
+    async with stage() as s:
+        s.supervisor.answer = lambda _ask: {"ok": True, "result": {"lines": ["one"]}}
+        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        client = await s.client()
+        for path, method, payload in (
+            ("/control/pin", "POST", {"model": "org/alpha"}),
+            ("/control/eviction", "POST", {"model": "alef", "eviction": "retain+stop"}),
+            ("/unload", "POST", {"model": "org/alpha"}),
+            ("/unload?model=alef", "GET", None),
+            ("/logs?model=org/alpha", "GET", None),
+            ("/logs/org%2Falpha?lines=3", "GET", None),
+            ("/logs/org/alpha", "GET", None),
+            ("/logs/stream/org%2Falpha", "GET", None),
+        ):
+            client.send(path, payload, method=method)
+            head = await client.head()
+            assert head.status == 200, path
+            ask = await s.supervisor.hear(Ask)
+            assert ask.args["model"] == "alpha", path
+            if "stream" not in path:
+                await client.reader.readexactly(int(head.headers["content-length"]))
+        assert Watch("logs", "alpha") in s.supervisor.heard
+        client.leave()
+        other = await s.client()
+        other.send("/control/pin", {"model": "nobody"})
+        await other.answer()
+        assert (await s.supervisor.hear(Ask)).args == {"model": "nobody"}
 
 
 # ---- responses by id, /upstream, Anthropic ------------------------------------------------------
