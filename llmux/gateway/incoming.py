@@ -26,6 +26,7 @@ NOT_FORWARDED = frozenset(
         b"connection",
         b"content-length",
         b"expect",
+        b"host",  # counted, and then passed on
         b"keep-alive",
         b"origin",  # else an engine answers for itself which pages may read its answer
         b"proxy-authorization",
@@ -114,7 +115,7 @@ class Incoming:
         self.version_1_0 = version == "1.0"
         if not self.target or self.target.translate(None, _TARGET):
             return "the request target contains a space, a control or a non-ASCII character"
-        lengths = 0
+        lengths = hosts = 0
         lines: list[bytes] = []
         named: list[bytes] = []
         credentials: list[bytes] = []
@@ -124,6 +125,9 @@ class Incoming:
                 return "a header's name contains a character that is not allowed there"
             if lowered not in NOT_FORWARDED:
                 lines.append(name + b": " + value)
+            elif lowered == b"host":
+                lines.append(name + b": " + value)
+                hosts += 1
             elif lowered == b"content-length":
                 if not value.isdigit():
                     return "the content-length is not a number"
@@ -148,9 +152,11 @@ class Incoming:
                 self.x_api_key = value
                 credentials.append(name + b": " + value)
             elif lowered == b"expect":
-                self.expects_continue = not self.version_1_0
+                self.expects_continue = value.lower() == b"100-continue" and not self.version_1_0
         if lengths > 1:
             return "the length of the body is given more than once"
+        if hosts != 1 and (hosts or not self.version_1_0):  # RFC 9112 3.2
+            return "the host is not given, or more than once"
         dropped = {token.strip() for token in named} - {b"close", b"keep-alive"}
         if dropped:
             lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]

@@ -11,6 +11,9 @@ from llmux.gateway import openai
 from llmux.gateway.incoming import Incoming
 
 
+HOST = (b"host", b"h")
+
+
 def incoming(*headers: tuple[bytes, bytes]) -> Incoming:
     made = Incoming()
     made.method, made.target = b"POST", b"/v1/completions?x=1"
@@ -34,13 +37,13 @@ def test_the_engine_gets_one_length_and_nothing_about_the_clients_connection() -
 
 @pytest.mark.parametrize("given", [b"", b"x" * 129, b"caf\xc3\xa9", b"a\x07b"])
 def test_an_unusable_request_id_is_replaced(given: bytes) -> None:
-    request = incoming((b"x-request-id", given))
+    request = incoming(HOST, (b"x-request-id", given))
     request.read_head("1.1")
     assert request.request_id.startswith(b"req-")
 
 
 def test_request_ids_differ() -> None:
-    first, second = incoming(), incoming()
+    first, second = incoming(HOST), incoming(HOST)
     first.read_head("1.1")
     second.read_head("1.1")
     assert first.request_id != second.request_id
@@ -63,7 +66,21 @@ def test_request_ids_differ() -> None:
     ],
 )
 def test_ambiguous_heads_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
-    assert incoming(*headers).read_head("1.1")
+    assert incoming(HOST, *headers).read_head("1.1")
+    assert incoming(HOST).read_head("1.1") is None
+
+
+def test_a_request_is_for_one_host() -> None:
+    assert incoming(HOST, (b"HOST", b"h")).read_head("1.1")
+    assert incoming(HOST, HOST).read_head("1.0")
+    assert incoming().read_head("1.1")
+    assert incoming().read_head("1.0") is None
+
+
+def test_only_the_one_expectation_that_there_is_is_met() -> None:
+    for value, met in ((b"100-Continue", True), (b"100", False)):
+        request = incoming(HOST, (b"expect", value))
+        assert request.read_head("1.1") is None and request.expects_continue is met
 
 
 def test_http_1_0_knows_no_chunks_and_no_continue() -> None:
