@@ -25,7 +25,7 @@ from llmux.core.effects import (
     SendRevoke,
     SwitchFinished,
 )
-from llmux.core.events import Event, Tick
+from llmux.core.events import Event, ModeSet, Tick
 from llmux.core.records import Failed, Starting, State, Stopped, Stopping
 from llmux.core.reducer import reduce
 from llmux.errors import Reason
@@ -63,6 +63,7 @@ class Loop:
         self._waiters: set[tuple[Callable[[State], bool], asyncio.Future[State]]] = set()
         self.listeners: list[Listeners] = []
         self.last_switches: dict[str, SwitchFinished] = {}  # by the model made resident
+        self._lent: ModeSet | None = None
         self.turned = 0  # turns made, ticks included; the watchdog is fed by this
         self.posted = 0
         self.handled = 0  # of those posted: mine is done when this has reached my ``posted``
@@ -71,6 +72,15 @@ class Loop:
         """From anywhere in the event loop; handled in order."""
         self._events.put_nowait(event)
         self.posted += 1
+
+    def lend_mode(self, mode: ModeSet) -> ModeSet:
+        """Set it for a while. The one returned is to be posted in the end; should we not live to
+        see that, it is the one that a successor finds in the notes."""
+        before = mode_of(self.state)
+        if mode != before:
+            self._lent = before
+        self.post(mode)
+        return before
 
     async def run(self) -> None:
         """For ever. An exception (InvariantError included) ends the process; systemd restarts."""
@@ -99,11 +109,13 @@ class Loop:
         """Make ``state`` the present one and hand its effects out. Notes are written first, so
         that whoever takes over after a crash knows what was begun."""
         old, self.state = self.state, state
+        if mode_of(state) == self._lent and mode_of(old) != self._lent:
+            self._lent = None
         if phases_changed(old, state):
-            self._store.save(notes_of(state, self.executor))
+            self._store.save(notes_of(state, self.executor, self._lent or mode_of(state)))
             _log_transitions(old, state)
         elif orders_changed(old, state):
-            self._store.save(notes_of(state, self.executor))
+            self._store.save(notes_of(state, self.executor, self._lent or mode_of(state)))
         for listener in self.listeners:
             listener.published(old, state)
         for effect in effects:
@@ -155,6 +167,10 @@ class Loop:
             self._waiters.discard(waiter)
 
 
+def mode_of(state: State) -> ModeSet:
+    return ModeSet(state.manual, state.pinned)
+
+
 def phases_changed(old: State, new: State) -> bool:
     return old.models.keys() != new.models.keys() or any(
         record.phase is not old.models[name].phase for name, record in new.models.items()
@@ -163,7 +179,7 @@ def phases_changed(old: State, new: State) -> bool:
 
 def orders_changed(old: State, new: State) -> bool:
     """What operators ordered is to outlive us even when no model moves for it."""
-    if (old.manual, old.pinned) != (new.manual, new.pinned):
+    if mode_of(old) != mode_of(new):
         return True
     return any(
         record.eviction_override != old.models[name].eviction_override

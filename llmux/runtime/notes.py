@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from llmux.core.adopt import Note
+from llmux.core.events import ModeSet
 from llmux.core.records import Draining, Parked, Parking, Serving, State, Waking
 from llmux.core.states import ModelState
 from llmux.runtime.executor import Executor
@@ -15,7 +16,8 @@ from llmux.runtime.words import parse_eviction
 VERSION = 1
 
 
-def notes_of(state: State, executor: Executor) -> dict[str, Any]:
+def notes_of(state: State, executor: Executor, mode: ModeSet) -> dict[str, Any]:
+    """``mode`` is what operators want, which a validation may have set aside."""
     models: dict[str, Any] = {}
     for name, record in state.models.items():
         phase = record.phase
@@ -29,8 +31,8 @@ def notes_of(state: State, executor: Executor) -> dict[str, Any]:
         models[name] = note | executor.notes(name)
     return {
         "version": VERSION,
-        "manual": state.manual,
-        "pinned": state.pinned,
+        "manual": mode.manual,
+        "pinned": mode.pinned,
         "models": models,
     }
 

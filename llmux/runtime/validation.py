@@ -67,24 +67,25 @@ class Validation:
         loop, name = self._loop, self._name
         self._refuse_if_in_the_way()
         state = loop.state
-        mode = ModeSet(state.manual, state.pinned)
         configured = state.models[name].config
         trial = self._for_all(configured, policies)
         loop.listeners.append(self)
+        # Manual: nobody's request may move models while one is being measured.
+        mode = loop.lend_mode(ModeSet(True, name))
         try:
-            # Manual: nobody's request may move models while one is being measured.
-            loop.post(ModeSet(True, name))
             if trial != configured and not isinstance(state.models[name].phase, Stopped):
                 await self._stop()
             self._configure(trial)
             async with followed(loop, name, self._tell):
                 rows = [await self._try(policy) for policy in policies]
         finally:
-            if trial != configured:
-                await self._stop()
-                self._configure(configured)
-            loop.listeners.remove(self)
-            loop.post(mode)
+            try:
+                if trial != configured:
+                    await self._stop()
+                    self._configure(configured)
+            finally:
+                loop.listeners.remove(self)
+                loop.post(mode)
         passed = all(not row.problems for row in rows)
         return {
             "message": f"Result: {'ALL PASSED' if passed else 'SOME FAILED'}",
