@@ -134,10 +134,13 @@ class Catalog(Message):
 
     kind: ClassVar[str] = "catalog"
     models: list[dict[str, Any]] = field(default_factory=list)
+    # Seconds in force, by their keys: request_timeout_secs, min_active_secs, and as
+    # startup_timeout_secs the longest of any model.
+    times: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, models: list[ModelInfo]) -> Self:
-        return cls(models=[asdict(model) for model in models])
+    def of(cls, models: list[ModelInfo], **times: float) -> Self:
+        return cls([asdict(model) for model in models], times)
 
     def infos(self) -> list[ModelInfo]:
         return [ModelInfo(**model) for model in self.models]

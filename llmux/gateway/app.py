@@ -140,7 +140,7 @@ async def _control(request: Request, name: str) -> HTTPResponse:
     verb, slow = CONTROL_VERBS[request.method, name]
     gateway: Gateway = request.app.ctx.gateway
     link: Link = request.app.ctx.link
-    timeout = gateway.config.startup_timeout_secs + ASK_SECS if slow else ASK_SECS
+    timeout = gateway.startup_secs + ASK_SECS if slow else ASK_SECS
     arguments = _arguments(request)
     if isinstance(model := arguments.get("model"), str):
         arguments["model"] = gateway.find_model(model) or model

@@ -78,7 +78,7 @@ async def _unload(request: Request) -> HTTPResponse:
         names = [name for name, one in status["models"].items() if one["state"] != "stopped"]
     else:
         names = [gateway.find_model(model) or model]
-    patience = gateway.config.startup_timeout_secs + ASK_SECS
+    patience = gateway.startup_secs + ASK_SECS
     answers = await asyncio.gather(
         *(gateway.link.ask("unload", {"model": name}, patience) for name in names),
         return_exceptions=True,

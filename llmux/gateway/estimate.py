@@ -57,7 +57,7 @@ class Switches:
 
     def __init__(self, clock: Callable[[], float], *, min_active_secs: float) -> None:
         self._clock = clock
-        self._min_active_secs = min_active_secs
+        self.min_active_secs = min_active_secs
         self._models: dict[str, _Seen] = {}
         self._coming: dict[str, bytes] = {}
 
@@ -83,7 +83,7 @@ class Switches:
         if seen is not None and seen.state in COMING_UP:
             return max(1.0, own - (self._clock() - seen.since))
         ahead = sum(
-            self._switch_secs(other) + self._min_active_secs for other in wanted if other != model
+            self._switch_secs(other) + self.min_active_secs for other in wanted if other != model
         )
         return own + ahead
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from llmux.config.schema import Config
@@ -101,6 +101,7 @@ class Gateway:
             max_in_flight=share(config.gateway.max_in_flight, workers),
         )
         self._switches = Switches(self.clock, min_active_secs=config.policy.min_active_secs)
+        self.startup_secs = config.startup_timeout_secs
         self.feeds = Feeds(link)
         self.exposition = Exposition(self, worker)
         self.observer.known = self.models
@@ -268,6 +269,7 @@ class Gateway:
                 self.observer.known = self.log.known = self.models
                 self._names = names_of(self.models.values())
                 self._switches.see(self.models.values())
+                self._take_times(message.times)
                 self.admission.set_models(self.models)
             case News():
                 self.feeds.heard(message)
@@ -276,6 +278,13 @@ class Gateway:
             case _:
                 logger.warning("the supervisor sent a message that a gateway has no use for: %s",
                                message.kind)  # fmt: skip
+
+    def _take_times(self, times: Mapping[str, float]) -> None:
+        """A reload may have changed them; who waits already keeps its deadline."""
+        self.admission.wait_secs = times.get("request_timeout_secs", self.admission.wait_secs)
+        self.startup_secs = times.get("startup_timeout_secs", self.startup_secs)
+        switches = self._switches
+        switches.min_active_secs = times.get("min_active_secs", switches.min_active_secs)
 
     def _revoke(self, message: Revoke) -> None:
         lease = self.admission.revoke(message.model, message.epoch)

@@ -150,7 +150,16 @@ def catalog(
                 round(switch.serving_at - switch.decided_at, 3) if switch else None,
             )
         )
-    return Catalog.of(infos)
+    config = state.config
+    return Catalog.of(
+        infos,
+        request_timeout_secs=config.policy.request_timeout_secs,
+        min_active_secs=config.policy.min_active_secs,
+        startup_timeout_secs=max(
+            map(config.startup_timeout, config.models.values()),
+            default=config.startup_timeout_secs,
+        ),
+    )
 
 
 def one_line(state: State) -> str:

@@ -52,6 +52,13 @@ def test_a_reload_ends_the_streams_of_a_removed_model_in_order(daemon: Daemon) -
     daemon.until(lambda: set(daemon.status()["models"]) == {"other"})
 
 
+def test_a_reload_changes_how_long_requests_wait(daemon: Daemon) -> None:
+    daemon.set_models({"ever": {}} | daemon.models, request_timeout_secs=0.2)
+    daemon.order("ever", startup_secs=60)
+    answer = daemon.chat("ever")
+    assert (answer.status, answer.code) == (504, "wait_expired")
+
+
 def test_a_reload_refuses_those_who_wait_for_a_removed_model(daemon: Daemon) -> None:
     daemon.set_models({"alpha": {}, "other": {}})
     daemon.order("alpha", startup_secs=60)

@@ -100,6 +100,24 @@ async def test_what_was_waited_for_is_told() -> None:
 
 
 @in_loop
+async def test_a_reload_of_the_supervisor_changes_how_long_the_next_ones_wait() -> None:
+    async with stage(a_config(wait_secs=20)) as s:
+        first, second = await s.client(), await s.client()
+        first.chat()
+        await until(lambda: s.waiting() == 1)
+        infos = [ModelInfo("alpha", "parked", switch_secs=40.0), ModelInfo("beta", "x")]
+        s.supervisor.say(
+            Catalog.of(infos, request_timeout_secs=0.05, min_active_secs=7, startup_timeout_secs=9)
+        )
+        await until(lambda: s.gateway.startup_secs == 9)
+        second.chat("beta")
+        answer = await second.answer()
+        assert (answer.status, answer.code) == (504, "wait_expired")
+        assert answer.headers["retry-after"] == str(40 + 7 + 40), "beta's is like alpha's"
+        assert s.waiting() == 1, "it came when there was more patience"
+
+
+@in_loop
 async def test_the_sooner_of_both_patiences_counts() -> None:
     async with stage(a_config(wait_secs=20)) as s:
         client = await s.client()

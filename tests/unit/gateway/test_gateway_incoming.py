@@ -10,7 +10,6 @@ from llmux.errors import Refused
 from llmux.gateway import openai
 from llmux.gateway.incoming import Incoming
 
-
 HOST = (b"host", b"h")
 
 
