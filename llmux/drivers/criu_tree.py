@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from llmux.drivers import unix_diag
+
 PROC: Final = "/proc"
 SHM: Final = "/dev/shm"  # noqa: S108  # where glibc keeps POSIX semaphores and shared memory
 
@@ -194,6 +196,32 @@ def _scan_tcp(root: int, comms: Mapping[int, str], proc: str, found: _Found) -> 
     return tuple(sorted(ports))
 
 
+def _scan_unix(
+    root: int,
+    comms: Mapping[int, str],
+    named: Mapping[str, tuple[str, bool]],
+    proc: str,
+    found: _Found,
+) -> None:
+    """Refuse stream connections whose other end is outside: CRIU dumps whole ones only. Where the
+    kernel does not tell the ends (no unix_diag, another network namespace), CRIU finds them."""
+    try:
+        if os.readlink(f"{proc}/{root}/ns/net") != os.readlink(f"{PROC}/self/ns/net"):
+            return
+        leaving = unix_diag.leaving(found.sockets)
+    except OSError:
+        return
+    for inode, peer in leaving.items():
+        pid, fd = found.sockets[inode]
+        end = named.get(inode) or named.get(peer)
+        path = f" at {end[0]}" if end else ""
+        found.refuse(
+            f"process {pid} ({comms[pid]}) has a unix stream connection that leaves the engine:"
+            f" fd {fd}{path}, to {unix_diag.holder_of(peer, proc)}",
+            "let whoever is at the other end close it before the model is parked",
+        )
+
+
 def read_unix(root: int, proc: str = PROC) -> dict[str, tuple[str, bool]]:
     """inode → (path, listening) of the named unix sockets in a process's network namespace."""
     sockets = {}
@@ -252,6 +280,7 @@ def inspect(
     try:
         session, unix = _session(root, proc), read_unix(root, proc)
         ports = _scan_tcp(root, comms, proc, found)
+        _scan_unix(root, comms, unix, proc, found)
     except (FileNotFoundError, ProcessLookupError):
         return None
     if session != root:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from threading import Event
@@ -308,6 +310,29 @@ def test_our_own_process_is_seen_as_a_tree() -> None:
     assert os.getpid() in tree.processes[0].tids
     assert tree.resident_bytes > 0
     assert inspect(2**22 + 1, [2**22 + 1]) is None
+
+
+def test_a_unix_connection_to_somebody_outside_is_named_with_both_ends(
+    tmp_path: pathlib.Path,
+) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as ours:
+        listener.bind(path)
+        listener.listen()
+        ours.connect(path)
+        accepted, _ = listener.accept()
+        with accepted:
+            engine = subprocess.Popen(["cat"], stdin=accepted, start_new_session=True)
+        tree = inspect(engine.pid, [engine.pid])
+        both = inspect(engine.pid, [engine.pid, os.getpid()])
+    assert engine.wait(10) == 0
+    assert tree is not None
+    assert both is not None
+    texts = [problem.text for problem in tree.problems]
+    assert len(texts) == 1
+    assert f"unix stream connection that leaves the engine: fd 0 at {path}, to process" in texts[0]
+    assert f"to process {os.getpid()} (" in texts[0]
+    assert not any(path in problem.text for problem in both.problems)
 
 
 def test_a_taken_pid_is_named(home: pathlib.Path) -> None:
