@@ -102,6 +102,8 @@ class Admission:
         self._wait(ticket, line)
 
     def _wait(self, ticket: Ticket, line: Line) -> None:
+        if not line.waiting:
+            line.departures.begins(self._clock())
         ticket.stage = Stage.WAITING
         line.waiting[ticket] = None
         if self._wake_at is None or ticket.deadline < self._wake_at:
@@ -139,7 +141,6 @@ class Admission:
             if not lease.in_flight:
                 self._on_idle(lease)
         elif line.waiting and line.usable:
-            line.departures.left(self._clock(), waiting=True)
             self._on_room(self.admit_waiting(line.model))
 
     def wait_again(self, ticket: Ticket) -> bool:
@@ -201,11 +202,10 @@ class Admission:
         )
         for ticket in admitted:
             del line.waiting[ticket]
-        if not line.waiting:
-            line.departures.left(0.0, waiting=False)
         for ticket in admitted:
             self._admit(ticket, line.lease)
         if admitted:
+            line.departures.left(self._clock(), len(admitted))
             self._on_change(model)
         return admitted
 
@@ -219,7 +219,6 @@ class Admission:
         if line.lease is lease:
             line.lease = None
             if line.waiting:  # they waited for a place, and now for the model
-                line.departures.left(0.0, waiting=False)
                 self._on_change(model)
         self._retire(lease)
         return lease
@@ -304,13 +303,16 @@ class Admission:
         self._closed = True
         return [ticket for model in list(self._lines) for ticket in self.refuse(model)]
 
-    def secs_to_place(self, model: str) -> float | None:
-        """How long the last in line will wait for a place; None when that is not known."""
+    def secs_to_place(self, model: str, coming: float = 0.0) -> float | None:
+        """How long the last in line will wait, the model serving in ``coming`` seconds; None when
+        nobody was ever seen to leave that line."""
         line = self._lines.get(model)
-        if line is None or not line.usable:
+        each = None if line is None else line.departures.secs_each(self._clock())
+        if line is None or each is None:
             return None
-        each = line.departures.secs_each(self._clock())
-        return None if each is None else each * (len(line.waiting) + 1)
+        place = each * (len(line.waiting) + 1)
+        # The pace of a line that moved before has such absences in it.
+        return max(coming, place) if line.departures.begun else coming + place
 
     def wanted(self) -> list[str]:
         """Models that are waited for, and not only for a place."""

@@ -18,30 +18,37 @@ COMING_UP = {"starting": b"cold", "waking": b"woken"}  # state → what X-Llmux-
 
 
 class Departures:
-    """How fast a line moves while somebody stands in it."""
+    """How fast a line moves while somebody stands in it, the time its model is away included."""
 
-    __slots__ = ("_count", "_since")
+    __slots__ = ("_count", "_former", "_last", "_since")
 
     def __init__(self) -> None:
         self._count = 0
-        self._since: float | None = None  # None: nobody stood in line when last looked at
+        self._since = self._last = 0.0
+        self._former: float | None = None  # seconds each, of the line before this one
 
-    def left(self, now: float, *, waiting: bool) -> None:
-        """One request ended; ``waiting``: somebody took its place."""
-        if not waiting:
-            self._since = None
-            return
-        if self._since is None:
-            self._since, self._count = now, 0
-            return
-        self._count += 1
-        if self._count >= RECENT:
+    def begins(self, now: float) -> None:
+        """Somebody waits where nobody did."""
+        if self._count:
+            self._former = (self._last - self._since) / self._count
+        self._since, self._count = now, 0
+
+    def left(self, now: float, count: int) -> None:
+        """So many were served from the head of the line."""
+        self._last = now
+        self._count += count
+        while self._count >= RECENT:
             self._count //= 2
             self._since = now - (now - self._since) / 2
 
+    @property
+    def begun(self) -> bool:
+        """Whether anybody has left this very line."""
+        return self._count > 0
+
     def secs_each(self, now: float) -> float | None:
-        if self._since is None or self._count == 0:
-            return None
+        if self._count == 0:
+            return self._former
         return (now - self._since) / self._count
 
 

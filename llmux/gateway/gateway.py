@@ -342,13 +342,16 @@ class Gateway:
     def _secs_until(self, model: str) -> float:
         """For Retry-After: when a request that is turned away now would be answered. An estimate is
         rounded, not rounded up: 2.1 s told as 3 is further from the truth than 2."""
-        place = self.admission.secs_to_place(model)
+        held = self.admission.held(model)
+        serves = held is not None and held.suspect_until is None
+        coming = 0.0 if serves else self._secs_coming(model)
+        place = self.admission.secs_to_place(model, coming)
         if place is not None:
             return round(place)
-        held = self.admission.held(model)
-        if held is not None and held.suspect_until is None:
-            return 1.0  # full, and nobody has been seen to leave yet
-        return round(self._switches.secs_until(model, self.admission.wanted()))
+        return 1.0 if serves else round(coming)  # 1: nobody has been seen to leave yet
+
+    def _secs_coming(self, model: str) -> float:
+        return self._switches.secs_until(model, self.admission.wanted())
 
     # ---- stopping -------------------------------------------------------------------------------
 
@@ -357,7 +360,7 @@ class Gateway:
         grace."""
         self.draining = True
         self.feeds.close()
-        late = {model: self._secs_until(model) for model in self.admission.wanted()}
+        late = {model: round(self._secs_coming(model)) for model in self.admission.wanted()}
         for model, seconds in late.items():
             if seconds > grace_secs:
                 self._tell_ending(self.admission.refuse(model), seconds)

@@ -15,14 +15,25 @@ from llmux.protocol import Address, ModelInfo
 def test_a_line_that_moves_tells_how_fast() -> None:
     departures = Departures()
     assert departures.secs_each(0) is None
+    departures.begins(0)
+    for step in range(1, 2001):
+        departures.left(step * 0.1, 1)
+    assert departures.secs_each(200) == pytest.approx(0.1)
     for step in range(2000):
-        departures.left(step * 0.1, waiting=True)
-    assert departures.secs_each(199.9) == pytest.approx(0.1)
-    for step in range(2000):
-        departures.left(200 + step * 0.4, waiting=True)
+        departures.left(200 + step * 0.4, 1)
     assert departures.secs_each(1000) == pytest.approx(0.4, rel=0.15)
-    departures.left(1000, waiting=False)
-    assert departures.secs_each(1001) is None
+    departures.begins(2000)  # a new line is taken to be as fast until it moves
+    assert departures.secs_each(2100) == pytest.approx(0.4, rel=0.15)
+    assert not departures.begun
+
+
+def test_the_pace_of_a_line_has_its_models_absences_in_it() -> None:
+    departures = Departures()
+    departures.begins(0)
+    for turn in range(20):  # 9 s away, then ten served in one
+        departures.left(turn * 10 + 9, 4)
+        departures.left(turn * 10 + 10, 6)
+    assert departures.secs_each(200) == pytest.approx(1.0)
 
 
 def test_a_model_waits_for_its_own_switch_and_for_those_before_it() -> None:
