@@ -28,10 +28,11 @@ from llmux.gateway.metrics import Exposition
 from llmux.gateway.observer import Observer
 from llmux.gateway.openai import names_of
 from llmux.gateway.patience import PatientExchange, wants_stream
+from llmux.gateway.pool import EnginePool
 from llmux.gateway.relay import Exchange, KeptExchange
 from llmux.gateway.routes import Match, Source
 from llmux.gateway.tickets import Lease, Stage, Ticket
-from llmux.gateway.upstream import EngineFailure, EnginePool
+from llmux.gateway.upstream import EngineFailure
 from llmux.protocol import (
     Catalog,
     Collect,

@@ -10,10 +10,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from llmux.errors import Reason, Refused
+from llmux.gateway.answer_head import AnswerHead
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.relay import KeptExchange
 from llmux.gateway.tickets import Stage
-from llmux.gateway.upstream import ResponseHead
 
 if TYPE_CHECKING:
     from llmux.gateway.front import FrontProtocol
@@ -89,7 +89,7 @@ class PatientExchange(KeptExchange):
     def wants_connection(self) -> bool:
         return self.stage is Stage.IN_FLIGHT and self.connection is None and self.repeatable
 
-    def response_head(self, head: ResponseHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, first: bytes) -> None:
         if not self._early:
             super().response_head(head, first)
             return
@@ -98,11 +98,7 @@ class PatientExchange(KeptExchange):
         self.repeatable = False
         self._incoming = None
         framed = head.chunked or (self._alias is not None and not head.until_close)
-        streams = any(
-            name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-            for name, value in head.headers
-        )
-        if head.status != 200 or not framed or not streams:
+        if head.status != 200 or not framed or not head.event_stream:
             self._collected = bytearray(first)
             return
         self._transport = front.transport

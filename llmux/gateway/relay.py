@@ -13,42 +13,19 @@ from typing import TYPE_CHECKING
 
 from llmux.errors import Reason, Refused
 from llmux.gateway import problems
+from llmux.gateway.answer_head import NO_BODY, AnswerHead
 from llmux.gateway.forms import Upload
 from llmux.gateway.incoming import Incoming
+from llmux.gateway.pool import EnginePool
 from llmux.gateway.reshaping import RenamingConnection, UnchunkingConnection
 from llmux.gateway.tickets import Lease, Stage, Ticket
-from llmux.gateway.upstream import (
-    NO_BODY,
-    EngineConnection,
-    EngineFailure,
-    EnginePool,
-    ResponseHead,
-)
+from llmux.gateway.upstream import EngineConnection, EngineFailure
 
 if TYPE_CHECKING:
     from llmux.gateway.front import FrontProtocol
     from llmux.gateway.gateway import Gateway
 
 logger = logging.getLogger(__name__)
-
-# The engine's headers about its connection to us, and those that we write ourselves.
-NOT_PASSED_ON = frozenset(
-    {
-        b"access-control-allow-credentials",  # which pages may read it is said by us or not at all
-        b"access-control-allow-origin",
-        b"access-control-expose-headers",
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-connection",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"x-llmux-switch",
-        b"x-llmux-wait-ms",
-        b"x-request-id",
-    }
-)
 
 # The id of an answer that the engine keeps is its first; vLLM writes it at the very beginning.
 LOOK_BYTES = 4096
@@ -225,24 +202,21 @@ class Exchange(Ticket):
     def wants_connection(self) -> bool:
         return self.stage is Stage.IN_FLIGHT and self.connection is None and self._status == 0
 
-    def response_head(self, head: ResponseHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, first: bytes) -> None:
         incoming, front = self._incoming, self._front
         assert incoming is not None and front is not None, "an answer is for a request"
         self.repeatable = False
         self._incoming = None  # frees the body: a stream may last for minutes
         self._status = head.status
-        renamed = self._alias is not None and head.status not in NO_BODY  # of another length
+        renamed = self._alias is not None and head.status not in NO_BODY
         chunked = head.chunked or (renamed and not head.until_close)
         self._chunked = chunked and not incoming.version_1_0
         unsized = head.until_close or (chunked and incoming.version_1_0)
         self._close = self._close or unsized or self._gateway.draining
-        lines = [b"HTTP/1.1 " + head.status_line]
-        for name, value in head.headers:
-            lowered = name.lower()
-            if lowered not in NOT_PASSED_ON and not (renamed and lowered == b"content-length"):
-                lines.append(name + b": " + value)
-            if lowered == b"content-type" and value.startswith(b"text/event-stream"):
-                self._event_stream = True
+        self._event_stream = head.event_stream
+        lines = head.lines
+        if head.length_line and not chunked:  # renamed ones are of another length
+            lines.append(head.length_line)
         if self._chunked:
             lines.append(b"transfer-encoding: chunked")
         lines.append(self._own_headers(incoming, self._close))
@@ -314,7 +288,7 @@ class KeptExchange(Exchange):
         super().__init__(gateway, front, incoming, model, alias=alias)
         self._seen: bytes | None = b""  # None: found, or not to be found
 
-    def response_head(self, head: ResponseHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, first: bytes) -> None:
         self._look(first)
         super().response_head(head, first)
 

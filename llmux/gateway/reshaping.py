@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import re
 
-from llmux.gateway.upstream import (
-    NO_BODY,
-    EngineConnection,
-    EnginePool,
-    ResponseHead,
-    Sink,
-)
+from llmux.gateway.answer_head import NO_BODY, AnswerHead
+from llmux.gateway.pool import EnginePool
+from llmux.gateway.upstream import EngineConnection, Sink
 
 
 class UnchunkingConnection(EngineConnection):
-    """For HTTP/1.0 clients, which do not know chunks: passes on the body alone. Never reused."""
+    """For HTTP/1.0 clients, which do not know chunks: passes on the body alone."""
 
-    poolable = False
     __slots__ = ()
 
     def __init__(self, pool: EnginePool) -> None:
         super().__init__(pool)
         self._pieces = []
+
+    def send(self, sink: Sink) -> None:
+        self._pieces = []
+        super().send(sink)
 
     def on_body(self, body: bytes) -> None:
         assert self._pieces is not None, "set for as long as this object lives"
@@ -47,9 +46,9 @@ class RenamingConnection(UnchunkingConnection):
         self._held = b""
         super().send(sink)
 
-    def _response_head(self, status_line: bytes, status: int) -> ResponseHead:
+    def _read_head(self, head: bytes, status: int) -> AnswerHead:
         self._framed = self._framed and status not in NO_BODY
-        return super()._response_head(status_line, status)
+        return super()._read_head(head, status)
 
     def on_chunk_header(self) -> None:
         """What is passed on are whole chunks of our own: it always ends between two."""

@@ -11,9 +11,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from llmux.gateway.answer_head import AnswerHead
 from llmux.gateway.reshaping import UnchunkingConnection
 from llmux.gateway.tickets import Lease
-from llmux.gateway.upstream import EngineConnection, EngineFailure, ResponseHead
+from llmux.gateway.upstream import EngineConnection, EngineFailure
 from llmux.metrics import escape
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class _Scrape:
     def unsent(self) -> int:
         return 0
 
-    def response_head(self, head: ResponseHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, first: bytes) -> None:
         self._good = head.status == 200
         self.response_bytes(first)
 
@@ -106,7 +107,7 @@ class EngineSeries:
         if epoch == lease.epoch and now - at < ENGINE_CACHE_SECS:
             return answer
         scrape = _Scrape()
-        self._gateway.pool(lease).send_fresh(scrape)
+        self._gateway.pool(lease).send(scrape)
         try:
             async with asyncio.timeout(ENGINE_SECS):
                 answer = await scrape.done

@@ -1,28 +1,25 @@
-"""The engine's side of a relay: connections to engines, kept alive, one pool per lease.
+"""The engine's side of a relay: one connection to an engine, kept alive.
 
 asyncio transports and httptools; the parser only finds where an answer begins and ends, the bytes
-themselves go on as they came. A pool knows every connection it opened, because an engine may be
-checkpointed only when none is left.
+themselves go on as they came.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httptools
 
+from llmux.gateway.answer_head import AnswerHead, BadHead, read_answer_head
 from llmux.gateway.forms import Upload
-from llmux.protocol import Address
+
+if TYPE_CHECKING:
+    from llmux.gateway.pool import EnginePool
 
 MAX_HEAD = 64 * 1024  # h11's and uvicorn's own bound for a head
-MAX_IDLE = 256  # idle connections kept per engine; more streams than that at once is rare
 COPY_BYTES = 64 * 1024
-NO_BODY = frozenset({204, 304})  # these answers end with their head
-CONNECT_SECS = 5.0  # an engine on the same machine that does not accept for so long is not well
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +35,6 @@ class EngineFailure:
     between_chunks: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
-    status_line: bytes  # b"200 OK"
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    chunked: bool
-    until_close: bool  # neither a length nor chunks: the end of the connection ends the body
-
-
 class Sink(Protocol):
     """Whom an answer is for. ``payload`` stays complete until ``response_head`` was called."""
 
@@ -56,7 +44,7 @@ class Sink(Protocol):
     def renaming(self) -> tuple[str, str, bool]: ...
     def connection_type(self) -> type[EngineConnection]: ...
     def wants_connection(self) -> bool: ...
-    def response_head(self, head: ResponseHead, first: bytes) -> None: ...
+    def response_head(self, head: AnswerHead, first: bytes) -> None: ...
     def response_bytes(self, data: bytes) -> None: ...
     def response_end(self) -> None: ...
     def response_failed(self, failure: EngineFailure) -> None: ...
@@ -65,14 +53,14 @@ class Sink(Protocol):
 class EngineConnection(asyncio.Protocol):
     """One connection, one request at a time. ``sink`` is None while it is idle in the pool.
 
-    httptools looks up ``on_*`` when the parser is made: there is no ``on_body`` here on purpose, so
-    the parser walks over body bytes in C without handing each piece to Python.
+    httptools looks up ``on_*`` when the parser is made: there is no ``on_body`` and no
+    ``on_header`` here on purpose, so the parser walks over those bytes in C without handing each
+    piece to Python.
     """
 
-    poolable = True
     __slots__ = (
-        "_between", "_broken", "_complete", "_full", "_head", "_head_done", "_headers",
-        "_keep_alive", "_parser", "_pieces", "_sent", "_until_close", "_upload", "pool", "served",
+        "_between", "_broken", "_complete", "_full", "_head", "_head_done", "_keep_alive",
+        "_parser", "_pieces", "_sent", "_until_close", "_upload", "pool", "served",
         "sink", "transport",
     )  # fmt: skip
 
@@ -84,7 +72,6 @@ class EngineConnection(asyncio.Protocol):
         self._parser: Any = httptools.HttpResponseParser(self)
         self._pieces: list[bytes] | None = None  # collected by the subclass that unchunks
         self._head = b""
-        self._headers: list[tuple[bytes, bytes]] = []
         self._full = False  # the engine takes no more for now
         self._reset()
 
@@ -102,7 +89,6 @@ class EngineConnection(asyncio.Protocol):
         self.sink = sink
         sink.connection = self
         self._head = b""
-        self._headers = []
         self._reset()
         head, body = sink.payload()
         if not isinstance(body, bytes):
@@ -167,7 +153,7 @@ class EngineConnection(asyncio.Protocol):
                 self._feed_head(data)
                 return
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, BadHead) as error:
             self._fail(f"the engine's answer is not HTTP: {error}")
             return
         if self._broken is None:
@@ -198,7 +184,8 @@ class EngineConnection(asyncio.Protocol):
     # ---- the answer -----------------------------------------------------------------------------
 
     def _feed_head(self, data: bytes) -> None:
-        data = self._head + data
+        if self._head:
+            data = self._head + data
         end = data.find(b"\r\n\r\n") + 4
         if end < 4:
             if len(data) > MAX_HEAD:
@@ -206,35 +193,29 @@ class EngineConnection(asyncio.Protocol):
             self._head = data
             return
         self._head = b""
-        self._parser.feed_data(data[:end])
+        head, rest = data[:end], data[end:]
+        self._parser.feed_data(head)
         status = self._parser.get_status_code()
-        rest = data[end:]
         if status < 200:  # 100 Continue, 103 Early Hints: not the answer
-            self._headers = []
             self._head_done = self._complete = False
             if rest:
                 self._feed_head(rest)
             return
         sink = self.sink
         assert sink is not None, "an answer is parsed for somebody"
-        parsed = self._response_head(data[9 : data.find(b"\r\n")], status)
+        read = self._read_head(head, status)
         if rest:
             self._parser.feed_data(rest)
         if self._broken is None:
-            sink.response_head(parsed, self._passed(rest))
+            sink.response_head(read, self._passed(rest))
         self._after_bytes(sink)
 
-    def _response_head(self, status_line: bytes, status: int) -> ResponseHead:
-        headers, self._headers = self._headers, []
-        chunked = sized = False
-        for name, value in headers:
-            lowered = name.lower()
-            if lowered == b"transfer-encoding":
-                chunked = b"chunked" in value.lower()
-            elif lowered == b"content-length":
-                sized = True
-        self._until_close = not (chunked or sized or self._complete)
-        return ResponseHead(status_line, status, headers, chunked, self._until_close)
+    def _read_head(self, head: bytes, status: int) -> AnswerHead:
+        """Raises BadHead."""
+        read = read_answer_head(head, status)
+        read.until_close = not (read.chunked or read.length_line or self._complete)
+        self._until_close = read.until_close
+        return read
 
     def _passed(self, data: bytes) -> bytes:
         """What of these bytes of the body the client gets."""
@@ -268,10 +249,6 @@ class EngineConnection(asyncio.Protocol):
         if self._complete:
             self._broken = "the engine sent more than one answer"
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._head_done:  # trailers come here as well; they pass through unread
-            self._headers.append((name, value))
-
     def on_headers_complete(self) -> None:
         self._head_done = True
         # Asked now: after the message's end llhttp has forgotten the connection header.
@@ -285,115 +262,3 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
-
-
-class EnginePool:
-    """All connections to one engine under one lease.
-
-    ``on_empty`` is called when the pool is closed and its last connection is gone.
-    """
-
-    def __init__(self, address: Address, on_empty: Callable[[], None]) -> None:
-        self.address = address
-        self._on_empty = on_empty
-        self._idle: list[EngineConnection] = []
-        self._open: set[EngineConnection] = set()
-        self._connecting: set[asyncio.Task[None]] = set()
-        self._closed = False
-
-    @property
-    def empty(self) -> bool:
-        return not self._open and not self._connecting
-
-    def send(self, sink: Sink) -> None:
-        """Send the sink's payload at once on an idle connection, else on a new one."""
-        while self._idle and sink.connection_type() is EngineConnection:
-            connection = self._idle.pop()
-            if not connection.transport.is_closing():
-                connection.send(sink)
-                return
-        self.send_fresh(sink)
-
-    def send_fresh(self, sink: Sink) -> None:
-        task = asyncio.get_running_loop().create_task(self._connect(sink, sink.connection_type()))
-        self._connecting.add(task)
-        task.add_done_callback(self._connect_done)
-
-    def _connect_done(self, task: asyncio.Task[None]) -> None:
-        self._connecting.discard(task)
-        self._check_empty()
-
-    async def _connect(self, sink: Sink, factory: type[EngineConnection]) -> None:
-        try:
-            async with asyncio.timeout(CONNECT_SECS):
-                connection = await self._open_connection(factory)
-        except TimeoutError:
-            error = f"the engine at {self.address} does not accept connections"
-            self._refused(sink, error)
-            return
-        except OSError as failure:
-            error = f"cannot connect to the engine at {self.address}: {failure.strerror or failure}"
-            self._refused(sink, error)
-            return
-        if not sink.wants_connection():
-            self.release(connection, reusable=True)
-        elif connection.transport.is_closing():
-            sink.response_failed(EngineFailure("the engine closed the connection at once"))
-        else:
-            connection.send(sink)
-
-    async def _open_connection(self, factory: type[EngineConnection]) -> EngineConnection:
-        loop = asyncio.get_running_loop()
-        delay = 0.005
-        while True:
-            try:
-                uds, port = self.address.uds, self.address.port
-                if uds is not None:
-                    _, made = await loop.create_unix_connection(lambda: factory(self), uds)
-                    return made
-                assert port is not None, "an address has a socket path or a port"
-                _, made = await loop.create_connection(lambda: factory(self), "127.0.0.1", port)
-                return made
-            except OSError as error:
-                # A full backlog of a unix socket says EAGAIN at once where TCP would wait.
-                if error.errno != errno.EAGAIN:
-                    raise
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 0.1)
-
-    @staticmethod
-    def _refused(sink: Sink, error: str) -> None:
-        if sink.wants_connection():
-            sink.response_failed(EngineFailure(error, connected=False))
-
-    def made(self, connection: EngineConnection) -> None:
-        self._open.add(connection)
-
-    def release(self, connection: EngineConnection, reusable: bool) -> None:
-        wanted = reusable and connection.poolable and not self._closed
-        if not wanted or len(self._idle) >= MAX_IDLE or connection.transport.is_closing():
-            connection.abort()
-            return
-        connection.transport.resume_reading()
-        self._idle.append(connection)
-
-    def lost(self, connection: EngineConnection) -> None:
-        self._open.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        self._check_empty()
-
-    def close(self) -> None:
-        """No connection is kept any more; those in use end with their request."""
-        self._closed = True
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.abort()
-        self._check_empty()
-
-    def reopen(self) -> None:
-        self._closed = False
-
-    def _check_empty(self) -> None:
-        if self._closed and self.empty:
-            self._on_empty()
