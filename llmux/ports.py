@@ -331,14 +331,20 @@ class Dumper(Protocol):
         meanwhile takes over what was verified."""
 
     async def restore(
-        self, image: Image, launch: LaunchSpec, deadline: float, spare: int = 0
+        self,
+        image: Image,
+        launch: LaunchSpec,
+        deadline: float,
+        spare: int = 0,
+        progress: Progress | None = None,
     ) -> UnitHandle:
         """The tree lives again in a new unit, every process seen with its old pid and name, the
         image verified. ``launch`` is the engine's as today: unit properties and output files count.
-        ``spare``: bytes of host memory to be left beside it. Raises CheckpointFailed, then nothing
-        of it is left; ``fields["blame"]`` is "image" (quarantine it) or "host" (pid or port taken,
-        no memory: the image may serve later). Cancelled, it leaves nothing either. Until
-        ``settle`` the restore counts as under way."""
+        ``spare``: bytes of host memory to be left beside it. ``progress`` hears of the bytes that
+        were read and verified. Raises CheckpointFailed, then nothing of it is left;
+        ``fields["blame"]`` is "image" (quarantine it) or "host" (pid or port taken, no memory: the
+        image may serve later). Cancelled, it leaves nothing either. Until ``settle`` the restore
+        counts as under way."""
 
     async def settle(self, model: str) -> None:
         """What was restored is in use now, or was ended: recover() of a next supervisor is not to

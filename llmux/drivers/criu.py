@@ -62,7 +62,7 @@ class _Check:
         self._loop = asyncio.get_running_loop()
         self._done = 0
         self._total = sum(file.size for file in manifest.files)
-        self._progress = progress
+        self.progress = progress
         self.task = asyncio.ensure_future(asyncio.to_thread(self._work, manifest, path))
 
     def _work(self, manifest: Manifest, path: str) -> str | None:
@@ -76,7 +76,10 @@ class _Check:
 
     def _count(self, size: int) -> None:
         self._done += size
-        self._loop.call_soon_threadsafe(self._progress, DumpPhase.PACK, self._done, self._total)
+        self._loop.call_soon_threadsafe(self._tell, self._done)
+
+    def _tell(self, done: int) -> None:
+        self.progress(DumpPhase.PACK, done, self._total)
 
 
 class Criu:
@@ -248,6 +251,8 @@ class Criu:
                 check = self._checks[image.path] = _Check(manifest, image.path, progress)
         else:
             stamps = ()
+        if progress is not _nothing:
+            check.progress = progress
         check.users += 1
         try:
             damage = await asyncio.shield(check.task)
@@ -280,18 +285,23 @@ class Criu:
         known = self._verified.get(image.path)
         return known is not None and known == await asyncio.to_thread(self._stamps, image.path)
 
-    async def _trusted(self, image: Image) -> str | None:
+    async def _trusted(self, image: Image, progress: Progress) -> str | None:
         """Nothing, at once, when the image was verified by us and not touched since."""
         if image.path not in self._checks and await self._is_verified(image):
             return None
-        return await self._verify(image, _nothing)
+        return await self._verify(image, progress)
 
     async def restore(
-        self, image: Image, launch: LaunchSpec, deadline: float, spare: int = 0
+        self,
+        image: Image,
+        launch: LaunchSpec,
+        deadline: float,
+        spare: int = 0,
+        progress: Progress | None = None,
     ) -> UnitHandle:
         tools = await self._tools("restore", image.model)
         self._in_use.add(image.model)
-        verified = asyncio.ensure_future(self._trusted(image))
+        verified = asyncio.ensure_future(self._trusted(image, progress or _nothing))
         try:
             work = Restore(tools, self._store, self._units, image, launch, deadline, spare)
             return await work.run(verified)

@@ -639,12 +639,19 @@ class MemoryDumper:
         await self._world.act("dumper.read_ahead", image.model)
 
     async def restore(
-        self, image: Image, launch: LaunchSpec, deadline: float, spare: int = 0
+        self,
+        image: Image,
+        launch: LaunchSpec,
+        deadline: float,
+        spare: int = 0,
+        progress: Progress | None = None,
     ) -> UnitHandle:
         target = f'model "{image.model}"'
         if self._world.memory_bytes < image.apparent_bytes + spare:
             raise CheckpointFailed("restore", target, "not enough memory", blame="host")
         self._world.restoring.add(image.model)
+        if progress is not None:
+            progress(DumpPhase.PACK, image.apparent_bytes, image.apparent_bytes)
         try:
             return await self._restore(image, launch)
         except BaseException:

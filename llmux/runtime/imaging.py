@@ -10,13 +10,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from llmux.config.schema import Eviction, ModelConfig
 from llmux.core.events import Event, ImageKnown
 from llmux.core.plans import Plan, StepKind, reuse_plan
 from llmux.errors import CheckpointFailed, LlmuxError, Unsupported
-from llmux.ports import Dumper, DumpSpec, Image, LaunchSpec, NoImage, UnitHandle
+from llmux.ports import Dumper, DumpPhase, DumpSpec, Image, LaunchSpec, NoImage, UnitHandle
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.instance import Instance
 from llmux.runtime.launch import engine_address, launch_spec
@@ -35,6 +36,10 @@ SLOWEST_BYTES_PER_SEC = 50e6
 def patience(deadline: float, size: int) -> float:
     """Seconds for a dump or a restore of ``size`` bytes, at most ``deadline``."""
     return min(deadline, LEAST_SECS + size / SLOWEST_BYTES_PER_SEC)
+
+
+def _tell_restored(instance: Instance, _phase: DumpPhase, done: int, total: int) -> None:
+    instance.tell(StepKind.RESTORE, done, total)
 
 
 class Imaging:
@@ -154,7 +159,9 @@ class Imaging:
         if instance.handle is None:
             try:
                 limit = patience(deadline, found.apparent_bytes)
-                instance.handle = await self._dumper.restore(found, spec, limit)
+                instance.handle = await self._dumper.restore(
+                    found, spec, limit, progress=partial(_tell_restored, instance)
+                )
             except CheckpointFailed as error:
                 await self.blamed(found, error)
                 raise

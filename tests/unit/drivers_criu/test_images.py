@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from threading import Event
 import pytest
 
 from llmux.drivers import criu_host, criu_shm, images_identity
+from llmux.drivers.criu import Criu
 from llmux.drivers.criu_tree import TreeProcess, decode_address, inspect
 from llmux.drivers.images import ImageStore
 from llmux.drivers.images_files import (
@@ -26,6 +28,7 @@ from llmux.drivers.images_files import (
 )
 from llmux.drivers.images_manifest import KeptPath, Manifest, ManifestError, load_manifest
 from llmux.drivers.images_notes import RESTORING, read_note, write_note
+from llmux.drivers.memory import MemoryUnits, World
 from llmux.errors import CheckpointFailed
 from llmux.ports import Image, NoImage
 
@@ -333,6 +336,21 @@ def test_a_unix_connection_to_somebody_outside_is_named_with_both_ends(
     assert f"unix stream connection that leaves the engine: fd 0 at {path}, to process" in texts[0]
     assert f"to process {os.getpid()} (" in texts[0]
     assert not any(path in problem.text for problem in both.problems)
+
+
+def test_how_much_of_an_image_was_read_is_told(home: pathlib.Path) -> None:
+    store = ImageStore(str(home))
+    publish(store, "m")
+    told: list[tuple[int, int]] = []
+
+    async def body() -> None:
+        (image,) = store.images()
+        criu = Criu(MemoryUnits(World()), store, str(home))
+        await criu.read_ahead(image, lambda _, done, total: told.append((done, total)))
+
+    asyncio.run(body())
+    done, total = told[-1]
+    assert 0 < done == total
 
 
 def test_a_taken_pid_is_named(home: pathlib.Path) -> None:

@@ -1,0 +1,31 @@
+"""Who waits for a restore sees the bytes go by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime_harness import begin_life, config_of, in_loop, model
+
+from llmux.config.schema import Eviction, Process, Weights
+from llmux.drivers.memory import MemoryStore, World
+from llmux.runtime.orders import bring_down, bring_up, followed
+
+CHECKPOINT = Eviction(Weights.RETAIN, Process.CHECKPOINT)
+
+
+@in_loop
+async def test_the_bytes_that_were_read_and_verified_are_told(tmp_path: Path) -> None:
+    config = config_of(model("a", eviction=CHECKPOINT))
+    life = await begin_life(config, World(), str(tmp_path), MemoryStore())
+    told: list[tuple[str, int, int]] = []
+
+    def tell(phase: str, _seconds: float, done: int, total: int) -> None:
+        told.append((phase, done, total))
+
+    await bring_up(life.loop, "a")
+    await bring_down(life.loop, "a", CHECKPOINT)
+    assert life.state_of("a") == "parked"
+    async with followed(life.loop, "a", tell):
+        await bring_up(life.loop, "a")
+    assert [done for phase, done, total in told if phase == "restore" and 0 < done == total]
+    await life.drop()
