@@ -19,7 +19,9 @@ from pathlib import Path
 from llmux.drivers.direct import DirectUnits
 from llmux.drivers.engine import VllmEngine
 from llmux.drivers.freezer import CgroupFreezer
-from llmux.drivers.memory import MemoryEngine, MemoryFreezer, MemoryUnits, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_engine import MemoryEngine
+from llmux.drivers.memory_units import MemoryFreezer, MemoryUnits
 from llmux.ports import Engine, Freezer, LaunchSpec, UnitHandle, UnitManager
 from llmux.protocol import Address
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.memory import MemoryOutput, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_units import MemoryOutput
 from llmux.drivers.output import KEEP_LINES, EngineFiles
 from llmux.drivers.process import start_ticks
 from llmux.ports import EngineOutput, UnitHandle

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.memory import MemoryStore
+from llmux.drivers.memory_disk import MemoryStore
 from llmux.drivers.store import VERSION, FileStateStore
 from llmux.errors import StateFileError
 from llmux.ports import StateStore

@@ -18,7 +18,9 @@ from fake_cuda import COMPILER, FakeCuda
 from llmux.drivers.cuda import CudaDriver
 from llmux.drivers.cuda_calls import ProcessTable
 from llmux.drivers.cuda_cli import CudaCheckpointTool
-from llmux.drivers.memory import MemoryCheckpointer, MemoryUnits, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_gpu import MemoryCheckpointer
+from llmux.drivers.memory_units import MemoryUnits
 from llmux.errors import DriverError
 from llmux.ports import DeviceCheckpointer, LaunchSpec
 

@@ -28,7 +28,8 @@ from llmux.drivers.images_files import (
 )
 from llmux.drivers.images_manifest import KeptPath, Manifest, ManifestError, load_manifest
 from llmux.drivers.images_notes import RESTORING, read_note, write_note
-from llmux.drivers.memory import MemoryUnits, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_units import MemoryUnits
 from llmux.errors import CheckpointFailed
 from llmux.ports import Image, NoImage
 

@@ -16,17 +16,11 @@ from llmux.core.events import DemandChanged, Event, OperationFinished, WorkerDra
 from llmux.core.plans import Plan
 from llmux.core.records import State
 from llmux.core.states import MOVING
-from llmux.drivers.memory import (
-    MemoryCheckpointer,
-    MemoryDumper,
-    MemoryEngine,
-    MemoryFreezer,
-    MemoryGpu,
-    MemoryOutput,
-    MemoryStore,
-    MemoryUnits,
-    World,
-)
+from llmux.drivers.memory import World
+from llmux.drivers.memory_disk import MemoryDumper, MemoryStore
+from llmux.drivers.memory_engine import MemoryEngine
+from llmux.drivers.memory_gpu import MemoryCheckpointer, MemoryGpu
+from llmux.drivers.memory_units import MemoryFreezer, MemoryOutput, MemoryUnits
 from llmux.protocol import Grant, Message, Refuse, Revoke
 from llmux.runtime.drivers import Drivers, Places
 from llmux.runtime.executor import Executor

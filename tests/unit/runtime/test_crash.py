@@ -24,7 +24,8 @@ from runtime_harness import (
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.events import EvictionSet, LoadAsked, ModeSet, ParkAsked
 from llmux.core.records import ROUNDING, Parked, State, share_now
-from llmux.drivers.memory import Hold, MemoryStore, World
+from llmux.drivers.memory import Hold, World
+from llmux.drivers.memory_disk import MemoryStore
 from llmux.protocol import Grant
 
 # Every act of the supervisor on the world; it may end in, before or after any of them.

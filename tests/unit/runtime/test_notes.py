@@ -11,7 +11,8 @@ from runtime_harness import OFFLOAD, begin_life, config_of, in_loop, model
 from llmux.core.adopt import Note
 from llmux.core.events import LoadAsked, ParkAsked
 from llmux.core.states import ModelState
-from llmux.drivers.memory import MemoryStore, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_disk import MemoryStore
 from llmux.ports import Canary
 from llmux.runtime.notes import VERSION, models_in, note_from
 from llmux.runtime.words import address_from, canary_from, parse_eviction

@@ -24,7 +24,8 @@ from runtime_harness import (
 from llmux.config.schema import Config, Eviction, Process, Weights
 from llmux.core.effects import RestoreAhead
 from llmux.core.events import ConfigChanged, LoadAsked, ParkAsked
-from llmux.drivers.memory import GIB, Hold, MemoryStore, World
+from llmux.drivers.memory import GIB, Hold, World
+from llmux.drivers.memory_disk import MemoryStore
 from llmux.errors import CheckpointFailed
 from llmux.runtime import ahead
 

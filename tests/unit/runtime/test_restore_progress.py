@@ -7,7 +7,8 @@ from pathlib import Path
 from runtime_harness import begin_life, config_of, in_loop, model
 
 from llmux.config.schema import Eviction, Process, Weights
-from llmux.drivers.memory import MemoryStore, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_disk import MemoryStore
 from llmux.runtime.orders import bring_down, bring_up, followed
 
 CHECKPOINT = Eviction(Weights.RETAIN, Process.CHECKPOINT)

@@ -7,7 +7,8 @@ from pathlib import Path
 from runtime_harness import OFFLOAD, begin_life, config_of, in_loop, model
 
 from llmux.core.events import ModeSet
-from llmux.drivers.memory import MemoryStore, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_disk import MemoryStore
 from llmux.runtime.validation import Validation
 
 CONFIG = config_of(model("a"), model("b"))

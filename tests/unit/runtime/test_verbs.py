@@ -12,7 +12,9 @@ import pytest
 from runtime_harness import Life, begin_life, config_of, in_loop, model
 
 from llmux.config.schema import Config
-from llmux.drivers.memory import MemoryOutput, MemoryStore, World
+from llmux.drivers.memory import World
+from llmux.drivers.memory_disk import MemoryStore
+from llmux.drivers.memory_units import MemoryOutput
 from llmux.errors import Reason, Refused
 from llmux.protocol import Ask
 from llmux.runtime.status import one_line
