@@ -28,7 +28,7 @@ MODEL_EFFECTS: Final[dict[str, Effect]] = {
     "model_path": Effect.ENGINE,
     "port": Effect.ENGINE,
     "extra_args": Effect.ENGINE,
-    "aliases": Effect.ENGINE,  # names that the engine answers to
+    "aliases": Effect.LIVE,
     "env": Effect.ENGINE,
     "gpus": Effect.ENGINE,
     "gpu_memory": Effect.ENGINE,

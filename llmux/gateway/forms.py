@@ -31,6 +31,7 @@ class Upload:
 
     def __init__(self) -> None:
         self.size = 0
+        self._patch = (0, 0, b"")  # what is read in place of a piece, and no other length after it
         self._memory = bytearray()
         self._fd: int | None = None
 
@@ -60,7 +61,20 @@ class Upload:
         while view:
             view = view[os.write(self._fd, view) :]
 
+    def replace(self, start: int, end: int, data: bytes) -> None:
+        """Once, when all is written."""
+        self._patch = (start, end, data)
+        self.size += len(data) - (end - start)
+
     def read(self, offset: int, count: int) -> bytes:
+        start, end, data = self._patch
+        if offset < start:
+            return self._written(offset, min(count, start - offset))
+        if offset < start + len(data):
+            return data[offset - start :][:count]
+        return self._written(offset - len(data) + end - start, count)
+
+    def _written(self, offset: int, count: int) -> bytes:
         if self._fd is None:
             return bytes(self._memory[offset : offset + count])
         return os.pread(self._fd, count, offset)
@@ -94,6 +108,8 @@ class ModelFinder:
 
     def __init__(self, boundary: bytes) -> None:
         self.model: str | None = None
+        self.span = (0, 0)  # where in the form its name stands
+        self._at = -2  # where in the form ``_rest`` begins
         self._delimiter = b"\r\n--" + boundary
         self._rest = b"\r\n"  # the first delimiter may stand at the very beginning
         self._in_head = False
@@ -112,12 +128,14 @@ class ModelFinder:
         if not found:
             keep = len(self._delimiter) - 1
             self._take(self._rest[:-keep])
+            self._at += max(0, len(self._rest) - keep)
             self._rest = self._rest[-keep:]
             return False
         if len(after) < 2:  # "--" ends the form, a line break begins a part
             return False
         self._take(before)
-        self._end_value()
+        self._end_value(self._at + len(before))
+        self._at += len(before) + len(found)
         self._rest = after
         self._ended = after.startswith(b"--")
         self._in_head = True
@@ -130,6 +148,7 @@ class ModelFinder:
         if not found:
             return False
         self._in_head = False
+        self._at += len(head) + len(found)
         self._rest = after
         if _part_name(head) == b"model":
             if self.model is not None:
@@ -143,10 +162,11 @@ class ModelFinder:
             if len(self._value) > MAX_MODEL:
                 raise FormError(f'"model" is longer than {MAX_MODEL} bytes')
 
-    def _end_value(self) -> None:
+    def _end_value(self, end: int) -> None:
         if self._value is None:
             return
         value, self._value = self._value, None
+        self.span = (end - len(value), end)
         try:
             self.model = value.decode()
         except UnicodeDecodeError:

@@ -131,6 +131,8 @@ class Gateway:
             name = self.responses.model_of(match.response_id) or ""
         model = self._names.get(name, name)
         alias = None if model == name else name
+        if alias is not None:
+            incoming.call_model(model)
         kind = KeptExchange if match.route.keeps else Exchange
         if self._comments and wants_stream(incoming):
             kind = PatientExchange

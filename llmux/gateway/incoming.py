@@ -243,6 +243,15 @@ class Incoming:
             raise openai.no_model("missing" if name is None else "empty")
         return name
 
+    def call_model(self, model: str) -> None:
+        """Write the model's own name where the client wrote an alias: engines know but one."""
+        if self.match is None or self.match.model is not None:
+            return  # the path's name counts, and the body's is the engine's affair
+        if self.upload is None:
+            self.body = openai.renamed(self.body, model)
+        elif self.finder is not None:
+            self.upload.replace(*self.finder.span, model.encode())
+
     @property
     def anthropic(self) -> bool:
         return self.match is not None and self.match.route.anthropic

@@ -6,12 +6,14 @@ Bodies go to the engine byte for byte; this module only reads them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from llmux.errors import Reason, Refused
 from llmux.protocol import ModelInfo
 
+_NAMED = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # unknown to typeshed
 
 
@@ -46,6 +48,22 @@ def _parse(body: bytes) -> Any:
         except (StopIteration, ValueError, RecursionError):
             pass
     return json.loads(body)  # raises the error in its own words
+
+
+def renamed(body: bytes, model: str) -> bytes:
+    """The body with another ``model``, and otherwise as it is: byte for byte, unless there are more
+    keys of that name in it."""
+    name = json.dumps(model).encode()
+    found = list(_NAMED.finditer(body))
+    if len(found) == 1:
+        written = body[: found[0].start(1)] + name + body[found[0].end(1) :]
+        try:
+            if model_of(written) == model:
+                return written
+        except Refused:
+            pass
+    parsed: dict[str, Any] = json.loads(body)
+    return json.dumps(parsed | {"model": model}).encode()
 
 
 def no_model(what: str) -> Refused:

@@ -123,7 +123,7 @@ async def test_the_client_reads_the_name_it_sent() -> None:
             client.chat(name)
             plain = (await client.answer()).json()
             assert plain == {"id": "x", "model": name, "text": '"model":"alpha"'}
-            assert json.loads(engine.requests[-1].body)["model"] == name
+            assert json.loads(engine.requests[-1].body)["model"] == "alpha", "engines know one name"
             client.chat(name, stream=True)
             events = (await client.answer()).body.decode().split("\n\n")
             assert [json.loads(e[6:])["model"] for e in events[:3]] == [name] * 3
@@ -134,6 +134,24 @@ async def test_the_client_reads_the_name_it_sent() -> None:
         other.send("/v1/models/org/alpha", method="GET")
         listed = (await other.answer()).json()
         assert (listed["id"], listed["root"]) == ("org/alpha", "alpha")
+
+
+@in_loop
+async def test_an_upload_under_an_alias_names_the_model_and_is_otherwise_the_same() -> None:
+    async with stage() as s:
+        engine = await s.engine(size)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        for big in (b"", b"x" * 1000, bytes(range(256)) * 3000):
+            for name in (b"org/alpha", b"alef"):
+                for order in (1, -1):
+                    parts = [("model", name), ("file", big)][::order]
+                    body, content_type = form(*parts)
+                    client.send("/v1/audio/transcriptions", body=body, headers=(content_type,))
+                    assert (await client.answer()).status == 200
+                    parts = [("model", b"alpha"), ("file", big)][::order]
+                    assert engine.requests[-1].body == form(*parts)[0]
 
 
 @in_loop

@@ -93,6 +93,27 @@ def test_the_last_of_two_model_keys_counts_as_in_the_engine() -> None:
     assert openai.model_of(b'{"model": "a", "x": {"model": "c"}, "model": "b"}') == "b"
 
 
+@pytest.mark.parametrize(
+    ("body", "written"),
+    [
+        (b'{"model" :\t"a", "x": 1.50}', b'{"model" :\t"b\\u00e9", "x": 1.50}'),
+        (b'{"x": "\\"model\\": \\"a\\"", "model":"a"}', None),
+        (b'{"model": "a", "x": {"model": "a"}, "y": NaN}', None),
+        (b'{"mod\\u0065l": "a", "x": {"model": "a"}}', None),
+        (b'{"model": "z", "model": "a", "n": 12345678901234567890}', None),
+        ('{"model": "a", "x": "é"}'.encode("utf-16"), None),
+        (b'\xef\xbb\xbf{"model": "a"}', None),
+        (b'{"model": "\\u0061", "x": "\\ud800"}', None),
+    ],
+    ids=range(8),
+)
+def test_another_name_in_the_same_body(body: bytes, written: bytes | None) -> None:
+    renamed = openai.renamed(body, "bé")
+    assert written is None or renamed == written
+    expected = json.loads(body) | {"model": "bé"}
+    assert str(json.loads(renamed)) == str(expected)
+
+
 @pytest.mark.parametrize("body", [b"", b"1", b"null", b"[]", b'{"model": null}', b'{"model": {}}'])
 def test_bodies_without_a_model_are_refused(body: bytes) -> None:
     with pytest.raises(Refused):

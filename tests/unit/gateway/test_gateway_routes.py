@@ -85,6 +85,30 @@ def test_the_model_is_found_however_the_form_is_cut(step: int) -> None:
     assert finder.model == "alpha"
 
 
+@pytest.mark.parametrize("step", [1, 2, 7, 10_000])
+def test_where_the_models_name_stands(step: int) -> None:
+    for form in (
+        b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nname\r\n--B--\r\n',
+        b"x\r\n--B\r\nContent-Disposition: form-data; name=f\r\n\r\n\r\n-\r\n--B\r\n%b--"
+        % b'Content-Disposition: form-data; name="model"\r\n\r\nname\r\n--B',
+    ):
+        finder = ModelFinder(b"B")
+        for at in range(0, len(form), step):
+            finder.feed(form[at : at + step])
+        assert form[slice(*finder.span)] == b"name" == (finder.model or "").encode()
+
+
+def test_a_piece_of_an_upload_is_replaced() -> None:
+    for data, piece in ((b"0123456789", b"abc"), (b"0123456789", b""), (b"0123456789", b"x" * 99)):
+        upload = Upload()
+        upload.write(data)
+        upload.replace(3, 5, piece)
+        read = b""
+        while part := upload.read(len(read), 4):
+            read += part
+        assert read == b"012" + piece + b"56789" and len(read) == upload.size
+
+
 def test_a_file_is_not_held() -> None:
     finder = ModelFinder(b"XX")
     finder.feed(b'--XX\r\nContent-Disposition: form-data; name="file"\r\n\r\n')
