@@ -52,6 +52,20 @@ def test_a_reload_ends_the_streams_of_a_removed_model_in_order(daemon: Daemon) -
     daemon.until(lambda: set(daemon.status()["models"]) == {"other"})
 
 
+def test_an_alias_that_a_reload_adds_reaches_the_engine_that_runs(daemon: Daemon) -> None:
+    daemon.set_models({"named": {}, "other": {}})
+    daemon.load("named")
+    epoch = daemon.model("named")["epoch"]
+    daemon.set_models({"named": {"aliases": ["org/new"]}, "other": {}})
+    answer = daemon.chat("org/new")
+    assert (answer.status, answer.json()["model"]) == (200, "org/new")
+    with daemon.stream("org/new") as stream:
+        stream.wait_for_token()
+        stream.rest()
+    assert {event["model"] for event in stream.events} == {"org/new"}
+    assert daemon.model("named")["epoch"] == epoch
+
+
 def test_a_reload_changes_how_long_requests_wait(daemon: Daemon) -> None:
     daemon.set_models({"ever": {}} | daemon.models, request_timeout_secs=0.2)
     daemon.order("ever", startup_secs=60)
