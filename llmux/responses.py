@@ -11,7 +11,9 @@ from itertools import islice
 from typing import Any, Final
 
 MAX_RESPONSES: Final = 10_000  # ids remembered; vLLM keeps the responses themselves until it ends
-MAX_TOLD: Final = 1000  # ids in one message: an id and a name have at most 200 and 600 bytes
+MAX_TOLD: Final = 1000  # ids in one message
+MAX_ID: Final = 200
+MAX_NAME: Final = 600  # of a model
 
 
 class ResponseModels:
@@ -23,6 +25,8 @@ class ResponseModels:
 
     def keep(self, responses: Mapping[str, str]) -> None:
         for response_id, model in responses.items():
+            if len(response_id) > MAX_ID or len(model) > MAX_NAME:
+                continue  # no worker says so; the supervisor's memory is not in anybody's hands
             self._models.pop(response_id, None)
             self._models[response_id] = model
         for response_id in list(islice(self._models, max(0, len(self._models) - self._limit))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmux.protocol import MAX_LINE, Kept
-from llmux.responses import MAX_RESPONSES, MAX_TOLD, ResponseModels
+from llmux.responses import MAX_ID, MAX_NAME, MAX_RESPONSES, MAX_TOLD, ResponseModels
 
 
 def test_the_oldest_are_forgotten() -> None:
@@ -17,6 +17,12 @@ def test_the_oldest_are_forgotten() -> None:
     assert known.model_of(None) is None
 
 
+def test_what_is_too_long_is_not_kept() -> None:
+    known = ResponseModels()
+    known.keep({"a" * (MAX_ID + 1): "x", "b": "x" * (MAX_NAME + 1), "c": "x"})
+    assert [known.model_of(one) for one in ("a" * (MAX_ID + 1), "b", "c")] == [None, None, "x"]
+
+
 def test_what_the_verb_answers() -> None:
     known = ResponseModels()
     known.keep({"resp_1": "alpha"})
@@ -26,12 +32,12 @@ def test_what_the_verb_answers() -> None:
 
 def test_all_of_it_is_told_in_lines_that_fit() -> None:
     known = ResponseModels()
-    longest = "m" * 600
-    known.keep({f"{number:0200}": longest for number in range(MAX_RESPONSES + 5)})
+    longest = "m" * MAX_NAME
+    known.keep({f"{number:0{MAX_ID}}": longest for number in range(MAX_RESPONSES + 5)})
     parts = list(known.parts())
     assert len(parts) == MAX_RESPONSES // MAX_TOLD
     assert max(len(Kept(part).encode()) for part in parts) < MAX_LINE
     again = ResponseModels()
     for part in parts:
         again.keep(part)
-    assert again.model_of(f"{MAX_RESPONSES:0200}") == longest
+    assert again.model_of(f"{MAX_RESPONSES:0{MAX_ID}}") == longest
