@@ -19,7 +19,8 @@ BOOT_ID: Final = "boot_id"
 # Environment variables that hold no secrets, so a mismatch can show them; others are hashed.
 SHOWN: Final = re.compile(
     r"^(VLLM_(?!.*(KEY|TOKEN|SECRET|PASSWORD))|CUDA_VISIBLE|CUDA_DEVICE|NCCL_|OMP_|TORCH|HF_HUB_OFFLINE$"
-    r"|TRANSFORMERS_OFFLINE$|UV_USE_IO_URING$|USE_LIBUV$|NO_COLOR$|DO_NOT_TRACK$|LANG$|LC_|TZ$|PATH$|HOME$)"
+    r"|TRANSFORMERS_OFFLINE$|UV_USE_IO_URING$|USE_LIBUV$|NO_COLOR$|DO_NOT_TRACK$|LANG$|LC_|TZ$|PATH$|HOME$"
+    r"|PYTHONNODEBUGRANGES$)"
 )
 _SECRET_ARGUMENT: Final = re.compile(
     r"^--?[\w-]*(api-?key|token|secret|password)[\w-]*", re.IGNORECASE

@@ -7,7 +7,7 @@ user's processes (no CAP_SYS_RESOURCE), hence ``engine_user: root``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from _lab import vllm
@@ -19,6 +19,10 @@ PROGRAMS = "/srv/llmux/scripts/_bench"
 CONFIG = "/etc/llmux/config.yaml"
 IMAGES = "/var/lib/llmux/checkpoints"
 URL = "http://127.0.0.1:3000"
+NO_RELEASE = (
+    "vLLM on the CPU cannot release its KV cache: it refuses --enable-sleep-mode, and /sleep frees"
+    " nothing. What is unused of it is zero pages, which take no place on disk"
+)
 MODELS = tuple(vllm.MODELS)
 
 
@@ -26,10 +30,15 @@ def socket_of(model: str) -> str:
     return f"/run/llmux/engines/{model}/api.sock"
 
 
-def configuration(eviction: str) -> dict[str, Any]:
+def configuration(eviction: str, *, kv_cache_bytes: int | None = None) -> dict[str, Any]:
+    """``kv_cache_bytes``: of each engine; 1 GiB when nothing is said."""
     environment = vllm.environment()
     # dev mode is llmux's to open, when the eviction needs it
     env = {key: value for key, value in vllm.SETTINGS.items() if key != "VLLM_SERVER_DEV_MODE"}
+    flags = [*vllm.SERVE_FLAGS]
+    if kv_cache_bytes is not None:
+        del env["VLLM_CPU_KVCACHE_SPACE"]  # whole GiB only, and stronger than the flag
+        flags += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
     return {
         "vllm_command": [environment.vllm],
         "engine_user": "root",
@@ -40,8 +49,7 @@ def configuration(eviction: str) -> dict[str, Any]:
                 "model_path": path,
                 "eviction": eviction,
                 "gpu_memory_parked": 0,  # there is no GPU that a frozen one could hold
-                # what real models compute in; on processors with AMX a restore must bring that back
-                "extra_args": [*vllm.SERVE_FLAGS, "--dtype", "bfloat16"],
+                "extra_args": flags,
                 "env": env,
             }
             for name, path in environment.models.items()
@@ -57,9 +65,13 @@ class Engines:
 
     def begin(self, eviction: str) -> None:
         """A fresh start: no engine, no image, both models parked like this."""
+        self.start(configuration(eviction))
+
+    def start(self, document: Mapping[str, Any]) -> None:
+        """A fresh start with this configuration."""
         self.end()
         self.guest.run(["rm", "-rf", IMAGES], timeout=60)
-        self.guest.write(CONFIG, json.dumps(configuration(eviction), indent=1), mode=0o640)
+        self.guest.write(CONFIG, json.dumps(document, indent=1), mode=0o640)
         self.guest.run(["chgrp", "llmux", CONFIG])
         self.guest.run(["systemctl", "start", "llmux"])
 

@@ -20,15 +20,13 @@ from typing import Any
 from _lab import host
 from _lab.guest import Guest
 
-from _bench.engines import IMAGES, MODELS, Engines
+from _bench.engines import IMAGES, MODELS, NO_RELEASE, Engines, configuration
 from _bench.switch import machine
 from _bench.turns import Turn
 
 HELP = "cold start, dump, restore and image of the real vLLM on the CPU (root: runs in a guest)"
-NO_RELEASE = (
-    "not measured: vLLM on the CPU cannot release its KV cache (it refuses --enable-sleep-mode, and"
-    " /sleep frees nothing); its unused part is zero pages, which take no place on disk"
-)
+# An image is measured with KV caches of these sizes as well: next to none, and four times as much.
+KV_CACHES = {"16 MiB": 16 << 20, "4 GiB": 4 << 30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
         turns, bare = engines.cycles(arguments.cycles)
         images = {model: engines.image(model) for model in MODELS}
         solid = without_holes(engines, len(bare))
+        by_cache = {
+            name: with_kv_cache(engines, size, len(bare)) for name, size in KV_CACHES.items()
+        }
     document = {
         **figures(turns, bare, solid, images),
         "cycles": arguments.cycles,
-        "image_bytes_kv_released": None,
-        "image_bytes_kv_released_note": NO_RELEASE,
+        "images_by_kv_cache": by_cache,
+        "images_by_kv_cache_note": NO_RELEASE,
         "load_average_before": load,
         "load_average_after": os.getloadavg()[0],
         "method": " ".join((__doc__ or "").split()),
@@ -73,6 +74,20 @@ def without_holes(engines: Engines, count: int) -> list[dict[str, Any]]:
     script = f"cp -a --sparse=never {image} {solid} && rm -r {image} && mv {solid} {image}"
     engines.guest.run(["sh", "-c", script], timeout=300)
     return engines.bare_restores(count)
+
+
+def with_kv_cache(engines: Engines, size: int, count: int) -> dict[str, float]:
+    """The image of an engine whose KV cache has ``size`` bytes, next to none of them used."""
+    engines.start(configuration("retain+checkpoint", kv_cache_bytes=size))
+    engines.turns(MODELS)
+    engines.guest.run(["llmux", "sleep", MODELS[-1]], timeout=120)
+    image = engines.image(MODELS[0])
+    return {
+        "image_bytes_apparent": image["apparent_bytes"],
+        "image_bytes_on_disk": image["disk_bytes"],
+        "dump_s": image["dump_seconds"],
+        "bare_criu_restore_s": median(one["criu_s"] for one in engines.bare_restores(count)),
+    }
 
 
 def figures(
@@ -116,6 +131,12 @@ def print_table(document: dict[str, Any]) -> None:
     for key, value in document.items():
         if key == "wake_steps_s":
             shown = ", ".join(f"{name} {seconds:.3f}" for name, seconds in value.items())
+        elif key == "images_by_kv_cache":
+            shown = "; ".join(
+                f"{name}: on disk {image['image_bytes_on_disk']}, criu"
+                f" {image['bare_criu_restore_s']:.3f}"
+                for name, image in value.items()
+            )
         elif key == "machine":
             shown = ", ".join(f"{name} {fact}" for name, fact in value.items())
         elif key == "method":

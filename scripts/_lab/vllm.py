@@ -41,9 +41,7 @@ SETTINGS = {
     # Without it the first request with logprobs wants a C++ compiler and kills the engine.
     "TORCHDYNAMO_DISABLE": "1",
 }
-# float32: with bfloat16 torch uses AMX, whose permission (arch_prctl) CRIU 4.2 does not restore:
-# the first request after a restore would end in SIGILL.
-SERVE_FLAGS = ("--enforce-eager", "--max-model-len", "1024", "--dtype", "float32")
+SERVE_FLAGS = ("--enforce-eager", "--max-model-len", "1024")
 
 
 @dataclasses.dataclass(frozen=True)

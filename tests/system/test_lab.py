@@ -6,6 +6,7 @@ import os
 import pathlib
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from _lab import host, state  # noqa: E402 (the path first)
+from _lab.forward import forwarded  # noqa: E402
 from _lab.guest import Guest, GuestCommandError, sweep  # noqa: E402
 
 pytestmark = [
@@ -104,6 +106,31 @@ def test_network_is_a_loopback_of_its_own(guest: Guest) -> None:
     links = guest.run(["ip", "-brief", "address"]).stdout.splitlines()
     assert [line.split()[0] for line in links] == ["lo"]
     assert "127.0.0.1/8" in links[0]
+
+
+ECHO = """
+import socket
+with socket.create_server(("127.0.0.1", 4711)) as server:
+    print("ready", flush=True)
+    connection, _ = server.accept()
+    while data := connection.recv(100):
+        connection.sendall(data.upper())
+    print("gone", flush=True)
+"""
+
+
+def test_a_port_in_the_guest_is_reached_through_one_of_ours(guest: Guest) -> None:
+    echo = guest.popen(["python3", "-c", ECHO])
+    try:
+        assert echo.process.stdout is not None
+        assert echo.process.stdout.readline() == "ready\n"
+        with forwarded(guest.pid1, 4711) as port:
+            with socket.create_connection(("127.0.0.1", port), 20) as client:
+                client.sendall(b"hello")
+                assert client.recv(100) == b"HELLO"
+            assert echo.process.stdout.readline() == "gone\n"
+    finally:
+        echo.stop()
 
 
 def test_project_is_there_and_read_only(guest: Guest) -> None:

@@ -91,6 +91,14 @@ def test_development_endpoints_are_open_only_where_they_are_used(
     assert ("VLLM_SERVER_DEV_MODE" in env) is dev_mode
 
 
+def test_only_an_engine_with_an_image_gives_up_what_makes_the_image_larger() -> None:
+    image = Eviction(Weights.RETAIN, Process.CHECKPOINT)
+    assert engine_environment(model(eviction=image), (0,), places())["PYTHONNODEBUGRANGES"] == "1"
+    assert "PYTHONNODEBUGRANGES" not in engine_environment(model(), (0,), places())
+    own = model(eviction=image, env={"PYTHONNODEBUGRANGES": ""})  # as Python has it: off
+    assert engine_environment(own, (0,), places())["PYTHONNODEBUGRANGES"] == ""
+
+
 def test_an_engine_of_several_gpus_needs_the_communicators_hooks() -> None:
     config = model(
         eviction=Eviction(Weights.RETAIN, Process.CUDA_SUSPEND),
