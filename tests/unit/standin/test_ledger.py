@@ -10,11 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
-
-STANDIN = Path(__file__).resolve().parents[1] / "standin"
-sys.path.insert(0, str(STANDIN))
-
-from ledger import GIB, Ledger  # noqa: E402  # found by the line above
+from ledger import GIB, Ledger
+from standin_engines import STANDIN
 
 
 def test_ledger_command_prints_json(tmp_path: Path) -> None:
