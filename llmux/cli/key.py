@@ -48,7 +48,10 @@ def key(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise LlmuxError(f"cannot make a key: {error}") from None
     if os.path.exists(path) and any(one.name == args.name for one in load_keys(path)):
-        raise LlmuxError(f"cannot make a key: {path} has one called {args.name}")
+        raise LlmuxError(
+            f"cannot make a key: {path} has one called {args.name}",
+            hint="choose another name, or remove its line from the file",
+        )
     try:
         _append(path, line)
     except OSError as error:

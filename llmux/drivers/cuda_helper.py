@@ -64,7 +64,8 @@ class Library:
             # CDLL, not PyDLL: the GIL is released during a call, so other threads go on.
             self._dll = ctypes.CDLL(path)
         except OSError as error:
-            self.problem = f"cannot load {path}: {error}"
+            reason = str(error).removeprefix(f"{path}: ")  # dlerror(3) names it itself
+            self.problem = f"cannot load {path}: {reason}"
             return
         for name in (*BASIC_CALLS, *CALLS.values()):
             self._resolve(name)
