@@ -38,7 +38,6 @@ from llmux.protocol import (
     Collect,
     Collected,
     Cut,
-    Demand,
     Drained,
     EngineLost,
     Grant,
@@ -81,7 +80,7 @@ class Gateway:
             name: ModelInfo(name=name, state="unknown", aliases=list(model.aliases))
             for name, model in config.models.items()
         }
-        self._names = names_of(self.models.values())
+        self._names: dict[str, str] = {}
         self.responses = ResponseModels()
         self._seeking: set[asyncio.Task[None]] = set()
         self._worker = worker
@@ -90,6 +89,7 @@ class Gateway:
         self.clock: Callable[[], float] = self._loop.time
         workers = config.gateway.workers
         self.guard = None if keys is None else Guard(keys, workers=workers, clock=self.clock)
+        self._know(names_of(self.models.values()))
         self._timer: asyncio.TimerHandle | None = None
         self.admission = Admission(
             clock=self.clock,
@@ -270,7 +270,7 @@ class Gateway:
             case Catalog():
                 self.models = {info.name: info for info in message.infos()}
                 self.observer.known = self.log.known = self.models
-                self._names = names_of(self.models.values())
+                self._know(names_of(self.models.values()))
                 self._switches.see(self.models.values())
                 self._take_times(message.times)
                 self.admission.set_models(self.models)
@@ -281,6 +281,11 @@ class Gateway:
             case _:
                 logger.warning("the supervisor sent a message that a gateway has no use for: %s",
                                message.kind)  # fmt: skip
+
+    def _know(self, names: dict[str, str]) -> None:
+        self._names = names
+        if self.guard is not None:
+            self.guard.know(names)
 
     def _take_times(self, times: Mapping[str, float]) -> None:
         """A reload may have changed them; who waits already keeps its deadline."""
@@ -311,9 +316,6 @@ class Gateway:
     def _active_models(self) -> list[str]:
         """Models with anything to report: waiters, requests in flight, or a past."""
         return [line.model for line in self.admission.lines()]
-
-    def demand(self, model: str) -> Demand:
-        return self.admission.demand(model)
 
     # ---- time -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmux.config.schema import Key, KeyRole
@@ -45,6 +45,7 @@ class Guard:
         self._by_hash: dict[bytes, KeyUse] = {}
         self._verified: dict[bytes, KeyUse] = {}
         self._peer = KeyUse(PEER, 1, clock)
+        self._names: Mapping[str, str] = {}
         self._take(load())
 
     def reload(self) -> None:
@@ -57,6 +58,12 @@ class Guard:
         self._take(keys)
         logger.info("%d keys in force", len(keys))
 
+    def know(self, names: Mapping[str, str]) -> None:
+        """Name or alias → model: a key may be bound to either."""
+        self._names = names
+        for use in self._by_hash.values():
+            use.allow(names)
+
     def _take(self, keys: Sequence[Key]) -> None:
         former = {use.key.name: use for use in self._by_hash.values()}
         self._by_hash = {}
@@ -67,6 +74,7 @@ class Guard:
                 use = KeyUse(key, self._workers, self._clock)
             else:
                 use.set_limits(key, self._workers)
+            use.allow(self._names)
             self._by_hash[key.sha256] = use
 
     # ---- one request ----------------------------------------------------------------------------
@@ -126,7 +134,7 @@ def begin_use(use: KeyUse, model: str) -> None:
 
 
 def may_use(use: KeyUse | None, model: str) -> bool:
-    return use is None or use.key.models is None or model in use.key.models
+    return use is None or use.models is None or model in use.models
 
 
 def secret_of(authorization: bytes, x_api_key: bytes) -> bytes:

@@ -9,7 +9,7 @@ connections all land on one worker gets only that worker's part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from llmux.config.schema import Key
 from llmux.errors import Reason, Refused
@@ -24,8 +24,8 @@ class KeyUse:
     ``end``, and each wait before it one ``served``, or the end says that it ``waited``."""
 
     __slots__ = (
-        "_burst", "_clock", "_filled_at", "_rate", "_tokens", "in_flight", "key", "most",
-        "most_waiting", "waiting",
+        "_burst", "_clock", "_filled_at", "_rate", "_tokens", "in_flight", "key", "models",
+        "most", "most_waiting", "waiting",
     )  # fmt: skip
 
     def __init__(self, key: Key, workers: int, clock: Callable[[], float]) -> None:
@@ -33,6 +33,7 @@ class KeyUse:
         self._tokens = self._burst = 0.0
         self._filled_at = clock()
         self.in_flight = self.waiting = 0
+        self.models = key.models
         self.set_limits(key, workers)
         self._tokens = self._burst
 
@@ -45,6 +46,11 @@ class KeyUse:
         self._rate = None if a_minute is None else a_minute / workers / 60
         self._burst = 0.0 if a_minute is None else max(1.0, a_minute / workers)
         self._tokens = min(self._tokens, self._burst)
+
+    def allow(self, names: Mapping[str, str]) -> None:
+        """The models that the key may use, by their own names; None: all."""
+        named = self.key.models
+        self.models = None if named is None else frozenset(names.get(name, name) for name in named)
 
     def begin(self) -> None:
         if self.most is not None and self.in_flight >= self.most:

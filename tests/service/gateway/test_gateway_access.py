@@ -21,12 +21,13 @@ from llmux.gateway import front
 from llmux.protocol import Catalog, ModelInfo
 
 ADMIN, USE, LIMITED, SLOW = "sk-admin", "sk-use", "sk-limited", "sk-slow"
-PATIENT = "sk-patient"
+PATIENT, ALIAS = "sk-patient", "sk-alias"
 KEYS = (
     Key("admin", hash_key(ADMIN), KeyRole.ADMIN),
     Key("use", hash_key(USE)),
     Key("limited", hash_key(LIMITED), models=frozenset({"beta"}), max_in_flight=1),
     Key("slow", hash_key(SLOW), requests_per_minute=1),
+    Key("alias", hash_key(ALIAS), models=frozenset({"org/alpha"})),
     Key("patient", hash_key(PATIENT), max_waiting=1),
 )
 
@@ -130,6 +131,26 @@ async def test_a_key_sees_only_its_models() -> None:
         answer = await client.answer()
         assert answer.status == 404 and answer.code == "model_not_found"
         assert running.waiting() == 0, "and nothing is switched in for it"
+
+
+@in_loop
+async def test_a_key_may_be_bound_to_a_model_by_its_alias() -> None:
+    keys = list(KEYS)
+    reload: list[Callable[[], None]] = []
+    async with stage(keys=lambda: keys, reload=reload) as running:
+        running.supervisor.grant(await running.engine())
+        await until(lambda: running.gateway.find_model("org/alpha") == "alpha")
+        client = await running.client()
+        for again in (False, True):
+            if again:
+                keys[:] = [one for one in KEYS if one.name == "alias"]
+                for part in reload:
+                    part()
+            for model, status in (("alpha", 200), ("alef", 200), ("beta", 404)):
+                chat(client, ALIAS, model)
+                assert (await client.answer()).status == status
+            answer = await get(running, "/v1/models", ALIAS)
+            assert [entry["id"] for entry in answer.json()["data"]] == ["alpha"]
 
 
 @in_loop
