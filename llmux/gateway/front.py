@@ -44,8 +44,9 @@ class FrontProtocol(HttpProtocol):
     """``exchange``: the inference request being answered; ``_sanic_busy``: Sanic answers one."""
 
     __slots__ = (
-        "_advancing", "_began", "_body", "_current", "_deaf", "_head_bytes", "_parser", "_queue",
-        "_sanic_busy", "_size", "_url", "deadline", "exchange", "gateway", "writing_paused",
+        "_advancing", "_began", "_body", "_current", "_deaf", "_head_bytes", "_headers", "_parser",
+        "_queue", "_sanic_busy", "_size", "_url", "deadline", "exchange", "gateway",
+        "writing_paused",
     )  # fmt: skip
 
     def __init__(self, **kwargs: Any) -> None:
@@ -57,6 +58,7 @@ class FrontProtocol(HttpProtocol):
         self._parser: Any = httptools.HttpRequestParser(self)
         self._queue: deque[Incoming] = deque()
         self._current: Incoming | None = None  # being received
+        self._headers: list[tuple[bytes, bytes]] | None = None  # of it, until all are there
         self._head_bytes = 0
         self._url = b""
         self._body: list[bytes] = []
@@ -91,7 +93,8 @@ class FrontProtocol(HttpProtocol):
             self._reject(problems.HttpRefused(400, f"cannot read the request: {error}"))
         if self._current is not None and self.exchange is None and not self._sanic_busy:
             self.deadline = self._began + RECEIVE_SECS + self._size / RECEIVE_RATE
-        self._next()
+        if self._queue:
+            self._next()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
@@ -129,6 +132,7 @@ class FrontProtocol(HttpProtocol):
         if self._deaf:
             return
         self._current = Incoming()
+        self._headers = self._current.headers
         self._began = self.gateway.clock()
         self._size = 0
         self._head_bytes = 0
@@ -141,8 +145,9 @@ class FrontProtocol(HttpProtocol):
             self._reject_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._current is not None and not self._current.method:  # else a trailer: dropped
-            self._current.headers.append((name, value))
+        headers = self._headers
+        if headers is not None:  # else a trailer: dropped
+            headers.append((name, value))
             self._head_bytes += len(name) + len(value) + 4
             if self._head_bytes > MAX_HEAD:
                 self._reject_head()
@@ -151,6 +156,7 @@ class FrontProtocol(HttpProtocol):
         self._reject(problems.HttpRefused(431, f"the request head is larger than {MAX_HEAD} bytes"))
 
     def on_headers_complete(self) -> None:
+        self._headers = None
         incoming = self._current
         if incoming is None:
             return
@@ -257,7 +263,7 @@ class FrontProtocol(HttpProtocol):
 
     def _stop_receiving(self) -> None:
         self._deaf = True
-        self._current = None
+        self._current = self._headers = None
         self._body = []
 
     # ---- one after the other --------------------------------------------------------------------
@@ -315,7 +321,8 @@ class FrontProtocol(HttpProtocol):
         """The exchange's answer is written; called by it exactly once, unless it aborted."""
         self.exchange = None
         self._answered(close=close)
-        self._next()
+        if self._queue:
+            self._next()
 
     def _answered(self, *, close: bool) -> None:
         transport = self.transport

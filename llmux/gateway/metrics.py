@@ -67,13 +67,14 @@ class Exposition:
         ):
             for model, count in counter.items():
                 store.add(name, model, amount=count)
-        for name, histograms in (
-            (m.REQUEST_SECONDS, observer.durations),
-            (m.QUEUE_WAIT, observer.waits),
-            (m.FIRST_TOKEN, observer.first_tokens),
-        ):
-            for model, histogram in histograms.items():
-                store.histogram(name, model).add(histogram.counts, histogram.sum)
+        for model, times in observer.times.items():
+            for name, histogram in (
+                (m.REQUEST_SECONDS, times.durations),
+                (m.QUEUE_WAIT, times.waits),
+                (m.FIRST_TOKEN, times.first_tokens),
+            ):
+                if any(histogram.counts):
+                    store.histogram(name, model).add(histogram.counts, histogram.sum)
         for model in gateway.models:
             store.add(m.IN_FLIGHT, model, amount=0)
             store.add(m.QUEUE_DEPTH, model, amount=0)

@@ -37,8 +37,8 @@ class Exchange(Ticket):
 
     __slots__ = (
         "_alias", "_anthropic", "_chunked", "_close", "_event_stream", "_first_due", "_front",
-        "_gateway", "_incoming", "_status", "_transport", "_wait_ms", "connection", "counted",
-        "key", "queued", "request_id",
+        "_gateway", "_incoming", "_status", "_times", "_transport", "_wait_ms", "connection",
+        "counted", "key", "queued", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +59,7 @@ class Exchange(Ticket):
         self._anthropic = match is not None and match.route.anthropic
         self._alias = alias  # what the client called the model; None: by its own name
         self._gateway = gateway
+        self._times = gateway.observer.times_of(model)
         self._front: FrontProtocol | None = front
         self._incoming: Incoming | None = incoming
         self._transport: asyncio.Transport | None = None  # the client's, once an answer is begun
@@ -80,9 +81,7 @@ class Exchange(Ticket):
         assert self._incoming is not None, "the request is held until the first byte of an answer"
         waited = self._gateway.clock() - self.arrived
         self._wait_ms = int(waited * 1000)
-        observer = self._gateway.observer
-        if observer.waited is not None:
-            observer.waited(self.model, waited)
+        self._times.waits.observe(waited)
         pool.send(self)
 
     def wait_begins(self) -> None:
@@ -145,9 +144,8 @@ class Exchange(Ticket):
 
     def _waited_in_vain(self) -> None:
         """Who was let through was counted then; who was refused at once did not wait."""
-        observer = self._gateway.observer
-        if self.stage is not Stage.NEW and self.lease is None and observer.waited is not None:
-            observer.waited(self.model, self._gateway.clock() - self.arrived)
+        if self.stage is not Stage.NEW and self.lease is None:
+            self._times.waits.observe(self._gateway.clock() - self.arrived)
 
     def _end(self, *, completed: bool) -> None:
         connection, self.connection = self.connection, None
@@ -227,10 +225,9 @@ class Exchange(Ticket):
             self.pause()
         if first and self.lease is not None:
             self.lease.line.progress += 1
-        observer = self._gateway.observer
-        observer.answered(self.model, head.status)
+        self._gateway.observer.answered(self.model, head.status)
         if first:
-            observer.first_byte(self.model, self._gateway.clock() - self.arrived)
+            self._times.first_tokens.observe(self._gateway.clock() - self.arrived)
         self._first_due = not first
 
     def _own_headers(self, incoming: Incoming, close: bool) -> bytes:
@@ -249,16 +246,14 @@ class Exchange(Ticket):
         # The hot path of every stream: one call per chunk.
         if self._first_due:
             self._first_due = False
-            gateway = self._gateway
-            gateway.observer.first_byte(self.model, gateway.clock() - self.arrived)
+            self._times.first_tokens.observe(self._gateway.clock() - self.arrived)
         if self._transport is not None and self.lease is not None:
             self._transport.write(data)
             self.lease.line.progress += 1
 
     def response_end(self) -> None:
         front = self._front
-        gateway = self._gateway
-        gateway.observer.finished(self.model, gateway.clock() - self.arrived)
+        self._times.durations.observe(self._gateway.clock() - self.arrived)
         self._end(completed=True)
         if front is not None:
             front.exchange_done(close=self._close)

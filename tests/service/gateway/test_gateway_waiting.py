@@ -167,5 +167,5 @@ async def test_waits_in_vain_are_measured_too_and_refusals_at_once_are_not() -> 
         await until(lambda: s.waiting() == 1)
         s.supervisor.grant(await s.engine())
         assert (await served.answer()).status == 200
-        waits = s.gateway.observer.waits["alpha"]
+        waits = s.gateway.observer.times["alpha"].waits
         assert sum(waits.counts) == 3 and waits.sum >= 0.05
