@@ -44,7 +44,9 @@ class Message:
         Message.registry[cls.kind] = cls
 
     def encode(self) -> bytes:
-        body = {"type": self.kind, **asdict(self)}  # type: ignore[call-overload]  # dataclass
+        # Not asdict(): it copies what is in the fields, a metrics snapshot of 50 models in 20 ms.
+        own = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # dataclass
+        body = {"type": self.kind, **own}
         return json.dumps(body, separators=(",", ":")).encode() + b"\n"
 
     @classmethod

@@ -266,6 +266,12 @@ class FrontProtocol(HttpProtocol):
         self._current = self._headers = None
         self._body = []
 
+    def read_no_further(self) -> None:
+        """What was read is answered, and what was not goes: the client may send it again."""
+        self._stop_receiving()
+        if self.transport is not None:
+            self.transport.resume_reading()
+
     # ---- one after the other --------------------------------------------------------------------
 
     def _busy(self) -> bool:
@@ -280,7 +286,9 @@ class FrontProtocol(HttpProtocol):
                 break
             self._start(self._queue.popleft())
         self._advancing = False
-        if self._queue and self.transport is not None and not self.transport.is_closing():
+        if self._deaf or not self._queue or self.transport is None:
+            return
+        if not self.transport.is_closing():
             size = sum(len(incoming.body) for incoming in self._queue)
             if len(self._queue) > MAX_QUEUED or size > MAX_QUEUED_BYTES:
                 self.transport.pause_reading()

@@ -19,7 +19,7 @@ from typing import Any
 
 from llmux.config.schema import Config
 from llmux.gateway.app import App, build_app
-from llmux.gateway.departed import has_left
+from llmux.gateway.departed import look_after
 from llmux.gateway.front import FrontProtocol
 from llmux.gateway.gateway import Gateway
 from llmux.gateway.journal import on_loop_error
@@ -229,8 +229,8 @@ async def _sweep(
         for front in fronts(servers):
             if 0.0 < front.deadline < now:
                 front.expire()
-            elif front.transport is not None and has_left(front.transport):
-                front.transport.abort()
+            else:
+                look_after(front)
         await asyncio.sleep(interval)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-SUBCOMMANDS = ("switch", "park", "proxy")
+SUBCOMMANDS = ("switch", "park", "proxy", "overload", "scrape")
 
 
 def main() -> int:

@@ -266,14 +266,15 @@ class Daemon:
     # ---- configuration and orders ---------------------------------------------------------------
 
     def write_config(self) -> None:
+        gateway = {"listen": [f"unix:{self.http}"]} | self.top.get("gateway", {})
         document = {
-            "gateway": {"listen": [f"unix:{self.http}"]},
             "metrics_port": 0,
             "vllm_command": [sys.executable, "-S", "-E", str(STANDIN / "standin.py")],
             "startup_timeout_secs": 10,
             "policy": POLICY | self.policy,
             "models": {name: self._model(name, model) for name, model in self.models.items()},
         } | self.top
+        document["gateway"] = gateway
         self.config_file.write_text(json.dumps(document, indent=1))
 
     def _model(self, name: str, model: JSON) -> JSON:

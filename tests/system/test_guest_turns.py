@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+
 import pytest
 from llmux_guest import LlmuxGuest, model
 
@@ -25,3 +28,21 @@ def test_alternating_requests(
     assert report["answers"] == count
     assert report["streams"] == count // 2
     assert report["wrong"] == []
+
+
+def test_a_crowd_on_three_models_gets_what_it_asked_for(llmux: LlmuxGuest) -> None:
+    """10,000 requests unless $LLMUX_CROWD_REQUESTS says otherwise."""
+    count = int(os.environ.get("LLMUX_CROWD_REQUESTS", "10000"))
+    seed = secrets.randbelow(1 << 32)
+    print(f"seed {seed}")
+    speed = {"STANDIN_TOKENS_PER_SEC": "500"}
+    models = {name: model(env=speed) for name in ("alpha", "beta", "gamma")}
+    llmux.begin(models, policy={"min_active_secs": 0.1, "drain_timeout_secs": 0.3})
+    report = llmux.load("crowd", f"--count={count}", f"--seed={seed}")
+    print(f"crowd: {report}")
+    assert report["wrong"] == []
+    assert report["requests"] == count
+    assert report["switches"] >= count // 50
+    assert set(report["gauges"].values()) == {0}
+    assert report["strays"] == []
+    assert {"plain", "stream", "abandoned"} <= set(report["kinds"])

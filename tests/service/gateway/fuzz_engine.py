@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from fuzz_cases import Lane
-from fuzz_reading import NOT_FORWARDED, Arrival
+from fuzz_reading import NOT_FORWARDED, Arrival, meaning_of
 from gateway_harness import soon
 
 from llmux.protocol import Answer, Ask, Catalog, Drained, Grant, Hello, ModelInfo, Revoke, decode
@@ -136,7 +136,7 @@ class RecordingEngine:
     async def _read(self, reader: asyncio.StreamReader) -> Arrival:
         head = await reader.readuntil(b"\r\n\r\n")
         if head == SCRAPE:
-            return Arrival(SCRAPE, (), b"", None)
+            return Arrival(SCRAPE, (), b"")
         first, *lines = head[:-4].split(b"\r\n")
         fields = [_FIELD.fullmatch(line) for line in lines]
         if not _LINE.fullmatch(first) or not all(fields):
@@ -151,7 +151,7 @@ class RecordingEngine:
             self._wrong(f"headers that do not belong here: {head!r}")
         body = await reader.readexactly(int(sizes[0]) if sizes and sizes[0].isdigit() else 0)
         kept = tuple(sorted((n, v.strip(b" \t")) for n, v in headers if n not in ours))
-        return Arrival(first, kept, body, None)
+        return Arrival(first, kept, body)
 
     async def _answer(self, writer: asyncio.StreamWriter, arrival: Arrival) -> bool:
         """False: the connection ends here."""
@@ -160,10 +160,12 @@ class RecordingEngine:
             return True
         self._findings.reached += 1
         way = self._random.random()
-        if self.expected[arrival] < 1:
+        meant = Arrival(arrival.line, arrival.headers, meaning_of(arrival.body))
+        sent = arrival if self.expected[arrival] else meant
+        if self.expected[sent] < 1:
             self._wrong(f"a request that nobody sent like this: {arrival!r:.2000}")
         elif way >= 0.02:
-            self.expected[arrival] -= 1  # else it dies unanswered, and the request may come again
+            self.expected[sent] -= 1  # else it dies unanswered, and the request may come again
         if way < 0.02:
             self.endings += 1
             writer.transport.abort()

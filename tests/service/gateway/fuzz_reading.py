@@ -220,20 +220,20 @@ _BY_ID = re.compile(rb"/(?:v1/|v/)?(responses/[A-Za-z0-9_-]{1,200}(/cancel)?)")
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request as an engine must see it. ``model``: as the request names it, where it does."""
+    """A request as an engine must see it."""
 
     line: bytes
     headers: tuple[tuple[bytes, bytes], ...]  # sorted, without the two that the gateway writes
-    body: bytes
-    model: bytes | None
+    body: bytes  # or its meaning, see ``meaning_of``
 
 
-def arrival_of(request: Message, *, secret: bytes | None) -> Arrival | None:
-    """What this request is to an engine; None: it has no business there. With ``secret`` the
-    gateway asks for that key."""
+def arrival_of(request: Message, own_name: bytes, *, secret: bytes | None) -> Arrival | None:
+    """What this request is to the engine of the model ``own_name``, whose alias is org/<name>;
+    None: it has no business there. With ``secret`` the gateway asks for that key."""
     method, target = request.start
     path, mark, query = target.partition(b"?")
     model: bytes | None = None
+    body = request.body
     if path.startswith(b"/upstream/"):
         named, slash, rest = path.removeprefix(b"/upstream/").partition(b"/")
         model, path = unquote_to_bytes(named), slash + rest
@@ -244,8 +244,12 @@ def arrival_of(request: Message, *, secret: bytes | None) -> Arrival | None:
         return None
     if model is None and not _BY_ID.fullmatch(path):
         model = _model_of(request)
+        if model == b"org/" + own_name:
+            model, body = own_name, _called(request, model, own_name)
         if model is None:
             return None
+    if model not in (None, own_name, b"org/" + own_name):
+        return None
     dropped = _listed(request.all(b"connection")) - {b"close", b"keep-alive"}
     kept = CREDENTIALS if secret is None else frozenset()
     headers = [
@@ -255,7 +259,31 @@ def arrival_of(request: Message, *, secret: bytes | None) -> Arrival | None:
         and (lowered not in dropped or lowered in kept)
     ]
     line = method + b" " + own + mark + query + b" HTTP/1.1"
-    return Arrival(line, tuple(sorted(headers)), request.body, model)
+    return Arrival(line, tuple(sorted(headers)), body)
+
+
+def _called(request: Message, alias: bytes, name: bytes) -> bytes:
+    """The body with the model's own name in place of the alias, nothing else changed; its meaning
+    where it names models more than once, and may be written anew."""
+    body = request.body
+    if _is_form(request):
+        return body.replace(b"\r\n\r\n%b\r\n" % alias, b"\r\n\r\n%b\r\n" % name, 1)
+    if body.count(b'"model"') == body.count(b'"%b"' % alias) == 1:
+        return body.replace(b'"%b"' % alias, b'"%b"' % name)
+    return meaning_of(json.dumps(json.loads(body) | {"model": name.decode()}).encode())
+
+
+def meaning_of(body: bytes) -> bytes:
+    """What a JSON body says, however it is written."""
+    try:
+        return b"meaning " + json.dumps(json.loads(body), sort_keys=True).encode()
+    except (ValueError, RecursionError):
+        return body
+
+
+def _is_form(request: Message) -> bool:
+    kinds = request.all(b"content-type")
+    return any(value.lower().startswith(b"multipart/") for value in kinds)
 
 
 def _keys(request: Message) -> set[bytes]:
@@ -276,8 +304,8 @@ def _engine_path(method: bytes, path: bytes, *, upstream: bool) -> bytes | None:
 
 
 def _model_of(request: Message) -> bytes | None:
-    if any(value.lower().startswith(b"multipart/") for value in request.all(b"content-type")):
-        found = re.search(rb'name="model"\r\n\r\n([^\r\n]*)\r\n', request.body)
+    if _is_form(request):  # which part is whose is the engine's affair, that has but one model
+        found = re.search(rb"\r\n\r\n((?:org/)?[a-z]+-model)\r\n--", request.body)
         return found[1] if found else None
     try:
         model = json.loads(request.body)["model"]

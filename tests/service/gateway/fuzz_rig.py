@@ -91,13 +91,10 @@ class LaneRunner:
         findings.connections += 1
         findings.sent_bytes += len(case.data)
         requests, ended = read_requests(case.data)
-        arrivals = [arrival_of(request, secret=self._lane.secret) for request in requests]
-        mine = {self._lane.model.encode(), b"org/" + self._lane.model.encode(), None}
-        arrivals = [one if one is not None and one.model in mine else None for one in arrivals]
+        name, secret = self._lane.model.encode(), self._lane.secret
+        arrivals = [arrival_of(request, name, secret=secret) for request in requests]
         if self._engine is not None:
-            for one in arrivals:
-                if one is not None:
-                    self._engine.expected[Arrival(one.line, one.headers, one.body, None)] += 1
+            self._engine.expected.update(one for one in arrivals if one is not None)
         self._reset = ""
         endings = self._engine.endings if self._engine is not None else 0
         must = len(requests) if case.valid and self._engine is not None else None
@@ -166,7 +163,7 @@ class LaneRunner:
             echo = response.all(b"x-echo")
             if at < len(requests):
                 wanted = arrivals[at]
-                if echo and (wanted is None or echo != [echo_of(wanted.line, wanted.body)]):
+                if echo and (wanted is None or not _answers(echo, wanted)):
                     findings.add(self._name(case), f"response {at} answers something else")
                 if case.valid and self._engine is not None and response.status > 502:
                     findings.add(self._name(case), f"response {at} is {response.status}")
@@ -179,6 +176,11 @@ class LaneRunner:
             if self._engine.endings == endings and not last.ends_connection:
                 what = f"{len(responses)} answers to {len(requests)} requests: {self._reset}"
                 findings.add(self._name(case), what)
+
+
+def _answers(echo: list[bytes], wanted: Arrival) -> bool:
+    meant = wanted.body.startswith(b"meaning ")  # written anew: its echo cannot be known
+    return meant or echo == [echo_of(wanted.line, wanted.body)]
 
 
 @dataclass
@@ -301,7 +303,7 @@ async def fuzz_rig(seed: int, *, lanes: int = 12, keys: bool = False) -> AsyncIt
         yield rig
     finally:
         if process.returncode is None:
-            process.terminate()
+            process.kill()  # a stop would let those wait whose model never comes
             await soon(process.wait())
         await soon(said)
         for engine in rig.engines:

@@ -69,16 +69,33 @@ async def test_an_engines_health_is_not_open_as_ours_is() -> None:
         assert engine.requests == []  # it would have been woken for a stranger
 
 
+@pytest.mark.parametrize("size", [0, 200_000], ids=["small", "more than sockets hold"])
+def test_who_leaves_behind_a_long_pipeline_waits_no_more(size: int) -> None:
+    @in_loop
+    async def body() -> None:
+        async with stage() as s:
+            client = await s.client()
+            for _ in range(40):  # more than are held: the gateway reads no further
+                client.chat(padding="x" * size)
+            await until(lambda: s.waiting() == 1)
+            client.leave()
+            await until(lambda: s.waiting() == 0)
+            assert s.in_flight() == 0
+
+    body()
+
+
 @in_loop
-async def test_who_leaves_behind_a_long_pipeline_waits_no_more() -> None:
+async def test_who_waits_with_a_long_pipeline_gets_its_answers() -> None:
     async with stage() as s:
         client = await s.client()
-        for _ in range(40):  # more than are held: the gateway reads no further
-            client.chat()
+        for _ in range(40):
+            client.chat(padding="x" * 200_000)
         await until(lambda: s.waiting() == 1)
-        client.leave()
-        await until(lambda: s.waiting() == 0)
-        assert s.in_flight() == 0
+        front = next(iter(s.gateway.admission.lines())).waiting
+        await until(lambda: next(iter(front))._front.transport.is_reading())  # type: ignore[attr-defined]
+        s.supervisor.grant(await s.engine())
+        assert (await client.answer()).status == 200
 
 
 @in_loop

@@ -43,6 +43,10 @@ class Metrics:
 
     def __init__(self, options: Options) -> None:
         self._name = options.name
+        self._more = ""
+        if options.metrics_file is not None:
+            with open(options.metrics_file, encoding="utf-8") as file:
+                self._more = file.read()
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.finished = dict.fromkeys(FINISHED_REASONS, 0)
@@ -96,7 +100,7 @@ class Metrics:
         for name, kind, samples in groups:
             family = name.removesuffix("_total")
             lines += [f"# HELP {family} vLLM's.", f"# TYPE {family} {kind}", *samples]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines) + "\n" + self._more
 
 
 class Watch:

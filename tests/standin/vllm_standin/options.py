@@ -57,6 +57,7 @@ class Options:
         self.keep_alive_secs = 5.0
         self.dead_exit_secs = 5.0
         self.access_log = False
+        self.metrics_file: str | None = None
         self.faults: str | None = None
         self.fault: dict[str, Any] = {}
 
@@ -85,6 +86,7 @@ STANDIN_FLAGS: dict[str, type] = {
     "keep-alive-secs": float,
     "dead-exit-secs": float,
     "access-log": bool,
+    "metrics-file": str,
     "faults": str,
 }
 

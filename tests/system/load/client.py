@@ -34,6 +34,7 @@ class Answer:
     status: int | None = None
     error: str = ""
     refused: bool = False  # connect() itself failed
+    worker: str = ""  # who of the gateway's processes answered: the beginning of its request ids
 
     @property
     def ok(self) -> bool:
@@ -94,6 +95,7 @@ async def _exchange(answer: Answer, tokens: int, port: int, uds: str | None) -> 
     try:
         writer.write(_request(answer, tokens))
         headers = await _head(reader, answer)
+        answer.worker = headers.get("x-request-id", "").rpartition("-")[0]
         if answer.status != 200:
             body = await _body(reader, headers)
             raise WrongAnswerError(f"status {answer.status}: {body.decode(errors='replace')[:500]}")

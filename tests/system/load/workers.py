@@ -1,0 +1,85 @@
+"""One of the gateway's workers is killed while streams run on all of them; prints a JSON report.
+
+A worker is known by the beginning of its request ids. Streams of the one that died break; all of
+the others must be whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pathlib
+import signal
+from collections import Counter
+
+import client
+import witness
+
+STREAMS = 60
+TOKENS = 60
+
+
+def workers() -> list[int]:
+    """The processes under the gateway's main process."""
+    main = witness.main_pid(witness.GATEWAY)
+    children = pathlib.Path(f"/proc/{main}/task/{main}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+async def spread(count: int) -> Counter[str]:
+    """Who answers, of ``count`` requests at a time."""
+    asked = (client.ask("alpha", f"who {at}", tokens=2) for at in range(count))
+    answers = await asyncio.gather(*asked)
+    failed = [answer.error for answer in answers if not answer.ok]
+    if failed:
+        raise witness.WitnessError(f"{len(failed)} requests failed: {failed[0]}")
+    return Counter(answer.worker for answer in answers)
+
+
+async def main() -> dict[str, object]:
+    await spread(1)
+    before = await spread(STREAMS)
+    old_main, old = witness.main_pid(witness.GATEWAY), workers()
+    streams = [
+        asyncio.create_task(client.ask("alpha", f"stream {at}", stream=True, tokens=TOKENS))
+        for at in range(STREAMS)
+    ]
+    answering = f"http://127.0.0.1:3000/metrics: {STREAMS} streams run"
+    await asyncio.to_thread(witness.until, answering, lambda: in_flight() == STREAMS)
+    victim = old[0]
+    os.kill(victim, signal.SIGKILL)
+    await asyncio.to_thread(witness.gone, [victim], 20.0)
+    answers = await asyncio.gather(*streams)
+    broken = [answer for answer in answers if not answer.ok]
+    lost = {answer.worker for answer in broken} - {""}  # no name: it had not begun to answer
+    survivors = Counter(answer.worker for answer in answers if answer.ok)
+    await asyncio.to_thread(
+        witness.until, "three workers again", lambda: len(set(workers())) == len(old)
+    )
+    after: Counter[str] = Counter()
+    while len(after) < len(old):  # the new one answers as well; a deadline is the caller's
+        after += await spread(STREAMS)
+    return {
+        "workers": len(old),
+        "requests_by_worker": sorted(before.values()),
+        "streams": len(answers),
+        "broken": len(broken),
+        "broken_of_workers": len(lost),
+        "broken_elsewhere": [a.error for a in broken if a.worker in survivors],
+        "refused": sum(answer.refused for answer in answers),
+        "same_parent": witness.main_pid(witness.GATEWAY) == old_main,
+        "replaced": victim not in workers() and len(workers()) == len(old),
+        "requests_by_worker_after": sorted(after.values()),
+        "new_workers": len(set(after) - set(before)),
+    }
+
+
+def in_flight() -> int:
+    import crowd
+
+    return crowd.total("llmux_in_flight")
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(main())))
