@@ -21,8 +21,8 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 from llmux.errors import Reason, Refused
 from llmux.gateway import openai, openapi, problems
 from llmux.gateway.cors import options_response
+from llmux.gateway.entry import let_in
 from llmux.gateway.incoming import Incoming, new_request_id
-from llmux.gateway.keys import Guard, check_page, check_role, secret_of
 from llmux.gateway.relay import Exchange
 from llmux.gateway.routes import Source
 
@@ -82,6 +82,7 @@ class FrontProtocol(HttpProtocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
+        head = self._headers
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -91,6 +92,10 @@ class FrontProtocol(HttpProtocol):
             self._stop_receiving()
         except httptools.HttpParserError as error:
             self._reject(problems.HttpRefused(400, f"cannot read the request: {error}"))
+        if self._headers is not None and self._headers is head:  # all of the data belong to it
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD:
+                self._reject_head()
         if self._current is not None and self.exchange is None and not self._sanic_busy:
             self.deadline = self._began + RECEIVE_SECS + self._size / RECEIVE_RATE
         if self._queue:
@@ -140,17 +145,10 @@ class FrontProtocol(HttpProtocol):
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._head_bytes += len(url)
-        if self._head_bytes > MAX_HEAD:
-            self._reject_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        headers = self._headers
-        if headers is not None:  # else a trailer: dropped
-            headers.append((name, value))
-            self._head_bytes += len(name) + len(value) + 4
-            if self._head_bytes > MAX_HEAD:
-                self._reject_head()
+        if self._headers is not None:  # else a trailer: dropped
+            self._headers.append((name, value))
 
     def _reject_head(self) -> None:
         self._reject(problems.HttpRefused(431, f"the request head is larger than {MAX_HEAD} bytes"))
@@ -162,6 +160,9 @@ class FrontProtocol(HttpProtocol):
             return
         parser = self._parser
         incoming.target = self._url
+        if incoming.head_bytes() > MAX_HEAD:
+            self._reject_head()
+            return
         incoming.keep_alive = parser.should_keep_alive()
         incoming.method = parser.get_method()
         self._body = []
@@ -171,14 +172,12 @@ class FrontProtocol(HttpProtocol):
             self._reject(problems.HttpRefused(400, wrong))
             return
         incoming.find_route()
-        if not self._identify(self.gateway.guard, incoming):
-            return
-        if incoming.match is not None and incoming.match.route.source is Source.FORM:
-            try:
+        try:
+            let_in(incoming, self.gateway.guard, self.transport)
+            if incoming.match is not None and incoming.match.route.source is Source.FORM:
                 incoming.begin_upload()
-            except Refused as problem:
-                self._reject(problem)
-        if self._deaf:
+        except Refused as problem:
+            self._reject(problem)
             return
         if incoming.length > self.gateway.max_body_bytes:
             self._reject(self._too_large())
@@ -197,32 +196,6 @@ class FrontProtocol(HttpProtocol):
             self._upload(self._current, body)
         else:
             self._body.append(body)
-
-    def _identify(self, guard: Guard | None, incoming: Incoming) -> bool:
-        """Before the body: what one may not ask is not received either."""
-        if incoming.method == b"OPTIONS":  # a browser's preflight brings no key, and gets no data
-            return True
-        if guard is None:
-            if incoming.match is not None:
-                return True
-            site = incoming.header(b"sec-fetch-site")
-            try:
-                check_page(incoming.path, incoming.origin, site)
-            except Refused as problem:
-                self._reject(problem)
-                return False
-            return True
-        secret = secret_of(incoming.authorization, incoming.x_api_key)
-        incoming.withhold_credentials()
-        try:
-            path = b"" if incoming.match else incoming.path  # an engine's /health is not our own
-            incoming.key = guard.identify(path, secret, self.transport)
-            if incoming.match is None:
-                check_role(incoming.key, incoming.path)
-        except Refused as problem:
-            self._reject(problem)
-            return False
-        return True
 
     def _upload(self, incoming: Incoming, data: bytes) -> None:
         try:

@@ -193,19 +193,17 @@ class EngineConnection(asyncio.Protocol):
             self._head = data
             return
         self._head = b""
-        head, rest = data[:end], data[end:]
-        self._parser.feed_data(head)
-        status = self._parser.get_status_code()
-        if status < 200:  # 100 Continue, 103 Early Hints: not the answer
+        rest = data[end:]
+        if data[9:10] == b"1":  # 100 Continue, 103 Early Hints: not the answer
+            self._parser.feed_data(data[:end])
             self._head_done = self._complete = False
             if rest:
                 self._feed_head(rest)
             return
         sink = self.sink
         assert sink is not None, "an answer is parsed for somebody"
-        read = self._read_head(head, status)
-        if rest:
-            self._parser.feed_data(rest)
+        self._parser.feed_data(data)
+        read = self._read_head(data[:end], self._parser.get_status_code())
         if self._broken is None:
             sink.response_head(read, self._passed(rest))
         self._after_bytes(sink)
