@@ -199,7 +199,7 @@ async def leaving(daemon: Any) -> dict[str, Any]:
     before = switches(daemon)
     reader, writer = await connect(daemon.http)
     daemon.order("alpha", tokens_per_sec=50)
-    writer.write(request_bytes("alpha", tokens=400, stream=True))
+    writer.write(request_bytes("alpha", tokens=3000, stream=True))  # longer than all of this
     await reader.readuntil(b"data: ")
     data = request_bytes("beta")
     crowd = []
@@ -210,7 +210,9 @@ async def leaving(daemon: Any) -> dict[str, Any]:
     daemon.until(lambda: daemon.model("beta")["queue_depth"] == LEAVERS)
     for one in crowd:
         one.transport.abort()
+    await asyncio.sleep(0)  # which closes them
     daemon.until(lambda: daemon.model("beta")["queue_depth"] == 0)
+    daemon.order("alpha", tokens_per_sec=0)  # now to its end
     rest = await reader.read()
     writer.transport.abort()
     after = daemon.model("beta")

@@ -72,6 +72,10 @@ class Cursor:
         self.at = end + 1
         return line.removesuffix(b"\r")
 
+    def skip(self, these: bytes) -> None:
+        while self.data[self.at : self.at + 1] and self.data[self.at] in these:
+            self.at += 1
+
     def take(self, count: int) -> bytes:
         if len(self.data) - self.at < count:
             raise IncompleteError
@@ -124,8 +128,8 @@ def read_requests(data: bytes) -> tuple[list[Message], str]:
 
 
 def _request(cursor: Cursor) -> Message:
-    while not (line := cursor.line(bare=True)):
-        pass  # empty lines before a request (RFC 9112 2.2)
+    cursor.skip(b"\r\n")  # empty lines (RFC 9112 2.2); llhttp takes any of their bytes for one
+    line = cursor.line(bare=True)
     match = _REQUEST.fullmatch(line)
     if match is None:
         raise UnclearError(f"not a request line: {line[:80]!r}")
