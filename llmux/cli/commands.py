@@ -122,7 +122,7 @@ def ps(args: argparse.Namespace) -> None:
         (
             name,
             model["state"],
-            span(model["since_secs"]) if model["pid"] else "-",
+            span(model["since_secs"]),
             model["parked_as"] or "-",
             str(model["queue_depth"]),
             str(model["in_flight"]),

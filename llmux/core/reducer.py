@@ -51,9 +51,9 @@ from llmux.core.turn import Turn
 from llmux.errors import InvariantError, Reason
 
 
-def initial(config: Config, *, gpu_count: int, epoch_prefix: str) -> State:
+def initial(config: Config, *, gpu_count: int, epoch_prefix: str, now: float = 0.0) -> State:
     """Nothing runs. ``epoch_prefix`` must differ between supervisor lives."""
-    models = {name: ModelRecord(config=model) for name, model in config.models.items()}
+    models = {name: ModelRecord(model, Stopped(now)) for name, model in config.models.items()}
     return State(config, gpu_count, epoch_prefix, models=MappingProxyType(models))
 
 
@@ -262,7 +262,7 @@ def _config_changed(turn: Turn, config: Config) -> None:
         if name in turn.models:
             turn.update(name, config=model, removed=False)
         else:
-            turn.models[name] = ModelRecord(config=model)
+            turn.models[name] = ModelRecord(model, Stopped(turn.now))
     for name in [n for n in turn.models if n not in config.models]:
         turn.refuse(name, Reason.UNKNOWN_MODEL, f'the model "{name}" was removed')
         turn.update(name, removed=True)

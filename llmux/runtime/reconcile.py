@@ -36,7 +36,8 @@ async def first_state(config: Config, drivers: Drivers) -> State:
     if count is None:
         # without a GPU the claims still say who may run beside whom, on an imagined one
         count = max(1, await drivers.gpu.gpu_count()) if drivers.gpu.available else 1
-    return initial(config, gpu_count=count, epoch_prefix=secrets.token_hex(4))
+    prefix = secrets.token_hex(4)
+    return initial(config, gpu_count=count, epoch_prefix=prefix, now=monotonic())
 
 
 async def adopt_engines(
