@@ -305,10 +305,12 @@ class Admission:
 
     def secs_to_place(self, model: str, coming: float = 0.0) -> float | None:
         """How long the last in line will wait, the model serving in ``coming`` seconds; None when
-        nobody was ever seen to leave that line."""
+        nobody was ever seen to leave that line, or the model serves and nobody waits."""
         line = self._lines.get(model)
-        each = None if line is None else line.departures.secs_each(self._clock())
-        if line is None or each is None:
+        if line is None or (line.usable and not line.waiting):
+            return None
+        each = line.departures.secs_each(self._clock())
+        if each is None:
             return None
         place = each * (len(line.waiting) + 1)
         # The pace of a line that moved before has such absences in it.

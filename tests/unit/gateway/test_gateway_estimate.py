@@ -99,3 +99,14 @@ def test_five_times_the_capacity_the_estimate_is_near_the_real_wait() -> None:
             errors.append(abs(secs - (begun[ticket] - ticket.arrived)) / max(1, secs))
     assert len(errors) > 100
     assert sorted(errors)[len(errors) // 2] < 0.25
+
+
+def test_what_an_empty_line_once_waited_for_says_nothing_of_a_model_that_serves() -> None:
+    now = 0.0
+    admission = Admission(clock=lambda: now, max_waiting=1, wait_secs=1000, models=("a",))
+    admission.submit(Ticket("a", now, now + 1000))
+    now = 80.0  # a cold start
+    admission.grant("a", "e", Address(uds="/a"))
+    admission.admit_waiting("a")
+    now = 1000.0  # a key's own limit is asked about
+    assert admission.secs_to_place("a") is None
