@@ -1,7 +1,7 @@
 """The configuration files to frozen values, or ``ConfigError`` with every problem at once.
 
 The file format itself is the tables in ``keys``; defaults are in ``schema``; what involves more
-than one key, or the file system, is in ``check``.
+than one key is in ``check``, what the file system has to say in ``host``.
 """
 
 from __future__ import annotations
