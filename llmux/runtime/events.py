@@ -20,6 +20,7 @@ from llmux.core.records import (
     ModelRecord,
     Parked,
     Parking,
+    Serving,
     Starting,
     State,
     Stopped,
@@ -136,20 +137,34 @@ def _transition(before: ModelRecord | None, after: ModelRecord) -> dict[str, Any
         "type": "transition",
         "from": None if before is None else before.state.value,
         "to": after.state.value,
-        "reason": reason_of(after),
+        "reason": _reason(before, after),
         "duration_secs": lasted,  # how long it was in the former state
     }
 
 
-def reason_of(record: ModelRecord) -> str:
-    match record.phase:
-        case Stopped(reason=reason) | Starting(reason=reason) | Stopping(reason=reason):
-            return reason
+def _reason(before: ModelRecord | None, after: ModelRecord) -> str:
+    match after.phase:
+        case Starting(reason=reason):
+            return reason or "wanted, and not parked"
+        case Stopped(reason=reason) | Stopping(reason=reason):
+            return reason or "asked"
         case Failed(message=message):
             return message
         case Draining(wanted_by=wanted_by) | Parking(wanted_by=wanted_by):
             return f"room for {wanted_by}" if wanted_by else "asked"
         case Parked(eviction=eviction) | Waking(eviction=eviction):
             return str(eviction)
+        case Serving():
+            return _up(before)
+
+
+def _up(before: ModelRecord | None) -> str:
+    match before.phase if before else None:
+        case Starting():
+            return "started"
+        case Waking():
+            return "woken and verified"
+        case Draining():
+            return "its room is not wanted any more"
         case _:
-            return ""
+            return "adopted"

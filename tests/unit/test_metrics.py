@@ -182,12 +182,14 @@ def test_events_of_the_same_run() -> None:
     _, events, _ = scripted()
     said = [(e["model"], e.get("from"), e.get("to"), e.get("reason")) for e in events.recent]
     assert said[:4] == [
-        ("a", "stopped", "starting", ""),
-        ("a", "starting", "serving", ""),
+        ("a", "stopped", "starting", "wanted, and not parked"),
+        ("a", "starting", "serving", "started"),
         ("a", "serving", "parking", "room for b"),
         ("a", "parking", "parked", "offload+keep_running"),
     ]
     assert ("b", "starting", "failed", "no memory") in said
+    transitions = [e for e in events.recent if e["type"] == "transition"]
+    assert all(e["reason"] for e in transitions), "none is without a reason"
     assert events.recent[1]["duration_secs"] == 2.0, "it was starting for two seconds"
     assert [e["id"] for e in events.recent] == list(range(1, len(events.recent) + 1))
     switch = events.recent[-1]
