@@ -6,8 +6,6 @@ import asyncio
 import os
 import pathlib
 import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from threading import Event
@@ -16,7 +14,7 @@ import pytest
 
 from llmux.drivers import criu_host, criu_shm, images_identity
 from llmux.drivers.criu import Criu
-from llmux.drivers.criu_tree import TreeProcess, decode_address, inspect
+from llmux.drivers.criu_tree import TreeProcess
 from llmux.drivers.images import ImageStore
 from llmux.drivers.images_files import (
     SEGMENT,
@@ -307,38 +305,6 @@ def test_a_name_that_leads_out_of_dev_shm_is_refused(tmp_path: pathlib.Path) -> 
 # ---- the host ----
 
 
-def test_our_own_process_is_seen_as_a_tree() -> None:
-    tree = inspect(os.getpid(), [os.getpid()])
-    assert tree is not None
-    assert tree.pids == (os.getpid(),)
-    assert os.getpid() in tree.processes[0].tids
-    assert tree.resident_bytes > 0
-    assert inspect(2**22 + 1, [2**22 + 1]) is None
-
-
-def test_a_unix_connection_to_somebody_outside_is_named_with_both_ends(
-    tmp_path: pathlib.Path,
-) -> None:
-    path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as ours:
-        listener.bind(path)
-        listener.listen()
-        ours.connect(path)
-        accepted, _ = listener.accept()
-        with accepted:
-            engine = subprocess.Popen(["cat"], stdin=accepted, start_new_session=True)
-        tree = inspect(engine.pid, [engine.pid])
-        both = inspect(engine.pid, [engine.pid, os.getpid()])
-    assert engine.wait(10) == 0
-    assert tree is not None
-    assert both is not None
-    texts = [problem.text for problem in tree.problems]
-    assert len(texts) == 1
-    assert f"unix stream connection that leaves the engine: fd 0 at {path}, to process" in texts[0]
-    assert f"to process {os.getpid()} (" in texts[0]
-    assert not any(path in problem.text for problem in both.problems)
-
-
 def test_how_much_of_an_image_was_read_is_told(home: pathlib.Path) -> None:
     store = ImageStore(str(home))
     publish(store, "m")
@@ -382,18 +348,6 @@ def test_log_files_are_made_again_but_never_through_a_link(tmp_path: pathlib.Pat
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
         criu_host._own(kept, os.O_CREAT | os.O_WRONLY)
-
-
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [
-        ("0100007F:1F90", "127.0.0.1:8080"),
-        ("0000000000000000FFFF00000100007F:1F90", "127.0.0.1:8080"),
-        ("00000000000000000000000001000000:0050", "[0000:0000:0000:0000:0000:0000:0000:0001]:80"),
-    ],
-)
-def test_socket_addresses_are_decoded(text: str, address: str) -> None:
-    assert decode_address(text) == address
 
 
 # ---- identity ----
