@@ -1,8 +1,8 @@
 """The gateway beside nginx and LiteLLM's proxy: what each adds between clients and one engine.
 
 The engine is a stub that costs next to nothing (proxy_stub.c), the clients are one light program
-(proxy_load.c). Proxies run on CPU 0, engine and clients on CPU 1; every proxy is started anew in
-every round, the rounds interleave them, and figures are medians of the rounds. CPU is the
+(proxy_load.c). Proxies run on one CPU, engine and clients on another; every proxy is started anew
+in every round, the rounds interleave them, and figures are medians of the rounds. CPU is the
 scheduler's account of the proxy's processes, divided by what they relayed. Added latency is the
 proxied one minus that of the same clients at the engine itself in the same round. Streams are
 measured twice: their chunks spread over the 20 ms, where most find the proxy idle and its wake-up
@@ -39,7 +39,7 @@ STARTS: dict[str, Start] = {
     "LiteLLM": subjects.litellm,
 }
 STREAMS = {"LiteLLM": 8}  # where not --streams
-SHORT = {"LiteLLM": 2_000}  # requests without a stream a round, where not SHORT_REQUESTS
+SHORT = {"LiteLLM": 1_000}  # requests without a stream a round, where not SHORT_REQUESTS
 SHORT_REQUESTS = 100_000
 CONNECTIONS = 64
 FIRST_BYTES = 300
@@ -51,7 +51,7 @@ MANY_STREAMS = (256, 1024)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of streaming, each round")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument(
@@ -66,12 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if (os.cpu_count() or 1) < 2:
+    if len(subjects.CPUS) < 2:
         print("bench: needs two CPUs, one for the proxies and one for what is around them")
         return 2
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     names = ["direct", *(arguments.subject or [name for name in STARTS if name != "direct"])]
+    load = os.getloadavg()[0]
     try:
         figures = measured(names, arguments)
     except host.LabError as error:
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         **figures,
         "method": " ".join((__doc__ or "").split()),
         "versions": subjects.versions(),
+        "load_average_before": load,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     print_table(result)
@@ -177,14 +179,14 @@ class Bench:
             chunks = self._watched(
                 subject, engine, lambda: load.ask(f"measure {self._arguments.seconds}")
             )
-            first = load.ask(f"first {FIRST_BYTES}")
+            first = load.ask(f"first {FIRST_BYTES}") if arrival == "spread" else None
         wanted = streams * 50 * chunks["seconds"]
         return {
             **chunks,
             "cpu_us": chunks["proxy_cpu_seconds"] / chunks["count"] * 1e6,
             "delivered": chunks["count"] / wanted,
-            "first_p50_us": first["p50_us"],
-            "first_p99_us": first["p99_us"],
+            "first_p50_us": first and first["p50_us"],
+            "first_p99_us": first and first["p99_us"],
         }
 
     def _short(self, subject: Subject, engine: Engine) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def _streaming(name: str, arrival: str, rounds: list[Figures]) -> Figures:
     summary = {
         f"added_{key}": median(a[key] - b[key] for a, b in zip(own, alone, strict=True))
         for key in ("p50_us", "p99_us", "first_p50_us", "first_p99_us")
+        if own[0][key] is not None
     }
     summary |= {
         "streams": int(streams),

@@ -26,7 +26,8 @@ from llmux.protocol import Catalog, Grant, ModelInfo
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL = "alpha"
-PROXY_CPU, LOAD_CPU = 0, 1
+CPUS = sorted(os.sched_getaffinity(0))
+PROXY_CPU, LOAD_CPU = CPUS[0], CPUS[-1]
 START_SECS = 120.0
 LITELLM = "litellm[proxy]==1.106.2"
 
