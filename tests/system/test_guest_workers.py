@@ -18,6 +18,7 @@ def test_a_killed_worker_takes_only_its_own_streams(llmux: LlmuxGuest) -> None:
     report = llmux.load("workers")
     print(f"a killed worker: {report}")
     assert report["workers"] == len(report["requests_by_worker"]) == 3
+    assert len(report["requests_by_worker_after"]) == 3
     assert 0 < report["broken"] < report["streams"]
     assert report["broken_of_workers"] == 1
     assert report["broken_elsewhere"] == []

@@ -164,6 +164,8 @@ async def _streamed(reader: asyncio.StreamReader, headers: dict[str, str], answe
         events += part
         *whole, events = events.split(b"\n\n")
         for event in whole:
+            if not event:  # a blank line more between two
+                continue
             if done:
                 raise WrongAnswerError(f"an event after [DONE]: {event!r}")
             data = event.removeprefix(b"data: ")
