@@ -20,7 +20,7 @@ async def test_a_head_that_does_not_end_is_refused(more: bytes) -> None:
         for _ in range(60):  # more than one read of a socket can bring
             client.writer.write(more)
         answer = await client.answer()
-        assert answer.status == 431
+        assert answer.status in (431, 400)  # 400: Debian 12's parser gives up first, at 80 KiB
         assert await client.ended() == b""
 
 
