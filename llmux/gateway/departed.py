@@ -12,18 +12,22 @@ from llmux.gateway.tickets import Stage
 if TYPE_CHECKING:
     from llmux.gateway.front import FrontProtocol
 
+WAITED_SECS = 2.0  # an engine that is tried again makes nobody wait for longer
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
-def look_after(front: FrontProtocol) -> None:
+def look_after(front: FrontProtocol, now: float) -> None:
     """Once a second. A request must not go on waiting for nobody, and be the reason of a switch."""
-    transport = front.transport
+    transport, exchange = front.transport, front.exchange
     if transport is None or transport.is_closing() or transport.is_reading():
         return
     if _has_left(transport):
         transport.abort()
-    elif front.exchange is not None and front.exchange.stage is Stage.WAITING:
-        # Its departure would be announced behind the bytes that lie unread.
+    elif (
+        exchange is not None
+        and exchange.stage is Stage.WAITING
+        and now - exchange.arrived > WAITED_SECS
+    ):  # its departure would be announced behind the bytes that lie unread
         front.read_no_further()
 
 

@@ -22,7 +22,7 @@ from llmux.errors import Reason, Refused
 from llmux.gateway import openai, openapi, problems
 from llmux.gateway.cors import options_response
 from llmux.gateway.entry import let_in
-from llmux.gateway.incoming import Incoming, new_request_id
+from llmux.gateway.incoming import Incoming, new_request_id, plain_head
 from llmux.gateway.relay import Exchange
 from llmux.gateway.routes import Source
 
@@ -85,11 +85,8 @@ class FrontProtocol(HttpProtocol):
         head = self._headers
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # HTTP/1.x only: the wish may be ignored (RFC 9110 7.8), but what follows is unclear.
-            if self._queue:
-                self._queue[-1].keep_alive = False
-            self._stop_receiving()
+        except httptools.HttpParserUpgrade as wish:
+            self._read_plainly(data[wish.args[0] :])
         except httptools.HttpParserError as error:
             self._reject(problems.HttpRefused(400, f"cannot read the request: {error}"))
         if self._headers is not None and self._headers is head:  # all of the data belong to it
@@ -154,11 +151,13 @@ class FrontProtocol(HttpProtocol):
         self._reject(problems.HttpRefused(431, f"the request head is larger than {MAX_HEAD} bytes"))
 
     def on_headers_complete(self) -> None:
-        self._headers = None
         incoming = self._current
+        parser = self._parser
+        if incoming is not None and parser.should_upgrade() and parser.get_method() != b"CONNECT":
+            return  # to be read again
+        self._headers = None
         if incoming is None:
             return
-        parser = self._parser
         incoming.target = self._url
         if incoming.head_bytes() > MAX_HEAD:
             self._reject_head()
@@ -206,12 +205,32 @@ class FrontProtocol(HttpProtocol):
             self._reject(problem)
 
     def on_message_complete(self) -> None:
+        if self._headers is not None:  # to be read again
+            return
         incoming, self._current = self._current, None
         if incoming is None:
             return
         body, self._body = self._body, []
         incoming.body = body[0] if len(body) == 1 else b"".join(body)
         self._queue.append(incoming)
+
+    def _read_plainly(self, rest: bytes) -> None:
+        """A request with a wish for another protocol, which may be ignored (RFC 9110 7.8). The
+        parser takes its body for that protocol's: a new one reads it all without the wish."""
+        while self._headers is not None:
+            plain = plain_head(self._parser, self._url, self._headers)
+            self._parser = httptools.HttpRequestParser(self)
+            try:
+                self._parser.feed_data(plain + rest)
+                return
+            except httptools.HttpParserUpgrade as wish:
+                rest = rest[wish.args[0] - len(plain) :]
+            except httptools.HttpParserError as error:
+                self._reject(problems.HttpRefused(400, f"cannot read the request: {error}"))
+                return
+        if self._queue:  # CONNECT: what follows is unclear
+            self._queue[-1].keep_alive = False
+        self._stop_receiving()
 
     # ---- what cannot be received ----------------------------------------------------------------
 
@@ -293,9 +312,9 @@ class FrontProtocol(HttpProtocol):
         extra = b"x-request-id: %b\r\n" % incoming.request_id
         if incoming.origin and self.gateway.cors is not None:
             extra += self.gateway.cors.headers(incoming.origin)
-        self.write(
-            problems.error_response(problem, extra=extra, close=close, anthropic=incoming.anthropic)
-        )
+        anthropic, bare = incoming.anthropic, incoming.method == b"HEAD"
+        whole = problems.error_response(problem, extra=extra, close=close, anthropic=anthropic)
+        self.write(whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if bare else whole)
         self._answered(close=close)
 
     def exchange_done(self, *, close: bool) -> None:

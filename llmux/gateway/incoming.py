@@ -12,6 +12,7 @@ import re
 import string
 from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 import httptools
 
@@ -43,6 +44,7 @@ NOT_FORWARDED = frozenset(
         b"x-stainless-timeout",
     }
 )
+WISHES = frozenset({b"upgrade", b"http2-settings"})
 MAX_REQUEST_ID = 128
 TIMEOUTS = frozenset({b"x-request-timeout", b"x-stainless-timeout"})
 _SECONDS = re.compile(rb"[0-9]{1,7}(?:\.[0-9]{1,9})?")
@@ -295,3 +297,14 @@ class Incoming:
 
 def _unreadable(error: FormError) -> Refused:
     return Refused(Reason.BAD_REQUEST, f"cannot read the request body: {error}")
+
+
+def plain_head(parser: Any, target: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The request's head again, without the wish for another protocol. What could be read in more
+    than one way makes it one that no parser takes."""
+    version = parser.get_http_version().encode()
+    kept = [name + b": " + value for name, value in headers if name.lower() not in WISHES]
+    head = b"\r\n".join(
+        [parser.get_method() + b" " + target + b" HTTP/" + version, *kept, b"", b""]
+    )
+    return head if head.count(b"\n") == head.count(b"\r") == len(kept) + 2 else b"\0\r\n\r\n"

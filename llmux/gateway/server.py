@@ -230,7 +230,7 @@ async def _sweep(
             if 0.0 < front.deadline < now:
                 front.expire()
             else:
-                look_after(front)
+                look_after(front, now)
         await asyncio.sleep(interval)
 
 

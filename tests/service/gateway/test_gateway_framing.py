@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from gateway_harness import EngineRequest, in_loop, soon, stage, until
@@ -133,3 +134,46 @@ async def test_requests_before_one_that_cannot_be_read_are_all_answered() -> Non
         statuses = [(await client.answer()).status for _ in range(4)]
         assert statuses == [200, 200, 200, 400]
         assert await client.ended() == b""
+
+
+# What Java's HttpClient sends with its first request, whatever its method (JDK 11 and later).
+WISH = (
+    "Connection: Upgrade, HTTP2-Settings",
+    "Upgrade: h2c",
+    "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+)
+
+
+@in_loop
+async def test_a_wish_to_upgrade_is_ignored_and_the_body_is_read() -> None:
+    async with stage() as s:
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        client = await s.client()
+        body = json.dumps({"model": "alpha", "padding": "x" * 5000}).encode()
+        chunks = b"%x\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (9, body[:9], len(body) - 9, body[9:])
+        head = "\r\n".join(["POST /v1/completions HTTP/1.1", "Host: x", *WISH]).encode()
+        for _ in range(3):
+            client.send("/upstream/alpha/v1/completions", body=body, headers=WISH)
+            client.writer.write(head + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+            client.send("/health", method="GET", headers=WISH)
+        for _ in range(3):
+            for _ in range(2):
+                answer = await client.answer()
+                assert (answer.status, answer.json()["echo"]) == (200, len(body))
+            assert (await client.answer()).status == 200
+        assert len(engine.requests) == 6
+        for request in engine.requests:
+            assert request.body == body
+            assert not {"upgrade", "http2-settings", "connection"} & set(request.headers)
+
+
+@in_loop
+async def test_an_error_has_no_body_for_head() -> None:
+    async with stage() as s:
+        client = await s.client()
+        for target in ("unix://x", "/nothing"):
+            client.send(target, method="HEAD")
+            assert (await client.head()).status in (400, 404)
+        client.send("/health", method="GET")
+        assert (await client.answer()).status == 200
