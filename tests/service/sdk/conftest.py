@@ -1,107 +1,45 @@
-"""A gateway with two stand-in engines behind it, in a thread, for clients that block."""
+"""One set of tests, two sorts of engines: ``front`` is the gateway with the stand-in behind it, and
+at the level ``engine`` the real vLLM. ``standin`` is for what the stand-in alone can show."""
 
 from __future__ import annotations
 
-import asyncio
-import sys
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Iterator
 
 import pytest
-import uvloop
+from sdk_front import Front
+from standin_front import StandinFront, standin_front
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
-
-from gateway_harness import ALIASES, Stage, stage, until  # found by the line above
-from standin_process import standin
-
-from llmux.protocol import Grant, Revoke
-
-SPEED = ("--standin-tokens-per-sec", "400")
-
-
-class Front:
-    """``alpha`` answers at once, ``beta`` slowly and only when a test grants it."""
-
-    def __init__(self, s: Stage, loop: asyncio.AbstractEventLoop, beta: Path) -> None:
-        self.stage = s
-        self.url = f"http://127.0.0.1:{s.port}"
-        self._loop = loop
-        self._beta = beta
-
-    def do(self, act: Callable[[], Awaitable[Any]]) -> Any:
-        """In the gateway's own loop."""
-
-        async def run() -> Any:
-            return await act()
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(20)
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        self.do(lambda: until(condition))
-
-    def grant_beta(self, epoch: str) -> None:
-        async def grant() -> None:
-            self.stage.supervisor.say(Grant("beta", epoch, uds=str(self._beta)))
-            await until(lambda: self.stage.gateway.admission.held("beta") is not None)
-
-        self.do(grant)
-
-    def places(self, places: int, *, waiting: int) -> None:
-        admission = self.stage.gateway.admission
-        admission._max_in_flight, admission._max_waiting = places, waiting
-        self._counted = dict(self.stage.gateway.observer.requests)
-
-    def refused(self, model: str, status: int) -> int:
-        """Since ``places`` was called."""
-        now = self.stage.gateway.observer.requests
-        return now[model, status] - self._counted.get((model, status), 0)
-
-    def revoke_beta(self, epoch: str) -> None:
-        async def revoke() -> None:
-            self.stage.supervisor.say(Revoke("beta", epoch))
-            await until(lambda: self.stage.gateway.admission.held("beta") is None)
-
-        self.do(revoke)
+REAL = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="session")
-def front() -> Iterator[Front]:
-    ready: Future[Front] = Future()
-    ended = threading.Event()
+def standin() -> Iterator[StandinFront]:
+    with standin_front() as made:
+        yield made
 
-    async def serve() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        async with (
-            stage() as s,
-            standin(s, "alpha", aliases=ALIASES["alpha"]) as alpha,
-            standin(s, "beta", *SPEED) as beta,
-        ):
-            s.supervisor.say(Grant("alpha", "a1", uds=str(alpha)))
-            made = Front(s, loop, beta)
-            made.end = lambda: loop.call_soon_threadsafe(stop.set)  # type: ignore[attr-defined]
-            ready.set_result(made)
-            await stop.wait()
 
-    def run() -> None:
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve())
-        except BaseException as error:
-            if not ready.done():
-                ready.set_exception(error)
-            raise
-        finally:
-            ended.set()
+@pytest.fixture(scope="session")
+def vllm() -> Iterator[Front]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to start a guest with its own PID 1")
+    from vllm_front import vllm_front
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    made = ready.result(30)
-    yield made
-    made.end()  # type: ignore[attr-defined]
-    assert ended.wait(30)
-    thread.join(5)
+    with vllm_front() as made:
+        yield made
+
+
+@pytest.fixture(scope="session", params=["standin", pytest.param("vllm", marks=REAL)])
+def front(request: pytest.FixtureRequest) -> Front:
+    made: Front = request.getfixturevalue(request.param)
+    return made
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on vLLM last: its guest lives to the session's end, and others measure."""
+
+    def is_real(item: pytest.Item) -> bool:
+        spec = getattr(item, "callspec", None)
+        return spec is not None and spec.params.get("front") == "vllm"
+
+    items.sort(key=is_real)
