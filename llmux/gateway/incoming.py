@@ -12,7 +12,7 @@ import re
 import string
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httptools
 
@@ -20,7 +20,11 @@ from llmux.errors import Reason, Refused
 from llmux.gateway import openai, routes
 from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
 from llmux.gateway.limits import KeyUse
+from llmux.gateway.problems import error_response
 from llmux.gateway.routes import Match, Source
+
+if TYPE_CHECKING:
+    from llmux.gateway.cors import Cors
 
 # About the connection, not the message (RFC 9110 7.6.1), or written anew: not passed on.
 NOT_FORWARDED = frozenset(
@@ -284,6 +288,14 @@ class Incoming:
         return b"%b %b HTTP/1.1\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
             self.method, self.target, self._forwarded, self._credentials, self.request_id, size,
         )  # fmt: skip
+
+    def refusal(self, problem: Refused, cors: Cors | None, *, close: bool) -> bytes:
+        """The whole answer; for HEAD its head."""
+        extra = b"x-request-id: %b\r\n" % self.request_id
+        if self.origin and cors is not None:
+            extra += cors.headers(self.origin)
+        whole = error_response(problem, extra=extra, close=close, anthropic=self.anthropic)
+        return whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.method == b"HEAD" else whole
 
     def sanic_request(self, *, close: bool) -> bytes:
         """The whole request in the one plain form that Sanic gets to see."""

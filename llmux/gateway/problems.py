@@ -70,6 +70,14 @@ class HttpRefused(Refused):
         self.status = status
 
 
+def too_large(limit: int) -> Refused:
+    return Refused(
+        Reason.BODY_TOO_LARGE,
+        f"the request body is larger than {limit} bytes",
+        hint="the limit is gateway.max_body_bytes",
+    )
+
+
 def reason_of(code: str) -> Reason:
     """The Reason of a code from the supervisor; a newer one may know more of them than we."""
     try:
