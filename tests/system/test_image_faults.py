@@ -118,20 +118,31 @@ def test_a_taken_pid_is_named_and_the_image_kept(lab: ParkingLab) -> None:
     assert lab.said("criu restore: success"), "it serves later"
 
 
-@pytest.mark.parametrize("verb", ["dump", "restore"])
-def test_criu_killed_in_its_work(lab: ParkingLab, verb: str) -> None:
-    words = "cannot park alpha" if verb == "dump" else "cannot wake alpha"
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("dump", "cannot park alpha"),
+        ("restore", "cannot wake alpha"),
+        ("restore", "alpha is not restored ahead"),
+    ],
+    ids=["dump", "restore", "restore-ahead"],
+)
+def test_criu_killed_in_its_work(lab: ParkingLab, verb: str, words: str) -> None:
     begin(lab, checkpoint={"criu_path": WRAPPER, "keep_images": False})
     for count, when in enumerate(("before", "inside", "after"), 1):
         park(lab)
         if verb == "dump":
             lab.good("alpha")
+        if "wake" in words:  # where there is room already, nothing is done ahead
+            lab.cli("unload", "beta")
         lab.llmux.guest.write(f"{ORDERS}/order", f"{verb} {when} kill\n")
         lab.good("beta" if verb == "dump" else "alpha")
         lines = lab.said(words)
+        assert len(lines) == count, when
         print(when, lines[-1])
-        assert len(lines) == count
         assert "killed" in lines[-1]
+    if "ahead" in words:
+        assert len(lab.said("criu restore: success")) == 3, "the wake restores it itself"
     goes_on(lab)
 
 
