@@ -88,7 +88,7 @@ async def _serve(ready: Future[StandinFront]) -> None:
         async with (
             stage(keys=lambda: load_keys(file.name)) as s,
             standin(s, "alpha", aliases=ALIASES["alpha"]) as alpha,
-            standin(s, "beta", *SPEED) as beta,
+            standin(s, "beta", *SPEED, "--max-model-len", "65536") as beta,
         ):
             s.supervisor.say(Grant("alpha", "a1", uds=str(alpha)))
             engines = {"alpha": str(alpha), "beta": str(beta)}

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sdk_front import ALIASES, Front
+from sdk_front import ALIASES, FOR_MINUTES, Front
 from standin_front import StandinFront
 
 pytestmark = pytest.mark.long
@@ -21,7 +21,7 @@ TOKENS = 16
 # Short answers that are the same each time; and one that ends only when somebody ends it.
 SHORT: Any = {"temperature": 0, "max_tokens": TOKENS}
 # Greedy: what a random model samples is no UTF-8, which keeps vLLM busier than its answers do.
-ENDLESS: Any = {"max_tokens": 1900, "temperature": 0, "extra_body": {"ignore_eos": True}}
+ENDLESS: Any = {"max_tokens": FOR_MINUTES, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 def client_of(front: Front, key: str | None = None, **options: Any) -> Any:
@@ -105,7 +105,7 @@ def test_responses(client: Any) -> None:
 def test_a_response_in_the_background_is_cancelled(client: Any, front: Front) -> None:
     with front.ready() as model:
         begun = client.responses.create(
-            model=model, input="hi", background=True, max_output_tokens=1900, temperature=0,
+            model=model, input="hi", background=True, max_output_tokens=FOR_MINUTES, temperature=0,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         assert begun.status in ("queued", "in_progress")

@@ -26,7 +26,10 @@ from _lab.forward import forwarded
 from _lab.vllm import environment
 
 KEYS = "/etc/llmux/keys"
-MODEL = "/var/lib/endless-model"  # the first tiny model, which here never ends an answer by itself
+# The first tiny model, which here never ends an answer by itself and may go on for minutes: an
+# engine on the CPU leaves its own HTTP server little time, so what it says is seconds late.
+MODEL = "/var/lib/endless-model"
+CONTEXT = 65536
 PORT = 3000
 HIDDEN = 256  # of the tiny models: the length of their embeddings
 START_SECS = 300.0
@@ -34,7 +37,8 @@ START_SECS = 300.0
 
 def _copy_model(guest: Guest) -> None:
     source = environment().models[MODELS[0]]
-    edit = f"cp -r {source} {MODEL} && sed -i /eos_token/d {MODEL}/*config.json"
+    longer = f's/"max_position_embeddings": 2048/"max_position_embeddings": {CONTEXT}/'
+    edit = f"cp -r {source} {MODEL} && sed -i -e /eos_token/d -e '{longer}' {MODEL}/*config.json"
     guest.run(["sh", "-c", edit])
 
 
@@ -47,7 +51,7 @@ def _document() -> dict[str, Any]:
         one["gpu_memory"] = 0.5
     chats["model_path"] = MODEL
     chats["aliases"] = list(ALIASES)
-    chats["extra_args"] = [*chats["extra_args"], "--max-model-len", "2048"]
+    chats["extra_args"] = [*chats["extra_args"], "--max-model-len", str(CONTEXT)]
     chats["env"] = {**chats["env"], "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     embeds["extra_args"] = [*embeds["extra_args"], "--runner", "pooling"]
     document["models"] = {"alpha": chats, "gamma": embeds}
