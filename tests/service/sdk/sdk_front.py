@@ -20,7 +20,7 @@ from llmux.config.keyfile import make_key
 from llmux.config.schema import KeyRole
 
 ALIASES = ("alef", "org/alpha")  # of the model "alpha"
-SECONDS = 20.0  # how long any single wait may take
+SECONDS = 120.0  # how long any single wait may take: vLLM answers late on a busy CPU
 LOOK_EVERY = 0.02  # seconds
 FOR_MINUTES = 60_000  # tokens, at a few hundred a second: nothing of it ends by itself in SECONDS
 

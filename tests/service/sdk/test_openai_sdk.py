@@ -186,7 +186,7 @@ def test_a_keys_limit_is_retried_when_the_gateway_says(front: Front) -> None:
             retried = pool.submit(patient.create, model=model, messages=MESSAGES, **SHORT)
             front.until(lambda: refused() >= before + 2)
             running.close()
-            assert retried.result(20).choices
+            assert retried.result(60).choices
         front.until_running(model, 0)
 
 
