@@ -141,6 +141,10 @@ class ControlError(LlmuxError):
     """The supervisor's control socket cannot be reached or broke the protocol."""
 
 
+class UnknownMessage(ControlError):
+    """A message of a type that this version does not have: a newer peer may send it."""
+
+
 class StateFileError(LlmuxError):
     """The state file is unreadable or written by a newer version."""
 

@@ -191,6 +191,10 @@ class DeviceCheckpointer(Protocol):
     async def resume(self, pids: Sequence[int], deadline: float) -> None:
         """Restore all, unlock all, each seen running."""
 
+    async def suspended(self, pids: Sequence[int], deadline: float) -> Sequence[int]:
+        """Those whose CUDA state is in host memory, on the way there or back, or lost. Asked of
+        processes that are not frozen."""
+
     async def check_memory(self, pids: Sequence[int], gpu_used_bytes: int) -> None:
         """CheckpointFailed when host memory (MemAvailable, MemoryMax of their cgroups) cannot take
         what these processes hold on the GPUs: retained weights and the KV cache."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from llmux.errors import ControlError
+from llmux.errors import ControlError, UnknownMessage
 
 PROTOCOL_VERSION = 1
 MAX_LINE = 1024 * 1024
@@ -286,7 +286,8 @@ class Collected(Message):
 
 
 def decode(line: bytes) -> Message:
-    """One line → one message. Raises ControlError that says what is wrong with it."""
+    """One line → one message. Raises ControlError that says what is wrong with it, UnknownMessage
+    when that is only its type."""
     try:
         body = json.loads(line)
     except ValueError as error:
@@ -295,7 +296,7 @@ def decode(line: bytes) -> Message:
         raise ControlError(f"cannot read a control message: not an object: {line[:80]!r}")
     cls = Message.registry.get(str(body.get("type")))
     if cls is None:
-        raise ControlError(f"cannot read a control message: unknown type {body.get('type')!r}")
+        raise UnknownMessage(f"cannot read a control message: unknown type {body.get('type')!r}")
     try:
         return cls.from_body(body)
     except TypeError as error:

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.effects import Effect
-from llmux.core.plans import park_plan, resume_start_plan, resume_wake_plan, stop_plan
+from llmux.core.plans import (
+    resume_park_plan,
+    resume_start_plan,
+    resume_wake_plan,
+    stop_plan,
+)
 from llmux.core.records import (
     ModelRecord,
     Parked,
@@ -27,6 +32,10 @@ from llmux.core.schedule import schedule
 from llmux.core.states import ModelState
 from llmux.core.turn import Turn
 
+# How an engine that sleeps is parked when nobody wrote it down: the level is unknown, and a reload
+# is right after both.
+ASLEEP = Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
+
 
 @dataclass(frozen=True, slots=True)
 class Note:
@@ -40,13 +49,24 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One engine unit as seen now. ``sleeping`` None = it could not be asked."""
+    """One engine unit as seen now. ``sleeping`` None = it could not be asked. ``suspended``: CUDA
+    state of its processes is in host memory. ``half_awake``: it says that it sleeps, and holds more
+    GPU memory than that leaves. Both False where that was not asked."""
 
     model: str
     frozen: bool
     healthy: bool
     sleeping: bool | None
     note: Note = Note()
+    suspended: bool = False
+    half_awake: bool = False
+
+
+def placement(config: ModelConfig, note: Note) -> tuple[int, ...]:
+    """The GPUs that the engine is on."""
+    configured = config.gpus
+    placed = configured if isinstance(configured, tuple) else tuple(range(configured))
+    return note.gpus or placed
 
 
 def adopt(
@@ -72,9 +92,8 @@ def _adopt_one(turn: Turn, seen: Observation) -> None:
         turn.models[name] = ModelRecord(config=ModelConfig(name, "-"), removed=True)
         _begin_stop(turn, name, "the model was removed from the configuration")
         return
-    configured = record.config.gpus
-    placed = configured if isinstance(configured, tuple) else tuple(range(configured))
-    turn.update(name, gpus=note.gpus or placed, last_active=turn.now, progress_at=turn.now)
+    gpus = placement(record.config, note)
+    turn.update(name, gpus=gpus, last_active=turn.now, progress_at=turn.now)
     eviction = note.eviction or record.eviction
     match note.state:
         case ModelState.STARTING:
@@ -85,7 +104,12 @@ def _adopt_one(turn: Turn, seen: Observation) -> None:
         case ModelState.PARKING:
             op = turn.operation()
             turn.update(name, phase=Parking(op, turn.now, eviction))
-            turn.run(name, op, park_plan(record.config, eviction))
+            asleep = seen.sleeping is True
+            turn.run(
+                name,
+                op,
+                resume_park_plan(record.config, eviction, asleep=asleep, suspended=seen.suspended),
+            )
         case ModelState.WAKING:
             op = turn.operation()
             turn.update(name, phase=Waking(op, turn.now, eviction))
@@ -101,19 +125,21 @@ def _adopt_one(turn: Turn, seen: Observation) -> None:
 def _adopt_resting(turn: Turn, seen: Observation) -> None:
     """Serving, draining, or no note at all: believe what is seen."""
     name, note = seen.model, seen.note
-    if seen.frozen:
-        # whether it sleeps cannot be asked while it is frozen: the configuration says whether it
+    if seen.frozen or seen.suspended:
+        # whether it sleeps cannot be asked of it as it is: the configuration says whether it
         # can; the level is unknown, and a reload is right after both
         configured = turn.models[name].eviction.weights
         if note.eviction is not None:
             weights = note.eviction.weights
         else:
             weights = Weights.RETAIN if configured is Weights.RETAIN else Weights.DISCARD
-        turn.update(name, phase=Parked(Eviction(weights, Process.FREEZE), turn.now))
+        process = Process.CUDA_SUSPEND if seen.suspended else Process.FREEZE
+        turn.update(name, phase=Parked(Eviction(weights, process), turn.now))
+    elif seen.half_awake:
+        # a wake was under way; vLLM goes neither back from there nor says how far it has come
+        _begin_stop(turn, name, "it was being woken, and nobody knows how far that has come")
     elif seen.sleeping:
-        # level unknown: a reload is right after both
-        parked = Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
-        turn.update(name, phase=Parked(parked, turn.now))
+        turn.update(name, phase=Parked(ASLEEP, turn.now))
     elif note.state in (ModelState.SERVING, ModelState.DRAINING) or seen.healthy:
         # an epoch that was revoked must not be granted again: its "drained" may be on its way
         keep = note.epoch if note.state is ModelState.SERVING else None

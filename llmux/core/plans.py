@@ -171,6 +171,21 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     return Plan("park", tuple(steps), Outcome.PARKED, eviction, _down(model, grace=True))
 
 
+def resume_park_plan(
+    model: ModelConfig, eviction: Eviction, *, asleep: bool, suspended: bool
+) -> Plan:
+    """The rest of a park that a former supervisor began. Every step finds out by itself whether it
+    is done, but an engine whose CUDA state is in host memory may not answer those before that."""
+    plan = park_plan(model, eviction)
+    kinds = [step.kind for step in plan.steps]
+    done = 0
+    if suspended and StepKind.CUDA_SUSPEND in kinds:
+        done = kinds.index(StepKind.CUDA_SUSPEND)
+    elif asleep and kinds[0] is StepKind.SLEEP:
+        done = 1
+    return Plan(plan.name, plan.steps[done:], plan.success, plan.eviction, plan.fallback)
+
+
 def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     """The way back from ``eviction``, which is how the engine was parked."""
     steps: list[Step] = []

@@ -32,6 +32,8 @@ from llmux.errors import Reason
 
 Load = dict[int, float]  # GPU index → share
 
+MANUAL_RETRY_SECS = 30.0  # nobody knows when an operator acts; OpenAI's SDKs heed up to a minute
+
 
 def schedule(turn: Turn) -> None:
     waiting = _waiting(turn)
@@ -61,6 +63,7 @@ def _waiting(turn: Turn) -> dict[str, Waiting]:
                     name,
                     Reason.MANUAL_MODE,
                     f'model "{name}" is not resident and llmux is in manual mode',
+                    MANUAL_RETRY_SECS,
                 )
             continue
         cost = turn.costs.get(name, UNKNOWN_COST_SECS)

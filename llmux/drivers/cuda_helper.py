@@ -17,10 +17,12 @@ import argparse
 import ctypes
 import json
 import os
+import select
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 CALLS = {
@@ -31,6 +33,7 @@ CALLS = {
     "restore": "cuCheckpointProcessRestore",
     "unlock": "cuCheckpointProcessUnlock",
 }
+READ_BYTES = 1 << 16
 BASIC_CALLS = ("cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString")
 
 
@@ -130,16 +133,15 @@ class Library:
         return self.describe(int(function(pid, ctypes.byref(args))))
 
 
-class Stop(Exception):
-    """SIGTERM or SIGINT arrived; raised out of the main thread's read."""
-
-
 class Server:
     """Reads requests, runs each in its own thread, writes answers; knows how many are running."""
 
-    def __init__(self, library: Library, source: BinaryIO, sink: BinaryIO) -> None:
+    def __init__(self, library: Library, source: int, stop: int, sink: BinaryIO) -> None:
+        """``source`` and ``stop`` are descriptors: requests, and what is readable from SIGTERM or
+        SIGINT on."""
         self._library = library
         self._source = source
+        self._stop = stop
         self._sink = sink
         self._writing = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -154,15 +156,26 @@ class Server:
                 return  # the supervisor is gone: what runs is still finished, nobody reads of it
 
     def serve(self) -> None:
-        try:
-            for line in self._source:
-                self._begin(line)
-        except Stop:
-            pass
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        for line in self._requests():
+            self._begin(line)
         for thread in self._threads:
             thread.join()
+
+    def _requests(self) -> Iterator[bytes]:
+        """As they come; ends with the source, or when told to stop."""
+        poll = select.poll()
+        for descriptor in (self._source, self._stop):
+            poll.register(descriptor, select.POLLIN)
+        rest = b""
+        while self._stop not in dict(poll.poll()):
+            try:
+                data = os.read(self._source, READ_BYTES)
+            except ConnectionResetError:  # the supervisor went with answers of ours unread
+                return
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
 
     def _begin(self, line: bytes) -> None:
         request = json.loads(line)
@@ -177,8 +190,16 @@ class Server:
         self.send({"id": request["id"], **result})
 
 
-def _raise_stop(_number: int, _frame: object) -> None:
-    raise Stop
+def _stop_signals() -> socket.socket:
+    """A socket that is readable from the first SIGTERM or SIGINT on. The interpreter's own handler
+    writes to it whatever the main thread is doing: an exception raised out of a read would be lost
+    if the signal came just before that read began."""
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return told
 
 
 def main(open_library: Callable[[str], Library] = Library) -> int:
@@ -189,10 +210,9 @@ def main(open_library: Callable[[str], Library] = Library) -> int:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     library = open_library(arguments.library)
-    # Only now: a signal inside cuInit would be raised half-way through it.
-    signal.signal(signal.SIGTERM, _raise_stop)
-    signal.signal(signal.SIGINT, _raise_stop)
-    server = Server(library, sys.stdin.buffer, answers)
+    # Only now: a helper that hangs in cuInit, before any operation, may be ended.
+    stop = _stop_signals()
+    server = Server(library, sys.stdin.fileno(), stop.fileno(), answers)
     server.send(library.greeting())
     if not library.usable:
         return 1

@@ -108,6 +108,12 @@ class CudaSequence:
         if errors:
             await self._fail_resume("state", sorted(found), errors)
 
+    async def suspended(self, pids: Sequence[int], deadline: float) -> Sequence[int]:
+        """The CUDA processes among ``pids`` that are not running, sorted."""
+        end = await self._begin("look at", pids, deadline)
+        found = await self._observe("look at", pids, end)
+        return sorted(pid for pid, state in found.items() if state is not CudaState.RUNNING)
+
     async def check_memory(self, pids: Sequence[int], gpu_used_bytes: int) -> None:
         """Refuses when host memory cannot take what these processes hold on the GPUs."""
         problem = self._memory.shortage(pids, gpu_used_bytes)

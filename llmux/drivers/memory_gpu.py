@@ -68,6 +68,11 @@ class MemoryCheckpointer:
         engine.held = held
         engine.suspended = False
 
+    async def suspended(self, pids: Sequence[int], deadline: float) -> Sequence[int]:
+        engine = self._owner("look at", pids)
+        await self._world.act("cuda.suspended", engine.handle.model)
+        return [engine.handle.pid] if engine.suspended else []
+
     async def check_memory(self, pids: Sequence[int], gpu_used_bytes: int) -> None:
         await self._world.act("cuda.check_memory", self._owner("check", pids).handle.model)
 

@@ -130,9 +130,12 @@ class Gateway:
         if name is None:  # "" is filled in by _seek
             name = self.responses.model_of(match.response_id) or ""
         model = self._names.get(name, name)
+        if match.model is not None:  # says whose it is; the body may say another of its names
+            called = incoming.name_in_body()
+            name = called if called and self._names.get(called) == model else name
         alias = None if model == name else name
         if alias is not None:
-            incoming.call_model(model)
+            incoming.call_model(alias, model)
         kind = KeptExchange if match.route.keeps else Exchange
         if self._comments and wants_stream(incoming):
             kind = PatientExchange

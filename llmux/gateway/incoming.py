@@ -266,10 +266,23 @@ class Incoming:
             raise openai.no_model("missing" if name is None else "empty")
         return name
 
-    def call_model(self, model: str) -> None:
+    def name_in_body(self) -> str | None:
+        """What the body calls the model, whatever the path says."""
+        assert self.match is not None, "asked of requests for engines only"
+        if self.upload is not None:
+            return self.finder.model if self.finder is not None else None
+        if self.match.route.source is not Source.JSON:
+            return None
+        try:
+            return openai.model_of(self.body)
+        except Refused:
+            return None  # the engine says what is wrong with it
+
+    def call_model(self, alias: str, model: str) -> None:
         """Write the model's own name where the client wrote an alias: engines know but one."""
-        if self.match is None or self.match.model is not None:
-            return  # the path's name counts, and the body's is the engine's affair
+        assert self.match is not None, "asked of requests for engines only"
+        if self.match.model is not None and self.name_in_body() != alias:
+            return  # the alias was in the path
         if self.upload is None:
             self.body = openai.renamed(self.body, model)
         elif self.finder is not None:

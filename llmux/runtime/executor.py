@@ -288,7 +288,8 @@ class Executor:
                 await drivers.freezer.thaw(self._handle(instance), deadline)
             case StepKind.TERMINATE:
                 await self._note_memory(instance)
-                if instance.handle is not None:
+                # one whose CUDA state is away would wait for it in its shutdown, until the kill
+                if instance.handle is not None and not instance.cuda_pids:
                     await drivers.units.terminate(instance.handle, deadline)
             case StepKind.KILL:
                 await self._kill(instance, deadline)

@@ -23,7 +23,7 @@ from llmux.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
-from llmux.errors import ControlError, LlmuxError, Reason, Refused
+from llmux.errors import ControlError, LlmuxError, Reason, Refused, UnknownMessage
 from llmux.protocol import (
     MAX_LINE,
     PROTOCOL_VERSION,
@@ -151,8 +151,7 @@ class Hub:
             hello = await self._hello(reader)
             if hello.role == "gateway":
                 worker = self._joined(hello, writer)
-            while line := await reader.readline():
-                self._received(worker, decode(line), writer)
+            await self._listen_to(worker, reader, writer)
         except ControlError as error:
             log.warning("control connection dropped: %s", error)
         except (ConnectionError, asyncio.LimitOverrunError, ValueError) as error:
@@ -164,6 +163,20 @@ class Hub:
             if worker is not None and self._workers.get(worker) is writer:
                 del self._workers[worker]
                 await self._see_off(worker, pid)
+
+    async def _listen_to(
+        self, worker: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """To the end of the connection. A newer peer may say more than we know; what we do know
+        must still be heard."""
+        unknown: set[str] = set()
+        while line := await reader.readline():
+            try:
+                self._received(worker, decode(line), writer)
+            except UnknownMessage as error:
+                if str(error) not in unknown:
+                    unknown.add(str(error))
+                    log.warning("%s: ignored", error)
 
     async def _see_off(self, worker: str, pid: int) -> None:
         """Its requests end with its process; one that lives goes on with them and comes back."""

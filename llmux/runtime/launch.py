@@ -105,8 +105,7 @@ def engine_argv(config: ModelConfig, address: Address, command: tuple[str, ...])
         "serve",
         config.model_path,
         "--served-model-name",
-        config.name,
-        *config.aliases,
+        config.name,  # alone: aliases are the gateway's, so a new one makes no image stale
         *where,
         *(("--enable-sleep-mode",) if sleeps(config) else ()),
         *config.extra_args,

@@ -13,20 +13,26 @@ from types import MappingProxyType
 from typing import Any
 
 from llmux.config.schema import Config, ModelConfig
-from llmux.core.adopt import Note, Observation, adopt
+from llmux.core.adopt import ASLEEP, Note, Observation, adopt, placement
 from llmux.core.effects import Effect
-from llmux.core.records import State
+from llmux.core.records import State, parked_share
 from llmux.core.reducer import initial
+from llmux.core.states import ModelState
 from llmux.errors import DriverError, LlmuxError
 from llmux.ports import UnitHandle
+from llmux.protocol import Address
 from llmux.runtime.drivers import Drivers
 from llmux.runtime.executor import Executor
+from llmux.runtime.instance import Instance
 from llmux.runtime.launch import engine_address
 from llmux.runtime.notes import models_in, note_from
+from llmux.runtime.release import holds_more
 from llmux.runtime.words import address_from, canary_from, parse_eviction
 
 log = logging.getLogger("llmux")
 
+THAW_SECS = 10.0
+CUDA_SECS = 60.0  # the driver's start takes seconds on a host with many GPUs
 PROBE_SECS = 2.0  # an engine that is busy or asleep still answers /health
 
 
@@ -103,15 +109,35 @@ async def _observe(
         instance.identity = dict(document.get("identity") or {})
         instance.cold_seconds = float(document.get("cold_seconds") or instance.cold_seconds)
         instance.cuda_pids = tuple(document.get("cuda_pids") or ())
-    frozen, healthy, sleeping = False, False, None
     try:
-        frozen = await drivers.freezer.frozen(handle)
-        if not frozen:
-            healthy = await drivers.engine.healthy(address, PROBE_SECS)
-        if healthy:
-            sleeping = await drivers.engine.sleeping(address, PROBE_SECS)
+        return await _look(drivers, instance, note, handle, address)
     except DriverError as error:
         log.warning("cannot observe %s: %s", handle.model, error, extra={"model": handle.model})
     except LlmuxError as error:
         log.warning("cannot read of %s: %s", handle.model, error, extra={"model": handle.model})
-    return Observation(handle.model, frozen, healthy, sleeping, note)
+    return Observation(handle.model, False, False, None, note)
+
+
+async def _look(
+    drivers: Drivers, instance: Instance, note: Note, handle: UnitHandle, address: Address
+) -> Observation:
+    """What the engine can be asked, in the order in which it can answer."""
+    name, config = handle.model, instance.config
+    if await drivers.freezer.frozen(handle):
+        if note.state is not None:
+            return Observation(name, True, False, None, note)
+        # nobody says how it was parked, and only one that runs can be asked
+        await drivers.freezer.thaw(handle, THAW_SECS)
+    if note.state in (None, ModelState.PARKING) and drivers.cuda is not None:
+        pids = await drivers.units.pids(handle)
+        instance.cuda_pids = tuple(await drivers.cuda.suspended(pids, CUDA_SECS))
+        if instance.cuda_pids:
+            return Observation(name, False, False, None, note, suspended=True)
+    if not await drivers.engine.healthy(address, PROBE_SECS):
+        return Observation(name, False, False, None, note)
+    sleeping = await drivers.engine.sleeping(address, PROBE_SECS)
+    half_awake = False
+    if sleeping and note.state is None:
+        share = parked_share(config, ASLEEP)
+        half_awake = await holds_more(drivers, handle, placement(config, note), share)
+    return Observation(name, False, True, sleeping, note, half_awake=half_awake)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from llmux.core.effects import RunPlan
@@ -27,6 +27,16 @@ async def held_by(drivers: Drivers, *handles: UnitHandle) -> dict[int, int]:
         if process.pid in pids:
             held[process.pid] = held.get(process.pid, 0) + process.used_bytes
     return held
+
+
+async def holds_more(
+    drivers: Drivers, handle: UnitHandle, gpus: Sequence[int], share: float
+) -> bool:
+    """Whether the unit is seen to hold more than ``share`` of each of the GPUs."""
+    if not drivers.gpu.available:
+        return False
+    used = sum((await held_by(drivers, handle)).values())
+    return used > _bytes_of(share, gpus, await drivers.gpu.totals())
 
 
 async def verify_release(
@@ -56,6 +66,9 @@ async def _allowed(gpu: GpuObserver, effect: RunPlan) -> float:
     eviction = effect.plan.eviction
     if effect.plan.success is Outcome.DOWN or eviction is None:
         return 0.0
-    totals = await gpu.totals()
     share = parked_share(effect.config, eviction)
-    return sum(totals.get(g, 0) * share + SLACK_BYTES for g in effect.gpus)
+    return _bytes_of(share, effect.gpus, await gpu.totals())
+
+
+def _bytes_of(share: float, gpus: Sequence[int], totals: Mapping[int, int]) -> float:
+    return sum(totals.get(g, 0) * share + SLACK_BYTES for g in gpus)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmux.core.plans import Step
 from llmux.errors import CheckpointFailed, Unsupported
 from llmux.ports import UnitHandle
@@ -26,6 +28,13 @@ async def suspend(drivers: Drivers, handle: UnitHandle, instance: Instance, step
 
 
 async def resume(drivers: Drivers, instance: Instance, step: Step) -> None:
-    if instance.cuda_pids and drivers.cuda is not None:
-        await drivers.cuda.resume(instance.cuda_pids, step.deadline)
+    """Whose state it was is in the image's recipe or in the notes; a supervisor that ended before
+    it noted that down leaves all processes of the engine to be asked."""
+    if drivers.cuda is None:
+        return
+    pids: Sequence[int] = instance.cuda_pids
+    if not pids and not step.if_any and instance.handle is not None:
+        pids = await drivers.units.pids(instance.handle)
+    if pids:
+        await drivers.cuda.resume(pids, step.deadline)
         instance.cuda_pids = ()

@@ -141,8 +141,12 @@ class Gateway(RuleBasedStateMachine):
         if held is None:
             return
         self.admission.revoke(model, held.epoch)
-        self.fail(list(held.in_flight))
+        self.fail(self.on(held))
         assert held in self.drained
+
+    def on(self, lease: Lease) -> list[Ticket]:
+        """In one order: that of a set is another in every run, and no failure could be repeated."""
+        return [ticket for ticket in self.tickets if ticket in lease.in_flight]
 
     def fail(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
@@ -160,7 +164,7 @@ class Gateway(RuleBasedStateMachine):
         if held is None or not held.in_flight:
             return
         self.admission.suspect(held)
-        self.fail([next(iter(held.in_flight))])
+        self.fail(self.on(held)[:1])
 
     @rule(model=models)
     def refuse(self, model: str) -> None:

@@ -69,6 +69,7 @@ def test_switch_pin_and_modes(two: Daemon) -> None:
     assert two.status()["mode"] == {"mode": "manual"}
     answer = two.chat("beta")
     assert answer.status == 503 and answer.json()["error"]["code"] == "manual_mode"
+    assert answer.headers["retry-after"] == "30", "it comes when an operator says so"
     assert two.chat("alpha").status == 200, "the active one is served"
     answer = two.ask("pin", model="beta")
     assert answer.json() == {"message": "Pinned to model: beta"}

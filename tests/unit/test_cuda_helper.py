@@ -97,6 +97,18 @@ def test_nothing_but_the_driver_ends_a_call(fake: FakeCuda, end: signal.Signals 
     assert fake.state(101) == 2
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_moment_is_neither_lost_nor_a_failure(
+    fake: FakeCuda, end: signal.Signals
+) -> None:
+    for asked in [False, True] * 4:
+        client = Client(fake.library)
+        if asked:
+            client.ask(1, "state", 101)
+        client.process.send_signal(end)
+        assert client.end() == 0
+
+
 def test_finishes_the_call_although_its_reader_is_gone(fake: FakeCuda) -> None:
     fake.add(101, 1)
     fifo = fake.fault("checkpoint", "hang", 101)

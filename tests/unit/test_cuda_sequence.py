@@ -130,6 +130,21 @@ def test_doing_it_twice_does_not_toggle(fake: FakeCuda, kind: str) -> None:
     assert len(fake.log()) == 4
 
 
+@pytest.mark.parametrize("state", [RUNNING, LOCKED, CHECKPOINTED, FAILED])
+def test_it_says_who_is_suspended_and_changes_nothing(
+    fake: FakeCuda, kind: str, state: int
+) -> None:
+    async def main() -> None:
+        fake.add(101, state)
+        async with driver(fake, kind) as cuda:
+            suspended = list(await cuda.suspended([100, 101, 102], LONG))
+            assert suspended == ([] if state == RUNNING else [101])
+
+    run(main)
+    assert fake.log() == []
+    assert fake.state(101) == state
+
+
 def test_no_cuda_process_means_nothing_to_do(fake: FakeCuda, kind: str) -> None:
     async def main() -> None:
         async with driver(fake, kind) as cuda:

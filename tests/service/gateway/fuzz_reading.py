@@ -241,6 +241,9 @@ def arrival_of(request: Message, own_name: bytes, *, secret: bytes | None) -> Ar
     if path.startswith(b"/upstream/"):
         named, slash, rest = path.removeprefix(b"/upstream/").partition(b"/")
         model, path = unquote_to_bytes(named), slash + rest
+        alias = b"org/" + own_name
+        if path in POSTS and model in (own_name, alias) and _model_of(request) == alias:
+            body = _called(request, alias, own_name)
     own = _engine_path(method, path, upstream=model is not None)
     if own is None:
         return None

@@ -168,4 +168,5 @@ async def test_waits_in_vain_are_measured_too_and_refusals_at_once_are_not() -> 
         s.supervisor.grant(await s.engine())
         assert (await served.answer()).status == 200
         waits = s.gateway.observer.times["alpha"].waits
-        assert sum(waits.counts) == 3 and waits.sum >= 0.05
+        assert sum(waits.counts) == 3
+        assert waits.sum >= 0.05 - 1e-6  # a difference of two readings of the clock is rounded

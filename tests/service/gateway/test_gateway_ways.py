@@ -137,6 +137,28 @@ async def test_the_client_reads_the_name_it_sent() -> None:
 
 
 @in_loop
+async def test_below_upstream_the_body_may_say_any_of_the_models_names() -> None:
+    async def echo(request: EngineRequest) -> None:
+        request.json({"model": "alpha", "asked": request.body.decode()})
+
+    async with stage() as s:
+        engine = await s.engine(echo)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        for path, body, answered, asked in (
+            ("alpha", '{"model": "alef"}', "alef", '{"model": "alpha"}'),
+            ("org%2Falpha", '{"model": "alef"}', "alef", '{"model": "alpha"}'),
+            ("alef", '{"model": "alpha"}', "alpha", '{"model": "alpha"}'),
+            ("alef", '{"n": 1}', "alef", '{"n": 1}'),
+            ("alpha", '{"model": "beta"}', "alpha", '{"model": "beta"}'),  # the engine's affair
+            ("alef", "not JSON", "alef", "not JSON"),
+        ):
+            client.send(f"/upstream/{path}/v1/completions", body=body.encode())
+            assert (await client.answer()).json() == {"model": answered, "asked": asked}
+
+
+@in_loop
 async def test_an_upload_under_an_alias_names_the_model_and_is_otherwise_the_same() -> None:
     async with stage() as s:
         engine = await s.engine(size)

@@ -9,8 +9,6 @@ import pytest
 from llmux.config.load import load_config
 from llmux.config.schema import Config, ModelConfig
 from llmux.errors import ConfigError
-from llmux.protocol import Address
-from llmux.runtime.launch import engine_argv
 
 
 def load(tmp_path: Path, text: str) -> Config:
@@ -43,13 +41,6 @@ def test_aliases_may_be_any_names(tmp_path: Path) -> None:
 def test_a_name_belongs_to_one_model(aliases: str, said: str, tmp_path: Path) -> None:
     text = f"models: {{a: {{model_path: o/a, aliases: {aliases}}}, b: {{model_path: o/b}}}}"
     assert problem(tmp_path, text).startswith(said)
-
-
-def test_an_engine_answers_to_all_its_names() -> None:
-    config = ModelConfig("a", "o/a", aliases=("x", "y/z"))
-    argv = engine_argv(config, Address(uds="/s"), ("vllm",))
-    at = argv.index("--served-model-name")
-    assert argv[at + 1 : at + 5] == ("a", "x", "y/z", "--uds")
 
 
 def test_the_context_length_is_known_before_the_engine_runs() -> None:

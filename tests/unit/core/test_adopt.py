@@ -22,10 +22,12 @@ def found(
     frozen: bool = False,
     healthy: bool = True,
     sleeping: bool | None = False,
+    suspended: bool = False,
+    half_awake: bool = False,
     name: str = "a",
 ) -> tuple[ModelRecord, tuple[Effect, ...]]:
     state = initial(config_of(model("a"), model("b")), gpu_count=2, epoch_prefix="new")
-    seen = Observation(name, frozen, healthy, sleeping, note)
+    seen = Observation(name, frozen, healthy, sleeping, note, suspended, half_awake)
     adopted, effects = adopt(state, [seen], images={}, now=100.0)
     assert adopted.models["b"].state is S.STOPPED
     return adopted.models[name], effects
@@ -75,6 +77,16 @@ def test_what_was_under_way_is_taken_up_where_it_was(
     assert plan_of(effects) == plan
 
 
+@pytest.mark.parametrize("process", [Process.CUDA_SUSPEND, Process.CHECKPOINT])
+def test_parking_goes_on_behind_what_is_seen_done(process: Process) -> None:
+    note = Note(S.PARKING, None, Eviction(Weights.OFFLOAD, process))
+    assert plan_of(found(note)[1]) == "park from sleep"
+    next_one = "cuda_suspend" if process is Process.CUDA_SUSPEND else "reset_prefix_cache"
+    assert plan_of(found(note, sleeping=True)[1]) == f"park from {next_one}"
+    _, effects = found(note, healthy=False, sleeping=None, suspended=True)
+    assert plan_of(effects) == "park from cuda_suspend", "it may not answer what comes before"
+
+
 def test_a_parked_engine_stays_parked_as_it_was() -> None:
     record, effects = found(Note(S.PARKED, None, OFFLOAD), sleeping=True)
     assert isinstance(record.phase, Parked)
@@ -98,10 +110,23 @@ def test_a_frozen_engine_is_parked_and_presumed_asleep_when_it_can_sleep() -> No
     assert record.phase.eviction == Eviction(Weights.DISCARD, Process.FREEZE)
 
 
+def test_an_engine_without_its_cuda_state_is_parked_and_gets_it_back() -> None:
+    record, effects = found(healthy=False, sleeping=None, suspended=True)
+    assert isinstance(record.phase, Parked)
+    assert record.phase.eviction == Eviction(Weights.DISCARD, Process.CUDA_SUSPEND)
+    assert effects == ()
+
+
 def test_a_sleeping_engine_is_parked_and_will_reload_to_be_safe() -> None:
     record, _ = found(sleeping=True)
     assert isinstance(record.phase, Parked)
     assert record.phase.eviction == Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
+
+
+def test_one_that_holds_more_than_a_sleeping_engine_does_is_started_anew() -> None:
+    record, effects = found(sleeping=True, half_awake=True)
+    assert record.state is S.STOPPING
+    assert plan_of(effects) == "stop from terminate"
 
 
 def test_a_healthy_engine_serves() -> None:
@@ -125,11 +150,16 @@ def test_an_engine_of_a_model_that_is_not_configured_is_stopped() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("healthy", [False, True])
 @pytest.mark.parametrize("sleeping", [None, False, True])
+@pytest.mark.parametrize("suspended", [False, True])
 def test_whatever_is_noted_and_seen_the_result_is_a_state_that_can_go_on(
-    state: ModelState | None, frozen: bool, healthy: bool, sleeping: bool | None
+    state: ModelState | None, frozen: bool, healthy: bool, sleeping: bool | None, suspended: bool
 ) -> None:
     record, effects = found(
-        Note(state, "old.1", OFFLOAD), frozen=frozen, healthy=healthy, sleeping=sleeping
+        Note(state, "old.1", OFFLOAD),
+        frozen=frozen,
+        healthy=healthy,
+        sleeping=sleeping,
+        suspended=suspended,
     )
     running = [effect.op for effect in effects if isinstance(effect, RunPlan)]
     assert getattr(record.phase, "op", None) == (running[0] if running else None)

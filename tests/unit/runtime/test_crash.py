@@ -7,6 +7,7 @@ import asyncio
 import tempfile
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runtime_harness import (
@@ -48,7 +49,9 @@ ACTS = (
     "units.kill",
 )
 CHECKPOINT = Eviction(Weights.OFFLOAD, Process.CHECKPOINT)
-EVICTIONS = [STOP, OFFLOAD, DISCARD, OFFLOAD_FREEZE, CHECKPOINT]
+SUSPEND = Eviction(Weights.RETAIN, Process.CUDA_SUSPEND)
+OFFLOAD_SUSPEND = Eviction(Weights.OFFLOAD, Process.CUDA_SUSPEND)
+EVICTIONS = [STOP, OFFLOAD, DISCARD, OFFLOAD_FREEZE, CHECKPOINT, SUSPEND, OFFLOAD_SUSPEND]
 MODELS = ("a", "b")
 Step = tuple[str, str]
 
@@ -72,6 +75,13 @@ steps = st.lists(
 @example([("load", "a"), ("park", "a")], (OFFLOAD_FREEZE, STOP), "freezer.freeze", 1, True, "kept")
 @example([("load", "a"), ("park", "a")], (OFFLOAD_FREEZE, STOP), "freezer.freeze", 1, True, "lost")
 @example([("load", "a"), ("ask", "b")], (DISCARD, OFFLOAD), "engine.sleep", 1, True, "kept")
+@example([("load", "b"), ("load", "a")], (STOP, CHECKPOINT), "dumper.dump", 1, False, "kept")
+@example([("load", "a"), ("park", "a")], (OFFLOAD_SUSPEND, STOP), "cuda.suspend", 1, True, "kept")
+@example([("load", "a"), ("park", "a")], (SUSPEND, STOP), "freezer.freeze", 1, True, "kept")
+@example([("load", "a"), ("park", "a")], (SUSPEND, STOP), "freezer.freeze", 1, True, "lost")
+@example(
+    [("load", "b"), ("load", "a"), ("load", "b")], (STOP, DISCARD), "engine.wake", 1, True, "lost"
+)
 def test_a_supervisor_that_ends_anywhere_is_followed_by_one_that_goes_on(
     script: list[Step],
     evictions: tuple[object, object],
@@ -178,6 +188,46 @@ def check(life: Life, world: World) -> None:
             assert not engine.frozen
             assert not engine.asleep
             assert not engine.spoiled
+
+
+@pytest.mark.parametrize("eviction", [SUSPEND, OFFLOAD_SUSPEND], ids=str)
+@pytest.mark.parametrize("act", ["cuda.suspend", "freezer.freeze"])
+@pytest.mark.parametrize("notes", ["kept", "lost"])
+@in_loop
+async def test_an_engine_whose_cuda_state_went_under_a_former_supervisor_gets_it_back(
+    eviction: Eviction, act: str, notes: str
+) -> None:
+    world, store = World(), MemoryStore()
+    with tempfile.TemporaryDirectory() as runtime:
+        config = config_of(model("a", eviction=eviction), model("b"))
+        life = await begin_life(config, world, runtime, store)
+        hold = world.hold(act)
+        await _play(life, [("load", "a"), ("park", "a")], hold)
+        pid = world.engines["a"].handle.pid
+        hold.release()
+        await asyncio.sleep(0)
+        await life.drop()
+        life = await begin_life(config, world, runtime, store if notes == "kept" else MemoryStore())
+        await life.settled()
+        assert life.state_of("a") == "parked"
+        life.demand("a", waiting=1)
+        await life.until_state("a", "serving")
+        assert world.engines["a"].handle.pid == pid, "woken, not started anew"
+        check(life, world)
+        await life.drop()
+    assert world.violations == []
+
+
+@in_loop
+async def test_an_engine_without_its_cuda_state_is_not_asked_to_end_by_itself() -> None:
+    world, store = World(), MemoryStore()
+    with tempfile.TemporaryDirectory() as runtime:
+        life = await begin_life(config_of(model("a", eviction=SUSPEND)), world, runtime, store)
+        for verb in ("load", "park", "unload"):
+            await _play(life, [(verb, "a")], world.hold("never"))
+        assert (life.state_of("a"), world.engines) == ("stopped", {})
+        await life.drop()
+    assert world.violations == []
 
 
 @in_loop

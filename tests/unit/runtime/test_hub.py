@@ -104,6 +104,17 @@ async def test_a_worker_says_hello_and_what_it_says_becomes_events(tmp_path: Pat
 
 
 @in_loop
+async def test_what_only_a_newer_worker_says_is_ignored_and_the_rest_is_heard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stage(tmp_path) as s:
+        peer = await s.worker()
+        peer.say(*[b'{"type": "mood", "of": "a"}\n'] * 3, Drained("a", "t.1"))
+        assert await s.events.get() == WorkerDrained("w", "a", "t.1")
+    assert caplog.messages == ["cannot read a control message: unknown type 'mood': ignored"]
+
+
+@in_loop
 async def test_messages_reach_the_worker_they_are_for(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         peer = await s.worker()
