@@ -51,7 +51,7 @@ ACTS = (
 CHECKPOINT = Eviction(Weights.OFFLOAD, Process.CHECKPOINT)
 SUSPEND = Eviction(Weights.RETAIN, Process.CUDA_SUSPEND)
 OFFLOAD_SUSPEND = Eviction(Weights.OFFLOAD, Process.CUDA_SUSPEND)
-EVICTIONS = [STOP, OFFLOAD, DISCARD, OFFLOAD_FREEZE, CHECKPOINT, SUSPEND, OFFLOAD_SUSPEND]
+EVICTIONS = [Eviction(weights, process) for weights in Weights for process in Process]
 MODELS = ("a", "b")
 Step = tuple[str, str]
 
