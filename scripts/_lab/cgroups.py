@@ -7,8 +7,8 @@ Both hierarchies that systemd uses count: cgroup2, and on hosts with cgroup v1 a
 Where v1 has the cpu controller a guest's systemd cannot use it, so that CPUWeight= of llmux's units
 is void and every session is a scheduling group of its own (autogroup). Beside a vLLM on the CPU,
 whose threads spin with sched_yield(2), another group of equal weight then waits for a processor for
-up to 20 s (kernel 6.18, 2 processors; never over 0.2 s with ten times the weight, or without groups).
-So a guest's processes are one group, of a tenth of the weight of whoever talks to them.
+up to 20 s (kernel 6.18, 2 processors); with ten times the weight, or without groups, for 0.2 s. So
+a guest's processes are one group, of a tenth of the weight of whoever talks to them.
 """
 
 from __future__ import annotations
