@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
 from llmux.gateway import openai, problems
+from llmux.gateway.absence import nobody_wakes
 from llmux.gateway.admission import Admission
 from llmux.gateway.control_feeds import Feeds
 from llmux.gateway.cors import Cors
@@ -31,6 +32,7 @@ from llmux.gateway.patience import PatientExchange, wants_stream
 from llmux.gateway.pool import EnginePool
 from llmux.gateway.relay import Exchange, KeptExchange
 from llmux.gateway.routes import Match, Source
+from llmux.gateway.stopping import turn_away
 from llmux.gateway.tickets import Lease, Stage, Ticket
 from llmux.gateway.upstream import EngineFailure
 from llmux.protocol import (
@@ -62,7 +64,8 @@ REPORT_SECS = 0.1  # a dying engine breaks all its streams at once; one report i
 
 
 class Gateway:
-    """``draining``: the worker is stopping; connections are closed after their present answer."""
+    """``draining``: the worker is stopping; connections are closed after their present answer.
+    ``alone``: the supervisor is away for so long that nobody may wait for a model."""
 
     def __init__(
         self, config: Config, link: Link, *, worker: str, keys: LoadKeys | None = None
@@ -73,7 +76,7 @@ class Gateway:
         self._comments = config.gateway.keep_alive_comment_secs > 0
         self.cors = Cors(origins) if origins else None
         self.observer = Observer()
-        self.draining = False
+        self.draining = self.alone = False
         self.clients = 0  # connections open
         self.client_left = asyncio.Event()  # set whenever a client's connection ends
         self.models: dict[str, ModelInfo] = {
@@ -155,13 +158,15 @@ class Gateway:
             if exchange.key is not None:
                 begin_use(exchange.key, exchange.model)
                 exchange.counted = True
+            if self.alone and exchange.model in self.models and not self._serves(exchange.model):
+                raise nobody_wakes(exchange.model)
             lease = self.admission.submit(exchange)
             if lease is None and exchange.key is not None:
                 exchange.key.wait()
                 exchange.queued = True
         except Refused as problem:
             if problem.retry_after is None and problem.reason in FULL:
-                problem.retry_after = self._secs_until(exchange.model)
+                problem.retry_after = self.secs_until(exchange.model)
             exchange.refuse(problem)
             return
         if lease is None:
@@ -211,7 +216,7 @@ class Gateway:
 
     def _again_or_fail(self, exchange: Exchange, problem: Refused, *, between_chunks: bool) -> None:
         exchange.drop_connection()
-        if self.admission.wait_again(exchange):
+        if not self.alone and self.admission.wait_again(exchange):
             self.observer.retried[exchange.model] += 1
             if exchange.key is not None:
                 exchange.key.wait_again()
@@ -224,7 +229,7 @@ class Gateway:
         else:
             exchange.break_off(problem, between_chunks=between_chunks)
 
-    def _refuse_all(self, tickets: list[Ticket], problem: Callable[[str], Refused]) -> None:
+    def refuse_all(self, tickets: list[Ticket], problem: Callable[[str], Refused]) -> None:
         for ticket in tickets:
             if isinstance(ticket, Exchange):
                 ticket.refuse(problem(ticket.model))
@@ -269,7 +274,7 @@ class Gateway:
                     message.message,
                     retry_after=message.retry_after,
                 )
-                self._refuse_all(self.admission.refuse(message.model), lambda _model: refusal)
+                self.refuse_all(self.admission.refuse(message.model), lambda _model: refusal)
             case Catalog():
                 self.models = {info.name: info for info in message.infos()}
                 self.observer.known = self.log.known = self.models
@@ -335,7 +340,7 @@ class Gateway:
     def _tick(self) -> None:
         self._timer = None
         expired, admitted = self.admission.tick()
-        self._refuse_all(expired, self._wait_expired)
+        self.refuse_all(expired, self._wait_expired)
         self._send_admitted(admitted)
         self._set_timer()
 
@@ -344,45 +349,27 @@ class Gateway:
             Reason.WAIT_EXPIRED,
             f'model "{model}" could not be made ready in time',
             hint="the limit is policy.request_timeout_secs, or what the client asked for",
-            retry_after=self._secs_until(model),
+            retry_after=self.secs_until(model),
         )
 
-    def _secs_until(self, model: str) -> float:
+    def secs_until(self, model: str) -> float:
         """For Retry-After: when a request that is turned away now would be answered. An estimate is
         rounded, not rounded up: 2.1 s told as 3 is further from the truth than 2."""
-        held = self.admission.held(model)
-        serves = held is not None and held.suspect_until is None
-        coming = 0.0 if serves else self._secs_coming(model)
+        serves = self._serves(model)
+        coming = 0.0 if serves else self.secs_coming(model)
         place = self.admission.secs_to_place(model, coming)
         if place is not None:
             return round(place)
         return 1.0 if serves else round(coming)  # 1: nobody has been seen to leave yet
 
-    def _secs_coming(self, model: str) -> float:
+    def _serves(self, model: str) -> bool:
+        held = self.admission.held(model)
+        return held is not None and held.suspect_until is None
+
+    def secs_coming(self, model: str) -> float:
         return self._switches.secs_until(model, self.admission.wanted())
 
     # ---- stopping -------------------------------------------------------------------------------
-
-    def start_draining(self, grace_secs: float) -> None:
-        """What is in flight goes on. Who waits stays, unless the model is expected later than the
-        grace."""
-        self.draining = True
-        self.feeds.close()
-        late = {model: round(self._secs_coming(model)) for model in self.admission.wanted()}
-        for model, seconds in late.items():
-            if seconds > grace_secs:
-                self._tell_ending(self.admission.refuse(model), seconds)
-
-    def turn_away(self) -> None:
-        """Nobody waits for a model any more."""
-        self._tell_ending(self.admission.close())
-
-    def _tell_ending(self, tickets: list[Ticket], retry_after: float | None = None) -> None:
-        self._refuse_all(tickets, lambda model: Refused(
-            Reason.SHUTTING_DOWN,
-            f'cannot wait for model "{model}": the gateway is shutting down',
-            retry_after=self._secs_until(model) if retry_after is None else retry_after,
-        ))  # fmt: skip
 
     def close(self) -> None:
         """Cut what is left and give up all connections to engines."""
@@ -390,7 +377,7 @@ class Gateway:
             self._timer.cancel()
         self.draining = True
         self.feeds.close()
-        self.turn_away()  # nobody takes the places that become free below
+        turn_away(self)  # nobody takes the places that become free below
         problem = Refused(Reason.SHUTTING_DOWN, "the gateway is shutting down")
         for line in list(self.admission.lines()):
             for lease in list(line.leases.values()):

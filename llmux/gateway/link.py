@@ -78,7 +78,6 @@ class Link:
         self._flush_handle: asyncio.TimerHandle | None = None
         self._flushed_at = -COALESCE_SECS
         self._progress_sent: dict[str, int] = {}
-        self.came_up = asyncio.Event()  # was connected at least once
         self.here = asyncio.Event()  # connected now …
         self.away = asyncio.Event()  # … or not
         self.away.set()
@@ -151,7 +150,6 @@ class Link:
                 self.send(message)
             self._dirty = dict.fromkeys(self._active())
             self._flush()
-            self.came_up.set()
             await asyncio.shield(protocol.lost)
             logger.warning("lost the supervisor; grants stay in use, reconnecting")
         finally:
@@ -164,6 +162,16 @@ class Link:
             for future in asked.values():
                 if not future.done():
                     future.set_exception(LinkDownError("the supervisor went away while asked"))
+
+    async def gone_for(self, seconds: float) -> None:
+        """Returns when the supervisor has been away for so long at a stretch."""
+        while True:
+            await self.away.wait()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.here.wait()
+            except TimeoutError:
+                return
 
     # ---- from the supervisor --------------------------------------------------------------------
 

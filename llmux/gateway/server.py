@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmux.config.schema import Config
+from llmux.gateway.absence import AWAY_SECS, mind
 from llmux.gateway.app import App, build_app
 from llmux.gateway.departed import look_after
 from llmux.gateway.front import FrontProtocol
@@ -36,6 +37,7 @@ Reload = list[Callable[[], None]]  # filled by the worker with what a SIGHUP sha
 
 BACKLOG = 4096  # what waits here while a worker restarts; the kernel caps it at somaxconn
 WATCHDOG_BEATS = 3  # signs of life in the time after which somebody would act
+READY_SECS = 10.0  # a gateway without a supervisor is up too: it says what is wrong to who asks
 SWEEP_SECS = 1.0  # deadlines of client connections are coarse
 
 
@@ -55,11 +57,15 @@ async def serve_gateway(
     reload: Reload | None = None,
     metrics_sockets: Sequence[socket.socket] = (),
     tls: tuple[str, str] | None = None,
+    ready_secs: float = READY_SECS,
+    away_secs: float = AWAY_SECS,
 ) -> None:
     """Serve until ``stop`` is set, then drain. Returns when every client connection is gone.
 
     ``link``: path of the supervisor's socket, or one end of a socket pair. ``on_listen`` gets the
-    listening sockets once (to keep them in the fd store); ``on_started`` the Gateway, when ready.
+    listening sockets once (to keep them in the fd store); ``on_started`` the Gateway, when ready:
+    the supervisor was reached, or ``ready_secs`` have passed. When it has been away for
+    ``away_secs`` nobody waits for a model any more.
     """
     listeners = list(sockets) or bind_all(config.listen_addresses())
     supervisor = Link(link)
@@ -76,6 +82,7 @@ async def serve_gateway(
         reload += [part.reload for part in (gateway.guard, secured) if part is not None]
     try:
         background.append(loop.create_task(supervisor.run()))
+        background.append(loop.create_task(mind(gateway, away_secs)))
         servers = await _listen(app, listeners, secured.context if secured else None)
         metrics_servers += await serve_metrics(gateway.exposition, metrics_sockets)
         background.append(loop.create_task(_sweep(gateway, servers, notifier, watchdog_secs)))
@@ -83,7 +90,8 @@ async def serve_gateway(
             on_listen(listeners)
         where = ", ".join(describe_socket(listener) for listener in listeners)
         logger.info("Gateway listening on %s", where)
-        if await _link_or_stop(supervisor, stop):
+        await _first_contact(supervisor, stop, ready_secs)
+        if not stop.is_set():
             if notifier is not None:
                 notifier.ready()
                 notifier.status(f"listening on {where}")
@@ -202,16 +210,15 @@ async def _listen(
     return servers
 
 
-async def _link_or_stop(link: Link, stop: asyncio.Event) -> bool:
-    """True when the supervisor was reached, False when the stop came first."""
+async def _first_contact(link: Link, stop: asyncio.Event, patience: float) -> None:
+    """Until the supervisor is there, or the stop, or no longer."""
     loop = asyncio.get_running_loop()
-    waits = [loop.create_task(link.came_up.wait()), loop.create_task(stop.wait())]
+    waits = [loop.create_task(link.here.wait()), loop.create_task(stop.wait())]
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for wait in waits:
             wait.cancel()
-    return link.came_up.is_set()
 
 
 async def _sweep(

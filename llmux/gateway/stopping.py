@@ -15,6 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from llmux.errors import Reason, Refused
+from llmux.gateway.tickets import Ticket
+
 if TYPE_CHECKING:
     from llmux.gateway.front import FrontProtocol
     from llmux.gateway.gateway import Gateway
@@ -38,9 +41,9 @@ async def drain(gateway: Gateway, servers: Sequence[Any], patience: Patience) ->
     """Returns when every client is gone, or when the patience is at its end and all are cut."""
     for server in servers:
         server.close()
-    gateway.start_draining(patience.secs)
+    _start_draining(gateway, patience.secs)
     if not patience.waiters:
-        gateway.turn_away()
+        turn_away(gateway)
     for front in fronts(servers):
         front.close_if_idle()
     alone = asyncio.get_running_loop().create_task(_alone(gateway, patience.away_secs))
@@ -56,21 +59,38 @@ async def drain(gateway: Gateway, servers: Sequence[Any], patience: Patience) ->
     await _clients_gone(gateway, servers, ABORT_SECS)
 
 
+def _start_draining(gateway: Gateway, grace_secs: float) -> None:
+    """What is in flight goes on. Who waits stays, unless the model is expected later than the
+    grace."""
+    gateway.draining = True
+    gateway.feeds.close()
+    late = {model: round(gateway.secs_coming(model)) for model in gateway.admission.wanted()}
+    for model, seconds in late.items():
+        if seconds > grace_secs:
+            _tell_ending(gateway, gateway.admission.refuse(model), seconds)
+
+
+def turn_away(gateway: Gateway) -> None:
+    """Nobody waits for a model any more."""
+    _tell_ending(gateway, gateway.admission.close())
+
+
+def _tell_ending(gateway: Gateway, tickets: list[Ticket], retry_after: float | None = None) -> None:
+    gateway.refuse_all(tickets, lambda model: Refused(
+        Reason.SHUTTING_DOWN,
+        f'cannot wait for model "{model}": the gateway is shutting down',
+        retry_after=gateway.secs_until(model) if retry_after is None else retry_after,
+    ))  # fmt: skip
+
+
 def fronts(servers: Sequence[Any]) -> list[FrontProtocol]:
     return [front for server in servers for front in server.connections]
 
 
 async def _alone(gateway: Gateway, away_secs: float) -> None:
     """Turn away who waits once the supervisor has been away for so long."""
-    link = gateway.link
-    while True:
-        await link.away.wait()
-        try:
-            async with asyncio.timeout(away_secs):
-                await link.here.wait()
-        except TimeoutError:
-            gateway.turn_away()
-            return
+    await gateway.link.gone_for(away_secs)
+    turn_away(gateway)
 
 
 async def _clients_gone(gateway: Gateway, servers: Sequence[Any], timeout: float) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 from gateway_harness import (
+    Client,
     EngineRequest,
     FakeSupervisor,
     Stage,
@@ -20,6 +22,7 @@ from gateway_harness import (
     until,
 )
 
+from llmux.gateway.gateway import Gateway
 from llmux.gateway.server import bind_all, serve_gateway
 from llmux.gateway.stopping import Patience
 from llmux.protocol import Ask
@@ -316,6 +319,34 @@ class Notes:
 
     def watchdog(self) -> None:
         self.fed.set()
+
+
+@in_loop
+async def test_without_a_supervisor_it_is_ready_in_the_end_and_says_what_is_wrong(
+    tmp_path: Path,
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    notes, stop = Notes(), asyncio.Event()
+    started: asyncio.Future[Gateway] = asyncio.get_running_loop().create_future()
+    served = asyncio.get_running_loop().create_task(
+        serve_gateway(
+            a_config(), link=str(tmp_path / "s.sock"), sockets=[listener], notifier=notes,
+            stop=stop, on_started=started.set_result, ready_secs=0.01, away_secs=0.0,
+        )
+    )  # fmt: skip
+    gateway = await soon(started)
+    assert notes.notes[0] == "ready"
+    await until(lambda: gateway.alone)
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    client = Client(reader, writer)
+    client.chat()
+    answer = await client.answer()
+    assert (answer.status, answer.code) == (503, "supervisor_unreachable")
+    client.chat("nobody")
+    assert (await client.answer()).code == "model_not_found"
+    client.leave()
+    stop.set()
+    await soon(served)
 
 
 @in_loop

@@ -344,6 +344,32 @@ async def test_cut_ends_streams_with_an_event_and_unanswered_requests_with_503()
 
 
 @in_loop
+async def test_nobody_waits_for_a_model_while_the_supervisor_is_away_for_long() -> None:
+    async with stage(away_secs=0.05) as s:
+        engine = await s.granted(start_and_hang)
+        streaming, waiting = await s.streaming(), await s.chat("beta")
+        await until(lambda: s.waiting("beta") == 1)
+        await s.supervisor.stop()
+        refused = await waiting.answer()
+        assert (refused.status, refused.code) == (503, "supervisor_unreachable")
+        assert int(refused.headers["retry-after"]) == 10
+        late = await s.chat("beta")
+        assert (await late.answer()).code == "supervisor_unreachable"
+        engine.requests[0].event("two")
+        assert await streaming.chunk() == b"data: two\n\n", "what is resident is served"
+        engine.handler = echo
+        fresh = await s.chat()
+        assert (await fresh.answer()).status == 200
+        assert s.waiting("beta") == 0
+        await s.supervisor.start()
+        await until(lambda: not s.gateway.alone)
+        again = await s.chat("beta")
+        await until(lambda: s.waiting("beta") == 1)
+        s.supervisor.grant(await s.engine(name="second"), "beta", "b1")
+        assert (await again.answer()).status == 200
+
+
+@in_loop
 async def test_grants_waiters_and_streams_outlive_the_supervisor() -> None:
     async with stage() as s:
         engine = await s.granted(start_and_hang)
