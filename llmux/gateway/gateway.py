@@ -93,7 +93,8 @@ class Gateway:
         workers = config.gateway.workers
         self.guard = None if keys is None else Guard(keys, workers=workers, clock=self.clock)
         self._know(names_of(self.models.values()))
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_due = 0.0  # uvloop gives what is due at once no time of its own
         self.admission = Admission(
             clock=self.clock,
             max_waiting=share(config.gateway.max_waiting, workers),
@@ -332,9 +333,10 @@ class Gateway:
         if due is None:
             return
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._timer_due <= due:
                 return
             self._timer.cancel()
+        self._timer_due = due
         self._timer = self._loop.call_at(due, self._tick)
 
     def _tick(self) -> None:

@@ -153,6 +153,16 @@ async def test_a_crowd_that_left_is_no_demand_and_reaches_no_engine() -> None:
 
 
 @in_loop
+async def test_several_who_will_not_wait_at_all_are_all_told_so() -> None:
+    async with stage() as s:
+        clients = [await s.client() for _ in range(4)]
+        for client in clients:  # read in one turn of the loop, before the first has expired
+            client.send(payload={"model": "alpha"}, headers=("X-Request-Timeout: 0.0001",))
+        for client in clients:
+            assert (await client.answer()).status == 504
+
+
+@in_loop
 async def test_waits_in_vain_are_measured_too_and_refusals_at_once_are_not() -> None:
     async with stage(a_config(max_waiting=2)) as s:
         late, gone, full, served = [await s.client() for _ in range(4)]
