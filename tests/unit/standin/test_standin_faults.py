@@ -116,9 +116,10 @@ def test_refuses_sigterm(start: Start) -> None:
 def test_orphan_outlives_the_engine_and_holds_gpu_memory(start: Start, ledger: Ledger) -> None:
     engine = start("alpha", "--standin-fault", 'orphan={"gpu_gib": 3}')
     engine.say()
-    worker = engine.children()["VLLM::Worker_TP"]
-    # the orphan is made by the worker once it serves; any control call comes after that
+    # the orphan is made by the worker once it serves; any control call comes after that, and before
+    # it a child of the worker may be there with the worker's name
     engine.post("/sleep?level=1")
+    worker = engine.children()["VLLM::Worker_TP"]
     orphans = [row for row in ledger.rows() if row.pid != worker]
     engine.process.terminate()
     assert engine.wait_exit() == 0
