@@ -96,7 +96,8 @@ class LlmuxGuest:
         done = self.run(
             ["python3", f"{LOAD}/{program}.py", *arguments], check=False, timeout=timeout
         )
-        assert done.returncode == 0, f"{program}: {done.stderr}\n{self.journal()}"
+        said = f"{program} ended with {done.returncode}: {done.stderr}"
+        assert done.returncode == 0, f"{said}\n{self.journal()}"
         report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return report
 
