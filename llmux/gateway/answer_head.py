@@ -29,6 +29,7 @@ NOT_PASSED_ON = frozenset(
         b"x-request-id",
     }
 )
+_LENGTH = b"\r\ncontent-length: "  # as uvicorn writes it
 _READ = frozenset({b"content-length", b"content-type", b"transfer-encoding"})
 _TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
 
@@ -37,40 +38,54 @@ class BadHead(Exception):
     """What is wrong with a head."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """``lines``: the status line and the headers for the client, without any about the length.
-
-    ``until_close``: neither a length nor chunks: the end of the connection ends the body.
-    """
+    """``lines``: the status line and the headers for the client, without any about the length, each
+    with its CRLF."""
 
     status: int
-    lines: list[bytes]
-    length_line: bytes = b""
-    chunked: bool = False
-    event_stream: bool = False
-    until_close: bool = False
+    lines: bytes
+    chunked: bool
+    event_stream: bool
 
 
-def read_answer_head(head: bytes, status: int) -> AnswerHead:
-    """``head`` ends with its empty line. Raises BadHead."""
+def read_answer_head(head: bytes, status: int) -> tuple[AnswerHead, bytes]:
+    """And the line that says the length, with its CRLF, or b"". ``head`` ends with its empty line;
+    the parser has seen that there are not two lengths. Raises BadHead.
+
+    Answers that come fast differ in their length and for a second in nothing else, so that the rest
+    of the head is read once for all of them.
+    """
+    start = head.find(_LENGTH) + 2
+    if start >= 2:
+        end = head.find(b"\r\n", start) + 2
+        if head[start + len(_LENGTH) - 2 : end - 2].isdigit():
+            return _read(head[:start] + head[end:], status)[0], head[start:end]
+    return _read(head, status)
+
+
+@lru_cache(maxsize=64)
+def _read(head: bytes, status: int) -> tuple[AnswerHead, bytes]:
     lines = head.split(b"\r\n")
     breaks = len(lines) - 1
     if head.count(b"\n") != breaks or head.count(b"\r") != breaks:
         raise BadHead("a line of the head is broken otherwise than by CRLF")
-    read = AnswerHead(status, [b"HTTP/1.1 " + lines[0][9:]])
+    passed = [b"HTTP/1.1 " + lines[0][9:]]
+    length = b""
+    chunked = event_stream = False
     for line in lines[1:-2]:
         name = _meaning(line[: line.find(b":")])
         if name is None:
-            read.lines.append(line)
+            passed.append(line)
         elif name == b"content-type":
-            read.lines.append(line)
-            read.event_stream = line[13:].lstrip().startswith(b"text/event-stream")
+            passed.append(line)
+            event_stream = line[13:].lstrip().startswith(b"text/event-stream")
         elif name == b"content-length":
-            read.length_line = line
+            length = line + b"\r\n"
         elif name == b"transfer-encoding":
-            read.chunked = b"chunked" in line.lower()
-    return read
+            chunked = b"chunked" in line.lower()
+    passed.append(b"")
+    return AnswerHead(status, b"\r\n".join(passed), chunked, event_stream), length
 
 
 @lru_cache(maxsize=256)

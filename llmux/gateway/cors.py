@@ -40,7 +40,7 @@ def options_response(
     """The answer to OPTIONS; to a browser's preflight when the origin may."""
     allow = ", ".join([*methods, "OPTIONS"]).encode()
     lines = [b"HTTP/1.1 204 No Content", b"allow: " + allow]
-    own = cors.headers(incoming.origin) if cors is not None and incoming.origin else b""
+    own = cors.headers(incoming.head.origin) if cors is not None and incoming.head.origin else b""
     if own and incoming.header(b"access-control-request-method"):
         asked = incoming.header(b"access-control-request-headers")
         lines.append(b"access-control-allow-methods: " + allow)

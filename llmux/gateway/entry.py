@@ -14,10 +14,10 @@ def let_in(incoming: Incoming, guard: Guard | None, transport: asyncio.Transport
         return
     if guard is None:
         if incoming.match is None:
-            check_page(incoming.path, incoming.origin, incoming.header(b"sec-fetch-site"))
+            check_page(incoming.path, incoming.head.origin, incoming.header(b"sec-fetch-site"))
         return
-    secret = secret_of(incoming.authorization, incoming.x_api_key)
-    incoming.withhold_credentials()
+    secret = secret_of(incoming.head.authorization, incoming.head.x_api_key)
+    incoming.withheld = True
     path = b"" if incoming.match else incoming.path  # an engine's /health is not our own
     incoming.key = guard.identify(path, secret, transport)
     if incoming.match is None:

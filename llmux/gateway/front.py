@@ -23,6 +23,7 @@ from llmux.gateway.cors import options_response
 from llmux.gateway.entry import let_in
 from llmux.gateway.incoming import Incoming, new_request_id, plain_head
 from llmux.gateway.relay import Exchange
+from llmux.gateway.request_head import BadHead, Headers, HeadReader
 from llmux.gateway.routes import Source
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class FrontProtocol(HttpProtocol):
     """``exchange``: the inference request being answered; ``_sanic_busy``: Sanic answers one."""
 
     __slots__ = (
-        "_advancing", "_began", "_body", "_current", "_deaf", "_head_bytes", "_headers", "_parser",
-        "_queue", "_sanic_busy", "_size", "_url", "deadline", "exchange", "gateway",
-        "writing_paused",
+        "_advancing", "_at_once", "_began", "_body", "_current", "_deaf", "_fed", "_head_bytes",
+        "_headers", "_parser", "_queue", "_reader", "_sanic_busy", "_size", "_url", "deadline",
+        "exchange", "gateway", "writing_paused",
     )  # fmt: skip
 
     def __init__(self, **kwargs: Any) -> None:
@@ -55,10 +56,13 @@ class FrontProtocol(HttpProtocol):
         self.writing_paused = False
         self.deadline = 0.0  # by the gateway's clock; 0 = none; the gateway's sweep looks at it
         self._parser: Any = httptools.HttpRequestParser(self)
+        self._reader = HeadReader()
         self._queue: deque[Incoming] = deque()
         self._current: Incoming | None = None  # being received
-        self._headers: list[tuple[bytes, bytes]] | None = None  # of it, until all are there
+        self._headers: Headers | None = None  # of it, until all are there
         self._head_bytes = 0
+        self._at_once = False  # it came in one piece that is no larger than a head may be
+        self._fed = 0  # the size of the piece that is being read
         self._url = b""
         self._body: list[bytes] = []
         self._size = 0
@@ -82,16 +86,19 @@ class FrontProtocol(HttpProtocol):
         if self._deaf:
             return
         head = self._headers
+        self._fed = len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as wish:
             self._read_plainly(memoryview(data)[wish.args[0] :])
         except httptools.HttpParserError as error:
             self._reject(problems.HttpRefused(400, f"cannot read the request: {error}"))
-        if self._headers is not None and self._headers is head:  # all of the data belong to it
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD:
-                self._reject_head()
+        if self._headers is not None:  # a head goes on
+            self._at_once = False
+            if self._headers is head:  # all of the data belong to it
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD:
+                    self._reject_head()
         if self._current is not None and self.exchange is None and not self._sanic_busy:
             self.deadline = self._began + RECEIVE_SECS + self._size / RECEIVE_RATE
         if self._queue:
@@ -137,6 +144,7 @@ class FrontProtocol(HttpProtocol):
         self._began = self.gateway.clock()
         self._size = 0
         self._head_bytes = 0
+        self._at_once = self._fed <= MAX_HEAD
         self._url = b""
 
     def on_url(self, url: bytes) -> None:
@@ -158,16 +166,17 @@ class FrontProtocol(HttpProtocol):
         if incoming is None:
             return
         incoming.target = self._url
-        if incoming.head_bytes() > MAX_HEAD:
+        if not self._at_once and incoming.head_bytes() > MAX_HEAD:
             self._reject_head()
             return
         incoming.keep_alive = parser.should_keep_alive()
         incoming.method = parser.get_method()
         self._body = []
         self._size = 0
-        wrong = incoming.read_head(parser.get_http_version())
-        if wrong is not None:
-            self._reject(problems.HttpRefused(400, wrong))
+        try:
+            incoming.read_head(parser.get_http_version(), self._reader)
+        except BadHead as wrong:
+            self._reject(problems.HttpRefused(400, str(wrong)))
             return
         incoming.find_route()
         try:
@@ -179,7 +188,7 @@ class FrontProtocol(HttpProtocol):
             return
         if incoming.length > self.gateway.max_body_bytes:
             self._reject(problems.too_large(self.gateway.max_body_bytes))
-        elif incoming.expects_continue and not self._busy():
+        elif incoming.head.expects_continue and not self._busy():
             # A busy connection gets no 100: it would land inside the answer before it. The client
             # then sends the body on its own after a while, as RFC 9110 10.1.1 tells it to.
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -336,7 +345,7 @@ class FrontProtocol(HttpProtocol):
         if self.conn_info is None:
             self.conn_info = ConnInfo(self.transport, unix=self._unix)  # type: ignore[arg-type]  # a Transport is what it reads
         self.conn_info.ctx.key = incoming.key
-        self.conn_info.ctx.origin = incoming.origin
+        self.conn_info.ctx.origin = incoming.head.origin
         if self._task is None:
             self.recv_buffer = bytearray(incoming.sanic_request(close=close))
             task = self.connection_task()  # type: ignore[no-untyped-call]  # Sanic's

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-import string
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,42 +18,15 @@ from llmux.gateway import openai, routes
 from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
 from llmux.gateway.limits import KeyUse
 from llmux.gateway.problems import error_response
+from llmux.gateway.request_head import NO_HEAD, BadHead, Headers, HeadReader
 from llmux.gateway.routes import Match, Source
 
 if TYPE_CHECKING:
     from llmux.gateway.cors import Cors
 
-# About the connection, not the message (RFC 9110 7.6.1), or written anew: not passed on.
-NOT_FORWARDED = frozenset(
-    {
-        b"authorization",
-        b"connection",
-        b"content-length",
-        b"expect",
-        b"host",  # counted, and then passed on
-        b"keep-alive",
-        b"origin",  # else an engine answers for itself which pages may read its answer
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"x-api-key",
-        b"x-request-id",
-        b"x-request-timeout",
-        b"x-stainless-timeout",
-    }
-)
-WISHES = frozenset({b"upgrade", b"http2-settings"})
-MAX_REQUEST_ID = 128
-TIMEOUTS = frozenset({b"x-request-timeout", b"x-stainless-timeout"})
-_SECONDS = re.compile(rb"[0-9]{1,7}(?:\.[0-9]{1,9})?")
-
-# What a header's name is made of (RFC 9110 5.6.2) and what a request target may contain. The parser
-# in Debian 12 lets "Content-Length : 5" pass as a header called "content-length ".
-_TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
+# What a request target may contain.
 _TARGET = bytes(range(0x21, 0x7F))
+WISHES = frozenset({b"upgrade", b"http2-settings"})
 
 _prefix = os.urandom(6).hex()
 _count = itertools.count(1)
@@ -76,46 +46,29 @@ def new_request_id() -> bytes:
     return b"req-%b-%x" % (_prefix.encode(), next(_count))
 
 
-@lru_cache(maxsize=512)
-def _meaning(name: bytes) -> bytes | None:
-    """A header's name in lower case where the gateway reads it or keeps it to itself; None: the
-    engine gets it; b"": no name at all. Looking it up costs a third of telling it anew."""
-    if not name or name.translate(None, _TOKEN):
-        return b""
-    lowered = name.lower()
-    return lowered if lowered in NOT_FORWARDED else None
-
-
 class Incoming:
     """Filled by the client's parser; complete when ``body`` is whole or ``problem`` is set."""
 
     __slots__ = (
-        "_credentials", "_forwarded", "authorization", "body", "expects_continue", "finder",
-        "headers", "keep_alive", "key", "length", "match", "method", "origin", "problem",
-        "request_id", "target", "timeout_secs", "upload", "version_1_0", "x_api_key",
+        "body", "finder", "head", "headers", "keep_alive", "key", "length", "match", "method",
+        "problem", "request_id", "target", "upload", "withheld",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.method = b""
         self.target = b""
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: Headers = []
+        self.head = NO_HEAD
         self.body = b""
         self.length = 0  # announced; 0 = none or chunked
-        self.expects_continue = False
         self.keep_alive = True
-        self.version_1_0 = False
         self.request_id = b""
         self.problem: Refused | None = None
         self.match: Match | None = None  # the way to an engine, if there is one
         self.upload: Upload | None = None  # in place of ``body``
         self.finder: ModelFinder | None = None
-        self.origin = b""
-        self.timeout_secs: float | None = None  # how long the client itself will wait
-        self.authorization = b""
-        self.x_api_key = b""
-        self.key: KeyUse | None = None  # whose request it is, where keys are asked for
-        self._credentials = b""  # those two, for an engine with keys of its own
-        self._forwarded = b""  # header lines for the engine, each with its CRLF
+        self.key: KeyUse | None = None  # whose request it is, where keys are asked for …
+        self.withheld = False  # … and given, so that no engine gets them
 
     @property
     def path(self) -> bytes:
@@ -126,84 +79,12 @@ class Incoming:
         values = sum(map(len, chain.from_iterable(self.headers)))
         return len(self.target) + values + 4 * len(self.headers)
 
-    def read_head(self, version: str) -> str | None:
-        """Take from ``headers`` what the gateway needs; what is wrong with them, or None.
-
-        The parsers refuse most of this as well, but their strictness differs (http-parser in
-        Debian 12's httptools, llhttp later), and a length that two readers read differently is how
-        requests are smuggled.
-        """
-        if version != "1.1" and version != "1.0":  # the parsers take 0.9 and 2.0 as well
-            return "only HTTP/1.0 and HTTP/1.1 are understood"
-        self.version_1_0 = version == "1.0"
+    def read_head(self, version: str, reader: HeadReader) -> None:
+        """Raises BadHead."""
         if not self.target or self.target.translate(None, _TARGET):
-            return "the request target contains a space, a control or a non-ASCII character"
-        lengths = hosts = 0
-        lines: list[bytes] = []
-        named: list[bytes] = []
-        credentials: list[bytes] = []
-        for name, value in self.headers:
-            meaning = _meaning(name)
-            if meaning is None:
-                lines.append(name + b": " + value)
-            elif meaning == b"host":
-                lines.append(name + b": " + value)
-                hosts += 1
-            elif meaning == b"content-length":
-                if not value.isdigit():
-                    return "the content-length is not a number"
-                self.length = int(value)
-                lengths += 1
-            elif meaning == b"transfer-encoding":
-                if value.lower() != b"chunked" or self.version_1_0:
-                    return "the only transfer-encoding understood is chunked"
-                lengths += 1
-            elif meaning == b"x-request-id":
-                self._take_request_id(value)
-            elif meaning in TIMEOUTS:
-                self._take_timeout(value)
-            elif meaning == b"origin":
-                self.origin = value
-            elif meaning == b"connection":
-                named += value.lower().split(b",")
-            elif meaning == b"authorization":
-                self.authorization = value
-                credentials.append(name + b": " + value)
-            elif meaning == b"x-api-key":
-                self.x_api_key = value
-                credentials.append(name + b": " + value)
-            elif meaning == b"expect":
-                self.expects_continue = value.lower() == b"100-continue" and not self.version_1_0
-            elif not meaning:
-                return "a header's name contains a character that is not allowed there"
-        if lengths > 1:
-            return "the length of the body is given more than once"
-        if hosts != 1 and (hosts or not self.version_1_0):  # RFC 9112 3.2
-            return "the host is not given, or more than once"
-        if named:
-            dropped = {token.strip() for token in named} - {b"close", b"keep-alive"}
-            lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
-        self._forwarded = b"\r\n".join([*lines, b""])
-        if credentials:
-            self._credentials = b"\r\n".join([*credentials, b""])
-        written = self._forwarded + self._credentials
-        breaks = len(lines) + len(credentials)
-        if written.count(b"\n") != breaks or written.count(b"\r") != breaks or b"\0" in written:
-            return "a header contains a control character"
-        if not self.request_id:
-            self.request_id = new_request_id()
-        return None
-
-    def _take_request_id(self, given: bytes) -> None:
-        if len(given) <= MAX_REQUEST_ID and given.isascii() and given.decode("ascii").isprintable():
-            self.request_id = given
-
-    def _take_timeout(self, given: bytes) -> None:
-        """Seconds, as OpenAI's and Anthropic's clients send them; the shorter of two counts."""
-        if _SECONDS.fullmatch(given):
-            seconds = float(given)
-            if self.timeout_secs is None or seconds < self.timeout_secs:
-                self.timeout_secs = seconds
+            raise BadHead("the request target contains a space, a control or a non-ASCII character")
+        self.head, self.length = reader.read(self.headers, version)
+        self.request_id = self.head.request_id or new_request_id()
 
     def header(self, name: bytes) -> bytes:
         """The first of that (lower-case) name, b"" without one."""
@@ -292,31 +173,28 @@ class Incoming:
     def anthropic(self) -> bool:
         return self.match is not None and self.match.route.anthropic
 
-    def withhold_credentials(self) -> None:
-        """They were meant for us: no engine gets them."""
-        self._credentials = b""
-
     def engine_head(self) -> bytes:
         size = len(self.body) if self.upload is None else self.upload.size
+        credentials = b"" if self.withheld else self.head.credentials
         return b"%b %b HTTP/1.1\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-            self.method, self.target, self._forwarded, self._credentials, self.request_id, size,
+            self.method, self.target, self.head.forwarded, credentials, self.request_id, size,
         )  # fmt: skip
 
     def refusal(self, problem: Refused, cors: Cors | None, *, close: bool) -> bytes:
         """The whole answer; for HEAD its head."""
         extra = b"x-request-id: %b\r\n" % self.request_id
-        if self.origin and cors is not None:
-            extra += cors.headers(self.origin)
+        if self.head.origin and cors is not None:
+            extra += cors.headers(self.head.origin)
         whole = error_response(problem, extra=extra, close=close, anthropic=self.anthropic)
         return whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.method == b"HEAD" else whole
 
     def sanic_request(self, *, close: bool) -> bytes:
         """The whole request in the one plain form that Sanic gets to see."""
         lines = b"%bx-request-id: %b\r\ncontent-length: %d\r\nconnection: %b\r\n" % (
-            self._forwarded, self.request_id, len(self.body),
+            self.head.forwarded, self.request_id, len(self.body),
             b"close" if close or not self.keep_alive else b"keep-alive",
         )  # fmt: skip
-        version = b"HTTP/1.0" if self.version_1_0 else b"HTTP/1.1"
+        version = b"HTTP/1.0" if self.head.version_1_0 else b"HTTP/1.1"
         return b"%b %b %b\r\n%b\r\n%b" % (self.method, self.target, version, lines, self.body)
 
 
@@ -324,7 +202,7 @@ def _unreadable(error: FormError) -> Refused:
     return Refused(Reason.BAD_REQUEST, f"cannot read the request body: {error}")
 
 
-def plain_head(parser: Any, target: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+def plain_head(parser: Any, target: bytes, headers: Headers) -> bytes:
     """The request's head again, without the wish for another protocol. What could be read in more
     than one way makes it one that no parser takes."""
     version = parser.get_http_version().encode()

@@ -24,7 +24,7 @@ MAX_ERROR = 64 * 1024  # of an engine's answer that is passed on inside an event
 
 def wants_stream(incoming: Incoming) -> bool:
     """Whether the answer will be an event stream, in chunks."""
-    if incoming.version_1_0 or b'"stream"' not in incoming.body:
+    if incoming.head.version_1_0 or b'"stream"' not in incoming.body:
         return False
     try:
         parsed = json.loads(incoming.body)
@@ -89,15 +89,15 @@ class PatientExchange(KeptExchange):
     def wants_connection(self) -> bool:
         return self.stage is Stage.IN_FLIGHT and self.connection is None and self.repeatable
 
-    def response_head(self, head: AnswerHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, length: bytes, first: bytes) -> None:
         if not self._early:
-            super().response_head(head, first)
+            super().response_head(head, length, first)
             return
         front = self._front
         assert front is not None, "an answer is for a request"
         self.repeatable = False
         self._incoming = None
-        framed = head.chunked or (self._alias is not None and not head.until_close)
+        framed = head.chunked or (self._alias is not None and not self._until_close)
         if head.status != 200 or not framed or not head.event_stream:
             self._collected = bytearray(first)
             return

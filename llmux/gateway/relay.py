@@ -52,8 +52,8 @@ class Exchange(Ticket):
     ) -> None:
         now = gateway.clock()
         super().__init__(model, now, now + gateway.admission.wait_secs)
-        if incoming.timeout_secs is not None:
-            self.limit = now + incoming.timeout_secs
+        if (patience := incoming.head.timeout_secs) is not None:
+            self.limit = now + patience
             self.deadline = min(self.deadline, self.limit)
         match = incoming.match
         self._anthropic = match is not None and match.route.anthropic
@@ -190,54 +190,63 @@ class Exchange(Ticket):
             return RenamingConnection
         incoming = self._incoming
         assert incoming is not None, "the request is held until the first byte of an answer"
-        return UnchunkingConnection if incoming.version_1_0 else EngineConnection
+        return UnchunkingConnection if incoming.head.version_1_0 else EngineConnection
 
     def renaming(self) -> tuple[str, str, bool]:
         """The model's name, what to call it, and whether in chunks."""
         assert self._incoming is not None, "the request is held until the first byte of an answer"
-        return self.model, self._alias or self.model, not self._incoming.version_1_0
+        return self.model, self._alias or self.model, not self._incoming.head.version_1_0
 
     def wants_connection(self) -> bool:
         return self.stage is Stage.IN_FLIGHT and self.connection is None and self._status == 0
 
-    def response_head(self, head: AnswerHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, length: bytes, first: bytes) -> None:
         incoming, front = self._incoming, self._front
         assert incoming is not None and front is not None, "an answer is for a request"
         self.repeatable = False
         self._incoming = None  # frees the body: a stream may last for minutes
-        self._status = head.status
-        renamed = self._alias is not None and head.status not in NO_BODY
-        chunked = head.chunked or (renamed and not head.until_close)
-        self._chunked = chunked and not incoming.version_1_0
-        unsized = head.until_close or (chunked and incoming.version_1_0)
-        self._close = self._close or unsized or self._gateway.draining
+        status = self._status = head.status
         self._event_stream = head.event_stream
-        lines = head.lines
-        if head.length_line and not chunked:  # renamed ones are of another length
-            lines.append(head.length_line)
-        if self._chunked:
-            lines.append(b"transfer-encoding: chunked")
-        lines.append(self._own_headers(incoming, self._close))
-        lines.append(first)
+        if not length or head.chunked or self._alias is not None:  # renamed: of another length
+            length = self._frame(head, length, incoming)
+        close = self._close = self._close or self._gateway.draining
         self._transport = front.transport
-        front.write(b"\r\n".join(lines))
+        own = self._own_headers(incoming, close)
+        front.write(b"%b%b%b\r\n%b" % (head.lines, length, own, first))
         if front.writing_paused:
             self.pause()
-        if first and self.lease is not None:
-            self.lease.line.progress += 1
-        self._gateway.observer.answered(self.model, head.status)
+        self._gateway.observer.answered(self.model, status)
         if first:
+            if self.lease is not None:
+                self.lease.line.progress += 1
             self._times.first_tokens.observe(self._gateway.clock() - self.arrived)
-        self._first_due = not first
+        else:
+            self._first_due = True
+
+    def _frame(self, head: AnswerHead, length: bytes, incoming: Incoming) -> bytes:
+        """The line that says where the body ends, where that is not the engine's own length."""
+        version_1_0, until_close = incoming.head.version_1_0, self._until_close
+        renamed = self._alias is not None and head.status not in NO_BODY
+        chunked = head.chunked or (renamed and not until_close)
+        self._chunked = chunked and not version_1_0
+        self._close = self._close or until_close or (chunked and version_1_0)
+        if self._chunked:
+            return b"transfer-encoding: chunked\r\n"
+        return b"" if chunked else length
+
+    @property
+    def _until_close(self) -> bool:
+        assert self.connection is not None, "asked while an answer is being read"
+        return self.connection.until_close
 
     def _own_headers(self, incoming: Incoming, close: bool) -> bytes:
         more = b""
         if close:
             more = b"connection: close\r\n"
-        elif incoming.version_1_0:
+        elif incoming.head.version_1_0:
             more = b"connection: keep-alive\r\n"
-        if incoming.origin and self._gateway.cors is not None:
-            more += self._gateway.cors.headers(incoming.origin)
+        if incoming.head.origin and self._gateway.cors is not None:
+            more += self._gateway.cors.headers(incoming.head.origin)
         return b"x-request-id: %b\r\nx-llmux-wait-ms: %d\r\nx-llmux-switch: %b\r\n%b" % (
             incoming.request_id, self._wait_ms, self.switch, more,
         )  # fmt: skip
@@ -283,9 +292,9 @@ class KeptExchange(Exchange):
         super().__init__(gateway, front, incoming, model, alias=alias)
         self._seen: bytes | None = b""  # None: found, or not to be found
 
-    def response_head(self, head: AnswerHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, length: bytes, first: bytes) -> None:
         self._look(first)
-        super().response_head(head, first)
+        super().response_head(head, length, first)
 
     def response_bytes(self, data: bytes) -> None:
         # Before the client has it, who may ask another worker for it at once.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from llmux.gateway.answer_head import NO_BODY, AnswerHead
+from llmux.gateway.answer_head import NO_BODY
 from llmux.gateway.pool import EnginePool
 from llmux.gateway.upstream import EngineConnection, Sink
 
@@ -46,9 +46,9 @@ class RenamingConnection(UnchunkingConnection):
         self._held = b""
         super().send(sink)
 
-    def _read_head(self, head: bytes, status: int) -> AnswerHead:
+    def _passed_first(self, status: int, data: bytes) -> bytes:
         self._framed = self._framed and status not in NO_BODY
-        return super()._read_head(head, status)
+        return super()._passed_first(status, data)
 
     def on_chunk_header(self) -> None:
         """What is passed on are whole chunks of our own: it always ends between two."""
@@ -63,7 +63,7 @@ class RenamingConnection(UnchunkingConnection):
                 start = len(body) - _begun(body)
             if len(body) - start < self._longest:
                 body, self._held = body[:start], body[start:]
-        if not self._framed or self._until_close:
+        if not self._framed or self.until_close:
             return body
         chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
         return chunk + b"0\r\n\r\n" if self._complete else chunk

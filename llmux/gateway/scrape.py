@@ -55,7 +55,7 @@ class _Scrape:
     def unsent(self) -> int:
         return 0
 
-    def response_head(self, head: AnswerHead, first: bytes) -> None:
+    def response_head(self, head: AnswerHead, length: bytes, first: bytes) -> None:
         self._good = head.status == 200
         self.response_bytes(first)
 

@@ -44,7 +44,7 @@ class Sink(Protocol):
     def renaming(self) -> tuple[str, str, bool]: ...
     def connection_type(self) -> type[EngineConnection]: ...
     def wants_connection(self) -> bool: ...
-    def response_head(self, head: AnswerHead, first: bytes) -> None: ...
+    def response_head(self, head: AnswerHead, length: bytes, first: bytes) -> None: ...
     def response_bytes(self, data: bytes) -> None: ...
     def response_end(self) -> None: ...
     def response_failed(self, failure: EngineFailure) -> None: ...
@@ -60,8 +60,8 @@ class EngineConnection(asyncio.Protocol):
 
     __slots__ = (
         "_between", "_broken", "_complete", "_full", "_head", "_head_done", "_keep_alive",
-        "_parser", "_pieces", "_sent", "_until_close", "_upload", "pool", "served",
-        "sink", "transport",
+        "_parser", "_pieces", "_sent", "_upload", "pool", "served", "sink", "transport",
+        "until_close",
     )  # fmt: skip
 
     def __init__(self, pool: EnginePool) -> None:
@@ -80,7 +80,7 @@ class EngineConnection(asyncio.Protocol):
         self._complete = False
         self._keep_alive = False
         self._between = True
-        self._until_close = False
+        self.until_close = False
         self._broken: str | None = None
         self._upload: Upload | None = None  # what is still to be sent of it, from ``_sent`` on
         self._sent = 0
@@ -169,7 +169,7 @@ class EngineConnection(asyncio.Protocol):
         if sink is None:
             return
         sink.connection = None
-        if self._until_close and exc is None:
+        if self.until_close and exc is None:
             sink.response_end()
         elif self.served and not self._head_done and not self._head and sink.wants_connection():
             # The engine closed an idle connection just as we used it: no answer was begun, and a
@@ -203,17 +203,16 @@ class EngineConnection(asyncio.Protocol):
         sink = self.sink
         assert sink is not None, "an answer is parsed for somebody"
         self._parser.feed_data(data)
-        read = self._read_head(data[:end], self._parser.get_status_code())
+        read, length = read_answer_head(data[:end], self._parser.get_status_code())
+        self.until_close = not (length or read.chunked or self._complete)
         if self._broken is None:
-            sink.response_head(read, self._passed(rest))
+            passed = rest if self._pieces is None else self._passed_first(read.status, rest)
+            sink.response_head(read, length, passed)
         self._after_bytes(sink)
 
-    def _read_head(self, head: bytes, status: int) -> AnswerHead:
-        """Raises BadHead."""
-        read = read_answer_head(head, status)
-        read.until_close = not (read.chunked or read.length_line or self._complete)
-        self._until_close = read.until_close
-        return read
+    def _passed_first(self, status: int, data: bytes) -> bytes:
+        """As ``_passed``, of the bytes that came with the head."""
+        return self._passed(data)
 
     def _passed(self, data: bytes) -> bytes:
         """What of these bytes of the body the client gets."""

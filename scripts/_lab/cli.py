@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--vllm", action="store_true", help="with the real vLLM and two tiny models")
     up.add_argument("--owner-pid", type=int, metavar="PID", help="live no longer than this process")
     up.add_argument("--memory", type=int, default=2048, metavar="MIB", help="--vm only")
-    up.add_argument("--cpus", type=int, default=2, help="--vm only")
+    up.add_argument("--cpus", type=int, default=1, help="--vm only")
     up.set_defaults(act=do_up)
 
     run = verbs.add_parser("run", help="run a command in a guest, with its exit status")

@@ -267,9 +267,19 @@ class Guest:
             command.stop()
             raise
         done = subprocess.CompletedProcess(list(argv), command.process.returncode, stdout, stderr)
+        # 255: ssh lost the machine, or a signal ended the command.
+        if self.is_machine and done.returncode == 255:
+            self._check_kernel(done)
         if check and done.returncode != 0:
             raise GuestCommandError(self.name, done)
         return done
+
+    def _check_kernel(self, done: subprocess.CompletedProcess[str]) -> None:
+        if (words := vm.last_words(self.directory / "console.log")) is not None:
+            raise host.LabError(
+                f"guest {self.name}: its kernel died during {' '.join(done.args)}\n"
+                f"{host.indented(words)}"
+            )
 
     def stop_unit(self, unit: str) -> None:
         stop = ["systemctl", "stop", f"{unit}.service"]

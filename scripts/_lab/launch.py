@@ -33,7 +33,7 @@ class Options:
     with_vllm: bool = False
     owner_pid: int | None = None
     memory_mib: int = 2048  # machine only
-    cpus: int = 2  # machine only
+    cpus: int = 1  # machine only; see vm.boot_argv
 
 
 @dataclasses.dataclass(frozen=True)

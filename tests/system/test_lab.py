@@ -291,4 +291,6 @@ def test_virtual_machine_has_the_same_verbs() -> None:
         machine.write("/etc/made/by-test", "it's there\n")
         assert machine.run(["cat", "/etc/made/by-test"]).stdout == "it's there\n"
         assert machine.run(["test", "-e", "/srv/llmux/pyproject.toml"]).returncode == 0
+        with pytest.raises(host.LabError, match=r"its kernel died during sh -c(?s:.)*sysrq"):
+            machine.run(["sh", "-c", "echo c >/proc/sysrq-trigger"])
     assert leftovers(machine.name) == []

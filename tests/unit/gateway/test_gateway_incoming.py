@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmux.errors import Refused
 from llmux.gateway import openai
 from llmux.gateway.incoming import Incoming
+from llmux.gateway.request_head import BadHead, Headers, HeadReader, read_head
 
 HOST = (b"host", b"h")
 
@@ -25,7 +29,7 @@ def test_the_engine_gets_one_length_and_nothing_about_the_clients_connection() -
         (b"Host", b"h"), (b"Content-Length", b"99"), (b"Connection", b"close, X-Hop"),
         (b"X-Hop", b"1"), (b"TE", b"trailers"), (b"X-Keep", b"2"), (b"X-Request-ID", b"r1"),
     )  # fmt: skip
-    assert request.read_head("1.1") is None
+    request.read_head("1.1", HeadReader())
     request.body = b"{}"
     assert request.length == 99
     assert request.engine_head() == (
@@ -37,14 +41,14 @@ def test_the_engine_gets_one_length_and_nothing_about_the_clients_connection() -
 @pytest.mark.parametrize("given", [b"", b"x" * 129, b"caf\xc3\xa9", b"a\x07b"])
 def test_an_unusable_request_id_is_replaced(given: bytes) -> None:
     request = incoming(HOST, (b"x-request-id", given))
-    request.read_head("1.1")
+    request.read_head("1.1", HeadReader())
     assert request.request_id.startswith(b"req-")
 
 
 def test_request_ids_differ() -> None:
     first, second = incoming(HOST), incoming(HOST)
-    first.read_head("1.1")
-    second.read_head("1.1")
+    for request in (first, second):
+        request.read_head("1.1", HeadReader())
     assert first.request_id != second.request_id
 
 
@@ -64,29 +68,68 @@ def test_request_ids_differ() -> None:
         [(b"x", b"a\0b")],
     ],
 )
-def test_ambiguous_heads_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
-    assert incoming(HOST, *headers).read_head("1.1")
-    assert incoming(HOST).read_head("1.1") is None
+def test_ambiguous_heads_are_refused(headers: Headers) -> None:
+    with pytest.raises(BadHead):
+        read_head([HOST, *headers], "1.1")
+    read_head([HOST], "1.1")
 
 
 def test_a_request_is_for_one_host() -> None:
-    assert incoming(HOST, (b"HOST", b"h")).read_head("1.1")
-    assert incoming(HOST, HOST).read_head("1.0")
-    assert incoming().read_head("1.1")
-    assert incoming().read_head("1.0") is None
+    for headers, version in (([HOST, (b"HOST", b"h")], "1.1"), ([HOST, HOST], "1.0"), ([], "1.1")):
+        with pytest.raises(BadHead):
+            read_head(headers, version)
+    read_head([], "1.0")
 
 
 def test_only_the_one_expectation_that_there_is_is_met() -> None:
     for value, met in ((b"100-Continue", True), (b"100", False)):
-        request = incoming(HOST, (b"expect", value))
-        assert request.read_head("1.1") is None and request.expects_continue is met
+        head, _ = read_head([HOST, (b"expect", value)], "1.1")
+        assert head.expects_continue is met
 
 
 def test_http_1_0_knows_no_chunks_and_no_continue() -> None:
-    assert incoming((b"transfer-encoding", b"chunked")).read_head("1.0")
-    request = incoming((b"expect", b"100-continue"))
-    assert request.read_head("1.0") is None
-    assert not request.expects_continue
+    with pytest.raises(BadHead):
+        read_head([(b"transfer-encoding", b"chunked")], "1.0")
+    head, _ = read_head([(b"expect", b"100-continue")], "1.0")
+    assert not head.expects_continue
+
+
+NAMES = st.sampled_from(
+    [b"host", b"Content-Length", b"content-length", b"Transfer-Encoding", b"x", b"Connection",
+     b"Authorization", b"X-Api-Key", b"X-Request-Id", b"X-Request-Timeout", b"Origin", b"a b"]
+)  # fmt: skip
+VALUES = st.sampled_from([b"1", b"22", b"1 ", b"+3", b"h", b"x, close", b"chunked", b"a\nb", b""])
+LENGTH = (b"Content-Length", b"1")
+PLAIN = st.sampled_from([(b"x", b"1"), (b"Authorization", b"a"), (b"X-Request-Id", b"r")])
+USUAL = st.lists(PLAIN, max_size=2).flatmap(lambda more: st.permutations([HOST, LENGTH, *more]))
+
+
+@st.composite
+def changed(draw: st.DrawFn, headers: Headers) -> Headers:
+    """Another value, another name or both, in one place or two; or all of them again."""
+    again = list(headers)
+    for _ in range(draw(st.integers(0, 2))):
+        at = draw(st.integers(0, len(headers) - 1))
+        name = draw(st.just(headers[at][0]) | NAMES)
+        again[at] = (name, draw(st.just(headers[at][1]) | VALUES))
+    return again
+
+
+@given(data=st.data())
+def test_a_connections_heads_are_read_as_if_each_were_its_first(data: st.DataObject) -> None:
+    reader, usual = HeadReader(), data.draw(USUAL)
+    for _ in range(4):
+        headers = data.draw(changed(usual))
+        version = data.draw(st.sampled_from(["1.1", "1.0"]))
+        before = list(headers)
+        try:
+            expected = read_head(list(headers), version)
+        except BadHead as error:
+            with pytest.raises(BadHead, match=re.escape(str(error))):
+                reader.read(headers, version)
+        else:
+            assert reader.read(headers, version) == expected
+        assert headers == before
 
 
 def test_the_last_of_two_model_keys_counts_as_in_the_engine() -> None:

@@ -1,0 +1,187 @@
+"""The head of a client's request, header by header: what the gateway needs of it, what an engine
+gets, and what is refused.
+
+The parsers refuse most of this as well, but their strictness differs (http-parser in Debian 12's
+httptools, llhttp later), and a length that two readers read differently is how requests are
+smuggled.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+from functools import lru_cache
+
+Headers = list[tuple[bytes, bytes]]
+
+# About the connection, not the message (RFC 9110 7.6.1), or written anew: not passed on.
+NOT_FORWARDED = frozenset(
+    {
+        b"authorization",
+        b"connection",
+        b"content-length",
+        b"expect",
+        b"host",  # counted, and then passed on
+        b"keep-alive",
+        b"origin",  # else an engine answers for itself which pages may read its answer
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-api-key",
+        b"x-request-id",
+        b"x-request-timeout",
+        b"x-stainless-timeout",
+    }
+)
+MAX_REQUEST_ID = 128
+MAX_KEPT = 2048  # bytes of a head that are worth keeping for as long as a connection is open
+TIMEOUTS = frozenset({b"x-request-timeout", b"x-stainless-timeout"})
+_SECONDS = re.compile(rb"[0-9]{1,7}(?:\.[0-9]{1,9})?")
+
+# What a header's name is made of (RFC 9110 5.6.2). The parser in Debian 12 lets
+# "Content-Length : 5" pass as a header called "content-length ".
+_TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
+
+
+class BadHead(Exception):
+    """What is wrong with a head."""
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """All but the length. ``forwarded``: header lines for the engine, each with its CRLF;
+    ``credentials``: those that only an engine with keys of its own may see. ``request_id``: b""
+    without one that can be used. ``timeout_secs``: how long the client itself will wait."""
+
+    version_1_0: bool = False
+    forwarded: bytes = b""
+    credentials: bytes = b""
+    authorization: bytes = b""
+    x_api_key: bytes = b""
+    origin: bytes = b""
+    request_id: bytes = b""
+    timeout_secs: float | None = None
+    expects_continue: bool = False
+
+
+NO_HEAD = RequestHead()  # of a request whose head did not arrive
+
+
+class HeadReader:
+    """Reads the heads of one connection: ``read``.
+
+    A client's next request mostly has the head of the one before it, but for the length: telling
+    that costs a fifth of reading it anew.
+    """
+
+    __slots__ = ("_at", "_headers", "_read", "_version")
+
+    def __init__(self) -> None:
+        self._read: RequestHead | None = None  # of the head before …
+        self._headers: Headers = []  # … which was this one
+        self._version = ""
+        self._at = 0  # where the length stands in it
+
+    def read(self, headers: Headers, version: str) -> tuple[RequestHead, int]:
+        """As ``read_head``."""
+        before = self._headers
+        if self._read is not None and len(headers) == len(before) and version == self._version:
+            at = self._at
+            name, value = given = headers[at]
+            headers[at] = before[at]
+            same = headers == before
+            headers[at] = given
+            if same and name == before[at][0] and value.isdigit():
+                return self._read, int(value)
+        self._read = None
+        read, length = read_head(headers, version)
+        if len(read.forwarded) <= MAX_KEPT:
+            for at, (name, _) in enumerate(headers):
+                if name.lower() == b"content-length":
+                    self._read, self._headers, self._version, self._at = read, headers, version, at
+        return read, length
+
+
+def read_head(headers: Headers, version: str) -> tuple[RequestHead, int]:
+    """And the length of the body as announced; 0 = none or chunked. Raises BadHead."""
+    if version != "1.1" and version != "1.0":  # the parsers take 0.9 and 2.0 as well
+        raise BadHead("only HTTP/1.0 and HTTP/1.1 are understood")
+    read = RequestHead(version == "1.0")
+    length = lengths = hosts = 0
+    lines: list[bytes] = []
+    named: list[bytes] = []
+    credentials: list[bytes] = []
+    for name, value in headers:
+        meaning = _meaning(name)
+        if meaning is None:
+            lines.append(name + b": " + value)
+        elif meaning == b"host":
+            lines.append(name + b": " + value)
+            hosts += 1
+        elif meaning == b"content-length":
+            if not value.isdigit():
+                raise BadHead("the content-length is not a number")
+            length = int(value)
+            lengths += 1
+        elif meaning == b"transfer-encoding":
+            if value.lower() != b"chunked" or read.version_1_0:
+                raise BadHead("the only transfer-encoding understood is chunked")
+            lengths += 1
+        elif meaning == b"connection":
+            named += value.lower().split(b",")
+        elif meaning == b"authorization" or meaning == b"x-api-key":
+            credentials.append(name + b": " + value)
+            _take(read, meaning, value)
+        elif not meaning:
+            raise BadHead("a header's name contains a character that is not allowed there")
+        else:
+            _take(read, meaning, value)
+    if lengths > 1:
+        raise BadHead("the length of the body is given more than once")
+    if hosts != 1 and (hosts or not read.version_1_0):  # RFC 9112 3.2
+        raise BadHead("the host is not given, or more than once")
+    if named:
+        dropped = {token.strip() for token in named} - {b"close", b"keep-alive"}
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
+    read.forwarded = b"\r\n".join([*lines, b""])
+    if credentials:
+        read.credentials = b"\r\n".join([*credentials, b""])
+    written = read.forwarded + read.credentials
+    breaks = len(lines) + len(credentials)
+    if written.count(b"\n") != breaks or written.count(b"\r") != breaks or b"\0" in written:
+        raise BadHead("a header contains a control character")
+    return read, length
+
+
+@lru_cache(maxsize=512)
+def _meaning(name: bytes) -> bytes | None:
+    """A header's name in lower case where the gateway reads it or keeps it to itself; None: the
+    engine gets it; b"": no name at all. Looking it up costs a third of telling it anew."""
+    if not name or name.translate(None, _TOKEN):
+        return b""
+    lowered = name.lower()
+    return lowered if lowered in NOT_FORWARDED else None
+
+
+def _take(read: RequestHead, meaning: bytes, value: bytes) -> None:
+    """What is for the gateway alone."""
+    if meaning == b"authorization":
+        read.authorization = value
+    elif meaning == b"x-api-key":
+        read.x_api_key = value
+    elif meaning == b"origin":
+        read.origin = value
+    elif meaning == b"expect":
+        read.expects_continue = value.lower() == b"100-continue" and not read.version_1_0
+    elif meaning == b"x-request-id":
+        if len(value) <= MAX_REQUEST_ID and value.isascii() and value.decode().isprintable():
+            read.request_id = value
+    elif meaning in TIMEOUTS and _SECONDS.fullmatch(value):
+        # Seconds, as OpenAI's and Anthropic's clients send them; the shorter of two counts.
+        seconds = float(value)
+        if read.timeout_secs is None or seconds < read.timeout_secs:
+            read.timeout_secs = seconds
