@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 
 SUBCOMMANDS = ("switch", "park", "proxy", "overload", "scrape")
 
@@ -17,6 +19,8 @@ def main() -> int:
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     arguments = parser.parse_args()
+    # Else what was started lives on: the end of a bench is in its finally blocks.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     return int(arguments.run(arguments))
 
 
