@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import ssl
 import subprocess
@@ -241,6 +242,33 @@ async def test_keys_are_replaced_while_serving() -> None:
             part()
         assert (await get(running, "/v1/models", USE)).status == 401
         assert (await get(running, "/v1/models", "sk-new")).status == 200
+
+
+@in_loop
+async def test_each_request_of_a_connection_stands_for_itself() -> None:
+    keys: list[tuple[Key, ...]] = [KEYS]
+    reload: list[Callable[[], None]] = []
+    async with stage(keys=lambda: keys[-1], reload=reload) as running:
+        engine = await running.engine()
+        running.supervisor.grant(engine)
+        client = await running.client()
+        for text in ("hi", "hello there"):  # the same head but for the length
+            client.send(
+                payload={"model": "alpha", "messages": [{"role": "user", "content": text}]},
+                headers=(f"x-api-key: {USE}",),
+            )
+            assert (await client.answer()).status == 200
+            assert USE.encode() not in engine.requests[-1].raw_head
+            assert json.loads(engine.requests[-1].body)["messages"][0]["content"] == text
+        assert (
+            engine.requests[0].headers["x-request-id"] != engine.requests[1].headers["x-request-id"]
+        )
+        keys.append(tuple(key for key in KEYS if key.name != "use"))
+        for part in reload:
+            part()
+        chat(client, USE)
+        assert (await client.answer()).status == 401
+        assert len(engine.requests) == 2
 
 
 # ---- pages in somebody's browser -----------------------------------------------------------------
