@@ -42,6 +42,8 @@ async def drain(gateway: Gateway, servers: Sequence[Any], patience: Patience) ->
     for server in servers:
         server.close()
     _start_draining(gateway, patience.secs)
+    # Connections accepted in this turn of the loop are made in the next: they count as well.
+    await asyncio.sleep(0)
     if not patience.waiters:
         turn_away(gateway)
     for front in fronts(servers):

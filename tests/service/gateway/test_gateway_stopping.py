@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 
 import pytest
 from gateway_harness import (
@@ -150,3 +152,23 @@ async def test_where_no_model_can_come_nobody_waits() -> None:
         answer = await client.answer()
         assert (answer.status, answer.code) == (503, "shutting_down")
         await soon(s.served)
+
+
+@in_loop
+async def test_who_was_accepted_in_the_moment_of_the_stop_is_served() -> None:
+    async with stage() as s:
+        engine = await s.granted()
+        payload = json.dumps({"model": "alpha", "messages": []}).encode()
+        with socket.create_connection(("127.0.0.1", s.port)) as late:
+            late.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(payload), payload)
+            )
+            # The loop has not turned since: it wakes the worker that stops, then accepts, and tells
+            # the protocol of the connection only after that.
+            s.stop.set()
+            await soon(s.served)
+            late.settimeout(5)  # what came of it is there by now
+            answer = late.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        assert len(engine.requests) == 1
