@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 from llmux.errors import Reason, Refused
-from llmux.gateway.tickets import ENDED, IN_FLIGHT, WAITING, Lease, Line, Ticket
+from llmux.gateway.tickets import Lease, Line, Stage, Ticket
 from llmux.protocol import Address, Demand
 
 # How long an engine that refused a connection is left alone when the supervisor says nothing about
@@ -104,7 +104,7 @@ class Admission:
     def _wait(self, ticket: Ticket, line: Line) -> None:
         if not line.waiting:
             line.departures.begins(self._clock())
-        ticket.stage = WAITING
+        ticket.stage = Stage.WAITING
         line.waiting[ticket] = None
         if self._wake_at is None or ticket.deadline < self._wake_at:
             self._wake_at = ticket.deadline
@@ -112,23 +112,23 @@ class Admission:
 
     @staticmethod
     def _admit(ticket: Ticket, lease: Lease) -> None:
-        ticket.stage = IN_FLIGHT
+        ticket.stage = Stage.IN_FLIGHT
         ticket.lease = lease
         lease.in_flight.add(ticket)
         lease.line.in_flight += 1
 
     def leave(self, ticket: Ticket, *, completed: bool = False) -> None:
         """The request is over for whatever reason. Does nothing when it was over already."""
-        if ticket.stage is IN_FLIGHT:
+        if ticket.stage is Stage.IN_FLIGHT:
             self._land(ticket)
             if completed and ticket.lease is not None:
                 ticket.lease.line.completed += 1
-        elif ticket.stage is WAITING:
+        elif ticket.stage is Stage.WAITING:
             del self._lines[ticket.model].waiting[ticket]
         else:
-            ticket.stage = ENDED
+            ticket.stage = Stage.ENDED
             return
-        ticket.stage = ENDED
+        ticket.stage = Stage.ENDED
         self._on_change(ticket.model)
 
     def _land(self, ticket: Ticket) -> None:
@@ -149,7 +149,7 @@ class Admission:
         The wait gets a full deadline anew: what it waits for now may be a cold start. When True is
         returned the caller must call ``admit_waiting``: a newer lease may be held already.
         """
-        if ticket.stage is not IN_FLIGHT or ticket.retried or not ticket.repeatable:
+        if ticket.stage is not Stage.IN_FLIGHT or ticket.retried or not ticket.repeatable:
             return False
         if self._closed:
             return False
@@ -249,7 +249,7 @@ class Admission:
         refused = list(line.waiting)
         line.waiting.clear()
         for ticket in refused:
-            ticket.stage = ENDED
+            ticket.stage = Stage.ENDED
         self._on_change(model)
         return refused
 
@@ -283,7 +283,7 @@ class Admission:
             late = [ticket for ticket in line.waiting if ticket.deadline <= now]
             for ticket in late:
                 del line.waiting[ticket]
-                ticket.stage = ENDED
+                ticket.stage = Stage.ENDED
             expired += late
             lease = line.lease
             if lease is not None and lease.suspect_until is not None:

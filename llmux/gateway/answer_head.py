@@ -6,9 +6,10 @@ they came, so what two readers could split differently is refused here.
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 from functools import lru_cache
+
+from llmux.gateway.heads import TOKEN, BadHead
 
 NO_BODY = frozenset({204, 304})  # these answers end with their head
 
@@ -31,11 +32,6 @@ NOT_PASSED_ON = frozenset(
 )
 _LENGTH = b"\r\ncontent-length: "  # as uvicorn writes it
 _READ = frozenset({b"content-length", b"content-type", b"transfer-encoding"})
-_TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
-
-
-class BadHead(Exception):
-    """What is wrong with a head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ def _read(head: bytes, status: int) -> tuple[AnswerHead, bytes]:
 def _meaning(name: bytes) -> bytes | None:
     """A header's name in lower case where it means something here; None: it is passed on. Raises
     BadHead. Engines use few names: looking one up costs a third of telling it anew."""
-    if not name or name.translate(None, _TOKEN):
+    if not name or name.translate(None, TOKEN):
         raise BadHead("a line of the head is no header")
     lowered = name.lower()
     return lowered if lowered in _READ or lowered in NOT_PASSED_ON else None

@@ -21,9 +21,10 @@ from llmux.errors import Refused
 from llmux.gateway import openai, openapi, problems
 from llmux.gateway.cors import options_response
 from llmux.gateway.entry import let_in
+from llmux.gateway.heads import BadHead
 from llmux.gateway.incoming import Incoming, new_request_id, plain_head
 from llmux.gateway.relay import Exchange
-from llmux.gateway.request_head import BadHead, Headers, HeadReader
+from llmux.gateway.request_head import Headers, HeadReader
 from llmux.gateway.routes import Source
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from llmux.gateway.pool import EnginePool
 from llmux.gateway.relay import Exchange, KeptExchange
 from llmux.gateway.routes import Match, Source
 from llmux.gateway.stopping import turn_away
-from llmux.gateway.tickets import NEW, Lease, Ticket
+from llmux.gateway.tickets import Lease, Stage, Ticket
 from llmux.gateway.upstream import EngineFailure
 from llmux.protocol import (
     Catalog,
@@ -187,7 +187,7 @@ class Gateway:
         except Refused as problem:
             exchange.refuse(problem)
             return
-        if exchange.stage is NEW:  # the client may have left meanwhile
+        if exchange.stage is Stage.NEW:  # the client may have left meanwhile
             self.responses.keep({response_id: model})
             exchange.model = model
             self.submit(exchange)

@@ -16,9 +16,10 @@ import httptools
 from llmux.errors import Reason, Refused
 from llmux.gateway import openai, routes
 from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
+from llmux.gateway.heads import BadHead
 from llmux.gateway.limits import KeyUse
 from llmux.gateway.problems import error_response
-from llmux.gateway.request_head import NO_HEAD, BadHead, Headers, HeadReader
+from llmux.gateway.request_head import NO_HEAD, Headers, HeadReader
 from llmux.gateway.routes import Match, Source
 
 if TYPE_CHECKING:

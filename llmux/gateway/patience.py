@@ -13,7 +13,7 @@ from llmux.errors import Reason, Refused
 from llmux.gateway.answer_head import AnswerHead
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.relay import KeptExchange
-from llmux.gateway.tickets import IN_FLIGHT, WAITING
+from llmux.gateway.tickets import Stage
 
 if TYPE_CHECKING:
     from llmux.gateway.front import FrontProtocol
@@ -59,7 +59,7 @@ class PatientExchange(KeptExchange):
 
     def still_waiting(self) -> None:
         front, incoming = self._front, self._incoming
-        if front is None or incoming is None or self.stage is not WAITING:
+        if front is None or incoming is None or self.stage is not Stage.WAITING:
             return
         if not self._early:
             self._begin(front, incoming)
@@ -87,7 +87,7 @@ class PatientExchange(KeptExchange):
         return self.repeatable or super().between_chunks
 
     def wants_connection(self) -> bool:
-        return self.stage is IN_FLIGHT and self.connection is None and self.repeatable
+        return self.stage is Stage.IN_FLIGHT and self.connection is None and self.repeatable
 
     def response_head(self, head: AnswerHead, length: bytes, first: bytes) -> None:
         if not self._early:

@@ -18,7 +18,7 @@ from llmux.gateway.forms import Upload
 from llmux.gateway.incoming import Incoming
 from llmux.gateway.pool import EnginePool
 from llmux.gateway.reshaping import RenamingConnection, UnchunkingConnection
-from llmux.gateway.tickets import IN_FLIGHT, NEW, Lease, Ticket
+from llmux.gateway.tickets import Lease, Stage, Ticket
 from llmux.gateway.upstream import EngineConnection, EngineFailure
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Exchange(Ticket):
 
     def _waited_in_vain(self) -> None:
         """Who was let through was counted then; who was refused at once did not wait."""
-        if self.stage is not NEW and self.lease is None:
+        if self.stage is not Stage.NEW and self.lease is None:
             self._times.waits.observe(self._gateway.clock() - self.arrived)
 
     def _end(self, *, completed: bool) -> None:
@@ -198,7 +198,7 @@ class Exchange(Ticket):
         return self.model, self._alias or self.model, not self._incoming.head.version_1_0
 
     def wants_connection(self) -> bool:
-        return self.stage is IN_FLIGHT and self.connection is None and self._status == 0
+        return self.stage is Stage.IN_FLIGHT and self.connection is None and self._status == 0
 
     def response_head(self, head: AnswerHead, length: bytes, first: bytes) -> None:
         incoming, front = self._incoming, self._front

@@ -9,9 +9,11 @@ smuggled.
 from __future__ import annotations
 
 import re
-import string
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
+
+from llmux.gateway.heads import TOKEN, BadHead
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -42,20 +44,13 @@ MAX_KEPT = 2048  # bytes of a head that are worth keeping for as long as a conne
 TIMEOUTS = frozenset({b"x-request-timeout", b"x-stainless-timeout"})
 _SECONDS = re.compile(rb"[0-9]{1,7}(?:\.[0-9]{1,9})?")
 
-# What a header's name is made of (RFC 9110 5.6.2). The parser in Debian 12 lets
-# "Content-Length : 5" pass as a header called "content-length ".
-_TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
-
-
-class BadHead(Exception):
-    """What is wrong with a head."""
-
 
 @dataclass(slots=True)
 class RequestHead:
     """All but the length. ``forwarded``: header lines for the engine, each with its CRLF;
     ``credentials``: those that only an engine with keys of its own may see. ``request_id``: b""
-    without one that can be used. ``timeout_secs``: how long the client itself will wait."""
+    without one that can be used. ``timeout_secs``: how long the client itself will wait.
+    Not changed once it is read: requests share it."""
 
     version_1_0: bool = False
     forwarded: bytes = b""
@@ -75,7 +70,7 @@ class HeadReader:
     """Reads the heads of one connection: ``read``.
 
     A client's next request mostly has the head of the one before it, but for the length: telling
-    that costs a fifth of reading it anew.
+    that costs a tenth of reading it anew.
     """
 
     __slots__ = ("_at", "_headers", "_read", "_version")
@@ -99,10 +94,11 @@ class HeadReader:
                 return self._read, int(value)
         self._read = None
         read, length = read_head(headers, version)
-        if len(read.forwarded) <= MAX_KEPT:
+        if sum(map(len, chain.from_iterable(headers))) <= MAX_KEPT:
             for at, (name, _) in enumerate(headers):
                 if name.lower() == b"content-length":
                     self._read, self._headers, self._version, self._at = read, headers, version, at
+                    break
         return read, length
 
 
@@ -161,7 +157,7 @@ def read_head(headers: Headers, version: str) -> tuple[RequestHead, int]:
 def _meaning(name: bytes) -> bytes | None:
     """A header's name in lower case where the gateway reads it or keeps it to itself; None: the
     engine gets it; b"": no name at all. Looking it up costs a third of telling it anew."""
-    if not name or name.translate(None, _TOKEN):
+    if not name or name.translate(None, TOKEN):
         return b""
     lowered = name.lower()
     return lowered if lowered in NOT_FORWARDED else None

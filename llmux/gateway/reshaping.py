@@ -46,9 +46,9 @@ class RenamingConnection(UnchunkingConnection):
         self._held = b""
         super().send(sink)
 
-    def _passed_first(self, status: int, data: bytes) -> bytes:
-        self._framed = self._framed and status not in NO_BODY
-        return super()._passed_first(status, data)
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._framed = self._framed and self._parser.get_status_code() not in NO_BODY
 
     def on_chunk_header(self) -> None:
         """What is passed on are whole chunks of our own: it always ends between two."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import httptools
 
-from llmux.gateway.answer_head import AnswerHead, BadHead, read_answer_head
+from llmux.gateway.answer_head import AnswerHead, read_answer_head
 from llmux.gateway.forms import Upload
+from llmux.gateway.heads import BadHead
 
 if TYPE_CHECKING:
     from llmux.gateway.pool import EnginePool
@@ -206,13 +207,8 @@ class EngineConnection(asyncio.Protocol):
         read, length = read_answer_head(data[:end], self._parser.get_status_code())
         self.until_close = not (length or read.chunked or self._complete)
         if self._broken is None:
-            passed = rest if self._pieces is None else self._passed_first(read.status, rest)
-            sink.response_head(read, length, passed)
+            sink.response_head(read, length, self._passed(rest))
         self._after_bytes(sink)
-
-    def _passed_first(self, status: int, data: bytes) -> bytes:
-        """As ``_passed``, of the bytes that came with the head."""
-        return self._passed(data)
 
     def _passed(self, data: bytes) -> bytes:
         """What of these bytes of the body the client gets."""

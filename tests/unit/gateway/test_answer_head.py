@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmux.gateway.answer_head import BadHead, read_answer_head
+from llmux.gateway.answer_head import read_answer_head
+from llmux.gateway.heads import BadHead
 
 
 def head(*lines: bytes) -> bytes:

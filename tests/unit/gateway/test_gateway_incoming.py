@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from llmux.errors import Refused
 from llmux.gateway import openai
+from llmux.gateway.heads import BadHead
 from llmux.gateway.incoming import Incoming
-from llmux.gateway.request_head import BadHead, Headers, HeadReader, read_head
+from llmux.gateway.request_head import Headers, HeadReader, read_head
 
 HOST = (b"host", b"h")
 
