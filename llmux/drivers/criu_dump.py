@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Any, Final, TypeVar
 
-from llmux.drivers import criu_cli, criu_img, criu_shm
+from llmux.drivers import criu_cli, criu_img, criu_pages, criu_shm
 from llmux.drivers.criu_tree import TreeFacts, TreeProcess, read_status
 from llmux.drivers.images import ImageStore
 from llmux.drivers.images_files import digest_files, sizes_on_disk
@@ -261,6 +261,7 @@ class Dump:
         os.unlink(path)
 
     async def _pack(self, seconds: float) -> Image:
+        await asyncio.to_thread(criu_pages.drop_zero_pages, self._directory)
         await asyncio.to_thread(self._shrink_log)
         names = await asyncio.to_thread(self._list_files)
         total, _ = await asyncio.to_thread(sizes_on_disk, self._directory)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 FILES: Final = "files.img"
 REMAPS: Final = "remap-fpath.img"
@@ -155,23 +156,89 @@ def litter(files: bytes, remaps: bytes) -> list[str]:
     return found
 
 
-def stored_pages(pagemap: bytes) -> tuple[int, int]:
-    """(number N of the pages-N.img, bytes that it must have) for a pagemap-PID.img.
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """An entry of a pagemap: ``count`` pages from address ``start`` on. ``stored``: their bytes are
+    in the pages file, right behind those of the stored entry before."""
 
-    pagemap_head.pages_id = 1; pagemap_entry: nr_pages = 2 (32 bits) or 5 (64 bits, CRIU 4.2),
-    flags = 4 (criu/images/pagemap.proto).
-    """
-    messages = list(entries(pagemap))
-    if not messages or not isinstance(number := _first(messages[0], 1), int):
+    start: int
+    count: int
+    stored: bool
+    message: bytes
+
+    def part(self, start: int, count: int) -> Self:
+        """The entry of some of these pages."""
+        message = bytearray()
+        for number, value, raw in fields(self.message):
+            new = {_VADDR: start, _NR_PAGES_32: count, _NR_PAGES: count}.get(number)
+            # CRIU 4.2 has two fields for the number of pages and uses one.
+            if new is not None and value:
+                raw = _encode_varint(number << 3 | _VARINT) + _encode_varint(new)
+            message += raw
+        return replace(self, start=start, count=count, message=bytes(message))
+
+
+# criu/images/pagemap.proto: of pagemap_head pages_id = 1, of pagemap_entry the rest
+_PAGES_ID, _VADDR, _NR_PAGES_32, _IN_PARENT, _FLAGS, _NR_PAGES = 1, 1, 2, 3, 4, 5
+
+
+def read_pagemap(data: bytes) -> tuple[int, list[Pages]]:
+    """(number N of the pages-N.img, entries) of a pagemap-PID.img."""
+    messages = list(entries(data))
+    if not messages or not isinstance(number := _first(messages[0], _PAGES_ID), int):
         raise BadImage("no pagemap head")
-    pages = 0
+    found = []
     for message in messages[1:]:
         values = {key: value for key, value, _ in fields(message) if isinstance(value, int)}
-        flags = values.get(4)
+        count = values.get(_NR_PAGES) or values.get(_NR_PAGES_32, 0)
+        flags = values.get(_FLAGS)
         # Very old images have no flags and mean "present unless in the parent image".
-        if (flags is not None and flags & _PE_PRESENT) or (flags is None and not values.get(3)):
-            pages += values.get(5) or values.get(2, 0)
-    return number, pages * PAGE_SIZE
+        stored = not values.get(_IN_PARENT) if flags is None else bool(flags & _PE_PRESENT)
+        found.append(Pages(values.get(_VADDR, 0), count, stored, message))
+    return number, found
+
+
+def write_pagemap(data: bytes, pages: Iterable[Pages]) -> bytes:
+    """``data``, a pagemap-PID.img, with other entries."""
+    (length,) = struct.unpack_from("<I", data, 8)
+    out = bytearray(data[: 12 + length])
+    for entry in pages:
+        out += struct.pack("<I", len(entry.message)) + entry.message
+    return bytes(out)
+
+
+def stored_pages(pagemap: bytes) -> tuple[int, int]:
+    """(number N of the pages-N.img, bytes that it must have) for a pagemap-PID.img."""
+    number, pages = read_pagemap(pagemap)
+    return number, sum(entry.count for entry in pages if entry.stored) * PAGE_SIZE
+
+
+# mm_entry.vmas = 14; vma_entry: start = 1, end = 2, flags = 6, status = 7 (criu/images/mm.proto,
+# vma.proto; the bits of the status: criu/include/image.h)
+_VMAS, _START, _END, _MMAP_FLAGS, _STATUS = 14, 1, 2, 6, 7
+_REGULAR, _HEAP, _ANON_PRIVATE = 1 << 0, 1 << 5, 1 << 9
+_ANYTHING_ELSE: Final = ~(_REGULAR | _HEAP | _ANON_PRIVATE)
+_MAP_ANONYMOUS, _MAP_GROWSDOWN, _MAP_HUGETLB = 0x20, 0x100, 0x40000
+
+
+def anonymous_memory(mm: bytes) -> list[tuple[int, int]]:
+    """(start, end) of the plain private anonymous mappings in an mm-PID.img, in order: a page of
+    theirs that is in no pagemap is zero in the restored process. Stacks, huge pages and whatever
+    has a bit that we do not know are left out."""
+    found = []
+    for number, value, _ in fields(next(entries(mm))):
+        if number != _VMAS or not isinstance(value, bytes):
+            continue
+        vma = {key: number for key, number, _ in fields(value) if isinstance(number, int)}
+        status, flags = vma.get(_STATUS, 0), vma.get(_MMAP_FLAGS, 0)
+        if (
+            status & _ANON_PRIVATE
+            and not status & _ANYTHING_ELSE
+            and flags & _MAP_ANONYMOUS
+            and not flags & (_MAP_GROWSDOWN | _MAP_HUGETLB)
+        ):
+            found.append((vma.get(_START, 0), vma.get(_END, 0)))
+    return sorted(found)
 
 
 def dumped_processes(pstree: bytes) -> dict[int, tuple[int, ...]]:

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def without_holes(engines: Engines, count: int) -> list[dict[str, Any]]:
-    """Restores of the same image with its zero pages stored, as CRIU writes it."""
+    """Restores of the same image with the zero pages that are left in it stored."""
     image = f"{IMAGES}/{MODELS[0]}/images"
     solid = f"{image}.solid"
     script = f"cp -a --sparse=never {image} {solid} && rm -r {image} && mv {solid} {image}"

@@ -17,7 +17,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from _lab.guest import Guest as Guest  # noqa: E402 (the path first)
+from _lab import host as host  # noqa: E402 (the path first)
+from _lab.guest import Guest as Guest  # noqa: E402
 
 LOAD = "/srv/llmux/tests/system/load"
 GPU = "/var/tmp/gpu"
@@ -82,7 +83,7 @@ class LlmuxGuest:
         """Everything down, then both services up on this configuration."""
         self.end()
         self.configure(models, **top)
-        started = self.run(["systemctl", "start", "llmux"], check=False)
+        started = self.run(["systemctl", "start", "llmux"], check=False, timeout=180)
         assert started.returncode == 0, self.journal()
 
     def end(self) -> None:

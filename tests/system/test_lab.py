@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from leftovers import leftovers
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -49,29 +50,6 @@ def wait_for_end(pids: list[int], seconds: float = 30) -> bool:
         finally:
             os.close(fd)
     return True
-
-
-def leftovers(name: str) -> list[str]:
-    """Processes, mounts, cgroups and directories that still carry a guest's name."""
-    found = []
-    directory = str(state.directory_of(name))
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().decode(errors="replace")
-            mounts = (process / "mountinfo").read_text()
-            cgroups = (process / "cgroup").read_text()
-        except OSError:
-            continue  # ended, or a zombie of somebody's
-        if directory in command:
-            found.append(f"process {process.name}: {command}")
-        if directory in mounts:
-            found.append(f"mount seen by process {process.name}")
-        if state.cgroup_name(name) in cgroups:
-            found.append(f"process {process.name} in the guest's cgroup")
-    found += [str(path) for path in pathlib.Path("/sys/fs/cgroup").glob(f"*/llmux-lab-{name}")]
-    if os.path.exists(directory):
-        found.append(directory)
-    return found
 
 
 def test_guest_has_booted_without_failed_units(guest: Guest) -> None:
@@ -279,18 +257,3 @@ DEB822 = "Types: deb\n{}URIs: http://m.example/debian\nSuites: a a-updates\nComp
 )
 def test_mirror_is_found_in_apt_sources(suffix: str, text: str, mirror: str | None) -> None:
     assert host.mirror_in_sources([(suffix, text)]) == mirror
-
-
-@pytest.mark.vm
-def test_virtual_machine_has_the_same_verbs() -> None:
-    with Guest.up(machine=True) as machine:
-        done = machine.run(["sh", "-c", "cat; echo err >&2; exit 7"], input="in\n", check=False)
-        assert (done.returncode, done.stdout, done.stderr) == (7, "in\n", "err\n")
-        controllers = machine.read("/sys/fs/cgroup/cgroup.controllers").decode().split()
-        assert {"cpu", "io", "memory"} <= set(controllers)  # what a container here may lack
-        machine.write("/etc/made/by-test", "it's there\n")
-        assert machine.run(["cat", "/etc/made/by-test"]).stdout == "it's there\n"
-        assert machine.run(["test", "-e", "/srv/llmux/pyproject.toml"]).returncode == 0
-        with pytest.raises(host.LabError, match=r"its kernel died during sh -c(?s:.)*sysrq"):
-            machine.run(["sh", "-c", "echo c >/proc/sysrq-trigger"])
-    assert leftovers(machine.name) == []

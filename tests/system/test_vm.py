@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from llmux_guest import Guest, LlmuxGuest, model
+from leftovers import leftovers
+from llmux_guest import Guest, LlmuxGuest, host, model
 
 # Emulated: the boot alone takes from 20 s to 160 s, by what else the host does.
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -23,6 +24,17 @@ def machine(package: str) -> Iterator[LlmuxGuest]:
         pytest.skip("needs root, to start a virtual machine")
     with Guest.up(machine=True, debs=[package]) as guest:
         yield LlmuxGuest(guest)
+
+
+def test_a_machine_has_the_verbs_of_a_guest(machine: LlmuxGuest) -> None:
+    guest = machine.guest
+    done = guest.run(["sh", "-c", "cat; echo err >&2; exit 7"], input="in\n", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "in\n", "err\n")
+    controllers = guest.read("/sys/fs/cgroup/cgroup.controllers").decode().split()
+    assert {"cpu", "io", "memory"} <= set(controllers)  # what a container here may lack
+    guest.write("/etc/made/by-test", "it's there\n")
+    assert guest.run(["cat", "/etc/made/by-test"]).stdout == "it's there\n"
+    assert guest.run(["test", "-e", "/srv/llmux/pyproject.toml"]).returncode == 0
 
 
 def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGuest) -> None:
@@ -50,3 +62,11 @@ def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGues
         assert int(process["CapEff"], 16) == int(process["CapBnd"], 16) == 0
         assert (process["NoNewPrivs"], process["Seccomp"]) == ("1", "2")
     assert restored == [first] * RESTORES
+
+
+def test_the_death_of_its_kernel_is_told_and_leaves_nothing(machine: LlmuxGuest) -> None:
+    """The last one: after it there is no machine."""
+    with pytest.raises(host.LabError, match=r"its kernel died during sh -c(?s:.)*sysrq"):
+        machine.run(["sh", "-c", "echo c >/proc/sysrq-trigger"])
+    machine.guest.down()
+    assert leftovers(machine.guest.name) == []
