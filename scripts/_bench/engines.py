@@ -21,7 +21,7 @@ IMAGES = "/var/lib/llmux/checkpoints"
 URL = "http://127.0.0.1:3000"
 NO_RELEASE = (
     "vLLM on the CPU cannot release its KV cache: it refuses --enable-sleep-mode, and /sleep frees"
-    " nothing. What is unused of it is zero pages, which take no place on disk"
+    " nothing. What is unused of it is zero pages, which are taken out of the image"
 )
 MODELS = tuple(vllm.MODELS)
 
@@ -94,13 +94,14 @@ class Engines:
 
     def cycles(self, count: int) -> tuple[list[Turn], list[dict[str, Any]]]:
         """Each model cold, then ``count`` times each, parked as configured. With every other cycle,
-        when both are parked, one image is restored by ``criu restore`` alone: under the same load,
-        to be compared."""
+        when both are parked, one image is restored by ``criu restore`` alone, as often: under the
+        same load, to be compared."""
         turns, bare = self.turns(MODELS), []
         for first in range(0, count, 2):
-            turns += self.turns(MODELS * min(2, count - first))
+            now = min(2, count - first)
+            turns += self.turns(MODELS * now)
             self.guest.run(["llmux", "sleep", MODELS[-1]], timeout=120)
-            bare += self.bare_restores(1)
+            bare += self.bare_restores(now)
         return turns, bare
 
     def bare_restores(self, count: int) -> list[dict[str, Any]]:
