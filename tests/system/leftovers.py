@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -10,6 +11,16 @@ SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from _lab import state  # noqa: E402 (the path first)
+
+
+def processes_of(name: str) -> list[int]:
+    """Those outside of a guest that carry its name: its guardian, and whose child that is."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended
+            if str(state.directory_of(name)).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 def leftovers(name: str) -> list[str]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from leftovers import leftovers
+from leftovers import leftovers, processes_of
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -197,6 +197,7 @@ def test_starter_killed_during_the_boot_leaves_nothing() -> None:
     deadline = time.monotonic() + 30
     while state.is_alive(directory) and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert wait_for_end(processes_of(name))  # the guardian's parent ends after it
     sweep()
     assert leftovers(name) == []
 
