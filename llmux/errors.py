@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Reason(StrEnum):
-    """Why a request was refused. The value is the machine-readable ``code`` that clients see."""
+    """Why a request was refused. The value is the machine-readable code that clients see."""
 
     UNKNOWN_MODEL = "model_not_found"
     BAD_REQUEST = "invalid_request"
@@ -22,6 +22,8 @@ class Reason(StrEnum):
     ENGINE_UNREACHABLE = "engine_unreachable"
     CUT_BY_SWITCH = "cut_by_switch"
     MANUAL_MODE = "manual_mode"
+    CANCELLED = "cancelled"
+    PINNED = "pinned_models_in_the_way"
     SHUTTING_DOWN = "shutting_down"
     CANNOT_FIT = "model_cannot_fit"
     ALREADY_RUNNING = "already_running"
@@ -125,8 +127,39 @@ class FreezeFailed(DriverError):
     """The cgroup did not reach the frozen (or thawed) state."""
 
 
+class TreeState(StrEnum):
+    """What a failed checkpoint left of the engine's processes."""
+
+    RUNNING = "running"  # unharmed: they may serve on
+    BROKEN = "broken"  # or unknown: they must be killed
+    GONE = "gone"
+
+
+class Blame(StrEnum):
+    """The cause of a failed checkpoint or restore, which decides what may be tried again."""
+
+    ENGINE = "engine"  # what its processes hold or did: it fails again until that has changed
+    IMAGE = "image"  # the image must not be used again
+    HOST = "host"  # memory, disk, a taken pid, a tool: it may succeed later
+
+
 class CheckpointFailed(DriverError):
     """CUDA or CRIU could not checkpoint or restore; the message carries an excerpt of its log."""
+
+    def __init__(
+        self,
+        operation: str,
+        target: str,
+        message: str,
+        *,
+        tree: TreeState = TreeState.BROKEN,
+        blame: Blame = Blame.HOST,
+        hint: str | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(operation, target, message, hint=hint, **fields)
+        self.tree = tree
+        self.blame = blame
 
 
 class EngineUnhealthy(DriverError):
@@ -135,6 +168,10 @@ class EngineUnhealthy(DriverError):
 
 class MemoryNotReleased(DriverError):
     """After parking, the GPU observer still sees the engine's memory."""
+
+
+class OrderTimeout(LlmuxError):
+    """The time that an operator gave an order is over; it was withdrawn."""
 
 
 class ControlError(LlmuxError):

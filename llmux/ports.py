@@ -1,6 +1,7 @@
-"""Every Protocol through which the supervisor touches the world, and the values they exchange.
+"""The Protocols through which the supervisor touches the world, and the values they exchange;
+``image_ports`` has the one of images.
 
-Each has a real driver and an in-memory twin (``drivers/memory.py``) that keeps the same rules. All
+Each has a real driver and an in-memory twin (``tests/twins``) that keeps the same rules. All
 methods are coroutines that may be called from one event loop only, take a deadline in seconds
 where they can wait, and return only what was *observed* after acting. Unless said otherwise they
 are idempotent, raise DriverTimeout when the deadline passes (outcome unknown) and DriverError
@@ -11,24 +12,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Protocol
 
 from llmux.protocol import Address
 
 
 @dataclass(frozen=True, slots=True)
+class EngineUser:
+    """A user to run as. ``name`` need not be in /etc/passwd; ``groups`` are the supplementary ones.
+    ``temporary``: its own directory for temporary files, in a home that is made for it; None: it
+    has a home, and uses the system's."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+    groups: tuple[int, ...] = ()
+    temporary: str | None = None
+
+
+class EngineUsers(Protocol):
+    def find(self, model: str) -> EngineUser:
+        """The same user for a model every time. Raises LlmuxError."""
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchSpec:
     """How to start an engine (or ``criu restore``) inside a new unit.
 
-    ``user``: name to drop to, None = stay who we are. ``runtime_dir`` is made first, owned by that
-    user with the set-group-id bit so that the gateway's group can reach the sockets in it.
+    ``user``: None = stay who we are. ``runtime_dir`` is made first and emptied, owned by that user
+    with the set-group-id bit so that the gateway's group can reach the sockets in it.
     """
 
     model: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
-    user: str | None
+    user: EngineUser | None
     stdout: str
     stderr: str
     runtime_dir: str
@@ -68,10 +87,21 @@ class UnitManager(Protocol):
         name free again. Works on frozen trees. Already gone is fine."""
 
     async def observe(self) -> Sequence[UnitHandle]:
-        """All of llmux's engine units that have a live process now, whoever started them."""
+        """All of llmux's engine units with a live process, also those of a former supervisor."""
 
     async def pids(self, handle: UnitHandle) -> Sequence[int]:
-        """The processes in the unit now; empty when it is gone."""
+        """The processes in the unit now, with those that left its cgroup; empty when it is gone."""
+
+    async def stranger(self, address: Address, handle: UnitHandle | None) -> str | None:
+        """In words, a process outside the unit that a connection to the address could reach; None
+        without one."""
+
+    async def cpu_seconds(self, handle: UnitHandle) -> float:
+        """CPU time that the unit's present processes have used; 0 when it is gone."""
+
+    async def memory_bytes(self, handle: UnitHandle) -> int:
+        """Host memory of the unit's processes, files in the page cache left out; 0 when it is
+        gone."""
 
     def watch(self, handle: UnitHandle, on_exit: Callable[[UnitHandle, str], None]) -> None:
         """Call ``on_exit(handle, description)`` once in the loop when the root process has ended;
@@ -82,7 +112,7 @@ class UnitManager(Protocol):
 
     async def ending(self) -> bool:
         """Whether all engines are being stopped from outside (their slice, the machine). A frozen
-        one cannot hear SIGTERM, and would keep the stop waiting for its timeout."""
+        one does not get SIGTERM and would delay the stop until its timeout."""
 
     async def close(self) -> None:
         """Give up file descriptors and threads; leaves units as they are (systemd) or kills them
@@ -104,17 +134,28 @@ class Freezer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """A short greedy completion: what the engine said, and its log-probs where it gives them."""
+    """A short deterministic request: the engine's words, and numbers such as log-probs. Empty when
+    the engine serves no request that can be compared."""
 
     text: str
     logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """An engine at one moment. ``status``: of /health; None = no answer. ``running``: requests that
+    it has. ``progress``: a number that moves with its work; both None without such counters."""
+
+    status: int | None
+    running: int | None = None
+    progress: float | None = None
 
 
 class Engine(Protocol):
     """vLLM's HTTP control API. EngineUnhealthy carries status and body excerpt of a bad answer."""
 
     async def healthy(self, address: Address, deadline: float) -> bool:
-        """One probe of /health: True on 200. False when nobody listens or it answers otherwise."""
+        """One probe of /health: True on 200. False when nothing listens or on any other answer."""
 
     async def wait_healthy(self, address: Address, deadline: float) -> None:
         """Returns as soon as /health says 200."""
@@ -138,7 +179,11 @@ class Engine(Protocol):
         """None when the engine has no such endpoint."""
 
     async def canary(self, address: Address, model: str, deadline: float) -> Canary:
-        """Greedy completion of a fixed prompt (8 tokens, seed fixed), log-probs when available."""
+        """The first fixed request that the engine serves: a greedy completion where it can. Empty,
+        with a warning, when it serves none."""
+
+    async def vitals(self, address: Address, deadline: float) -> Vitals:
+        """What it says of itself now; raises nothing. Never queues behind the engine's work."""
 
     async def describe(self, address: Address, deadline: float) -> Mapping[str, Any]:
         """{"version": str|None, "max_model_len": int|None, "paths": [..from /openapi.json..]}"""
@@ -157,7 +202,14 @@ class EngineOutput(Protocol):
         """Forward what is left and stop following."""
 
     def tail(self, model: str, lines: int = 20) -> list[str]:
-        """The last lines, oldest first, escape sequences removed."""
+        """The last lines, oldest first, escape sequences removed; of the model's last engine when
+        none is followed."""
+
+    def previous(self, model: str, lines: int = 20) -> list[str]:
+        """The last lines of the engine before."""
+
+    def shortage(self) -> str | None:
+        """Where there is no room for output, in words; a program that prints then may end of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +219,25 @@ class GpuProcess:
     used_bytes: int
 
 
+class MemoryObserver(Protocol):
+    """The host's memory, as the kernel sees it."""
+
+    def stalled_percent(self) -> float | None:
+        """Percent of the last 10 s in which every task waited for memory (PSI); None where the
+        kernel does not say."""
+
+
 class GpuObserver(Protocol):
-    """Who holds how much GPU memory: NVML, the tests' ledger, or nothing known."""
+    """GPU memory per process: from NVML or the tests' ledger; unavailable where neither exists. A
+    process of which the driver does not say how much it holds has a part of what the device has in
+    use beyond the others: more than it holds, never less."""
 
     @property
     def available(self) -> bool: ...
+
+    @property
+    def blind(self) -> str | None:
+        """Why nothing can be seen now although there are GPUs; None when they can be."""
 
     async def gpu_count(self) -> int: ...
 
@@ -179,6 +245,9 @@ class GpuObserver(Protocol):
 
     async def totals(self) -> Mapping[int, int]:
         """GPU index → bytes of memory."""
+
+    async def used(self) -> Mapping[int, int]:
+        """GPU index → bytes in use, of whatever process."""
 
 
 class DeviceCheckpointer(Protocol):
@@ -189,11 +258,15 @@ class DeviceCheckpointer(Protocol):
         locked are unlocked; a process left in FAILED is named in the error (kill it)."""
 
     async def resume(self, pids: Sequence[int], deadline: float) -> None:
-        """Restore all, unlock all, each seen running."""
+        """Restore all, unlock all, each seen running. What was resumed must be suspended again
+        before it ends: with some drivers the host hangs otherwise (cuda-checkpoint#53)."""
+
+    async def suspendable(self, pids: Sequence[int], deadline: float) -> Sequence[int]:
+        """Processes that a suspend would take along. One that only asked NVML for GPUs is none."""
 
     async def suspended(self, pids: Sequence[int], deadline: float) -> Sequence[int]:
-        """Those whose CUDA state is in host memory, on the way there or back, or lost. Asked of
-        processes that are not frozen."""
+        """Processes whose CUDA state is in host memory, on the way there or back, or lost. They
+        must not be frozen."""
 
     async def check_memory(self, pids: Sequence[int], gpu_used_bytes: int) -> None:
         """CheckpointFailed when host memory (MemAvailable, MemoryMax of their cgroups) cannot take
@@ -220,151 +293,12 @@ class StateStore(Protocol):
     def save(self, document: Mapping[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A complete checkpoint on disk: CRIU's files and a manifest in ``path``.
+class EventStore(Protocol):
+    """The latest events, for the timeline of the next supervisor; bounded, the oldest are dropped.
 
-    ``identity`` is what must still be so for a restore, by name; ``recipe`` is how the engine was
-    parked and so how it is woken, opaque to the dumper. ``managed``: made by llmux below its images
-    directory; a directory that the user named (``checkpoint_path``) is never changed or removed.
+    ``load`` raises StateFileError when nothing can be read, and leaves out what is damaged.
+    ``append`` raises it when the event was not written; the next one may be.
     """
 
-    model: str
-    path: str
-    identity: Mapping[str, str]
-    recipe: Mapping[str, Any]
-    created: float  # seconds since the epoch
-    dump_seconds: float
-    root_pid: int
-    apparent_bytes: int
-    disk_bytes: int
-    managed: bool = True
-    last_used: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class NoImage:
-    """Why a model has no image to be restored: none there, or which named field differs."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DumpSpec:
-    """What goes into an image besides the processes. ``launch`` is how the engine was started.
-
-    ``cold_seconds``: what starting the model without the image takes; its worth when disk is short.
-    """
-
-    launch: LaunchSpec
-    identity: Mapping[str, str]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    cold_seconds: float = 60.0
-    frozen: bool = False  # the engine's cgroup is frozen now
-
-
-class DumpPhase(StrEnum):
-    """Where a dump is. From RELEASED on the processes are gone, and what they held is free."""
-
-    CHECK = "check"
-    DUMP = "dump"
-    RELEASED = "released"
-    PACK = "pack"  # zero blocks dropped, checksums
-    SYNC = "sync"
-    DONE = "done"
-
-
-Progress = Callable[[DumpPhase, int, int], None]  # phase, bytes done, bytes in all (0 = unknown)
-
-
-@dataclass(frozen=True, slots=True)
-class CriuFacts:
-    """The CRIU on this machine. ``problems`` is empty when checkpointing can work here."""
-
-    path: str
-    version: str
-    problems: tuple[str, ...]
-    frozen_dump: bool = True  # knows --freeze-cgroup
-
-
-@dataclass(frozen=True, slots=True)
-class Interrupted:
-    """A dump or restore that a former supervisor did not finish. Its unit must be killed."""
-
-    model: str
-    unit: str
-    operation: str  # "dump" or "restore"
-    shm: tuple[str, ...] = ()  # names in /dev/shm to remove once the unit was killed
-
-
-class Dumper(Protocol):
-    """CRIU images of engine trees: made, kept, trusted only when whole, restored into new units."""
-
-    async def check(self) -> CriuFacts:
-        """What there is. Looked up once; raises nothing."""
-
-    async def recover(self) -> Sequence[Interrupted]:
-        """Once at start, before anything else: removes half-made images and what they left in
-        /dev/shm, ends a CRIU that is still at work, and says which units are therefore unusable. A
-        restore is named again, should we end, until it is settled: once its unit was killed."""
-
-    async def precheck(self, handle: UnitHandle) -> int:
-        """Bytes that a dump would write now. Raises CheckpointFailed naming process, descriptor and
-        remedy when the tree cannot be dumped, Unsupported when CRIU cannot, or without the disk."""
-
-    async def dump(
-        self,
-        handle: UnitHandle,
-        spec: DumpSpec,
-        deadline: float,
-        progress: Progress | None = None,
-    ) -> Image:
-        """The image is complete on disk, every process of the tree was seen gone, the former image
-        of the model is replaced. Raises CheckpointFailed; its ``fields["tree"]`` is "running" (as
-        before, may serve on), "broken" (must be killed) or "gone". Not interruptible: cancelled, it
-        first ends under its deadline."""
-
-    async def find(
-        self, model: str, identity: Mapping[str, str], path: str | None = None
-    ) -> Image | NoImage:
-        """The model's image when it is whole, safe to use and made for just this; ``path`` is the
-        configured checkpoint_path."""
-
-    async def read_ahead(self, image: Image, progress: Progress | None = None) -> None:
-        """The image is in the page cache and its checksums hold. May be cancelled. A restore begun
-        meanwhile takes over what was verified."""
-
-    async def restore(
-        self,
-        image: Image,
-        launch: LaunchSpec,
-        deadline: float,
-        spare: int = 0,
-        progress: Progress | None = None,
-    ) -> UnitHandle:
-        """The tree lives again in a new unit, every process seen with its old pid and name, the
-        image verified. ``launch`` is the engine's as today: unit properties and output files count.
-        ``spare``: bytes of host memory to be left beside it. ``progress`` hears of the bytes that
-        were read and verified. Raises CheckpointFailed, then nothing of it is left;
-        ``fields["blame"]`` is "image" (quarantine it) or "host" (pid or port taken, no memory: the
-        image may serve later). Cancelled, it leaves nothing either. Until ``settle`` the restore
-        counts as under way."""
-
-    async def settle(self, model: str) -> None:
-        """What was restored is in use now, or was ended: recover() of a next supervisor is not to
-        end it."""
-
-    async def quarantine(self, image: Image, reason: str) -> str:
-        """Never used again, kept with its logs for a look; returns where."""
-
-    async def discard(self, model: str) -> None:
-        """The model has no image."""
-
-    async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
-        """Names in /dev/shm of what the unit's processes have open there and nobody else has."""
-
-    async def remove_shm(self, names: Sequence[str]) -> None:
-        """Once those processes were killed: exactly these names."""
-
-    async def images(self) -> Sequence[Image]:
-        """All complete images, whoever made them, without looking into their pages."""
+    def load(self) -> Sequence[Mapping[str, Any]]: ...
+    def append(self, event: Mapping[str, Any]) -> None: ...

@@ -1,11 +1,13 @@
-"""What supervisor, gateway workers and the command line say to each other.
+"""The messages between supervisor, gateway workers and the command line.
 
-Newline-delimited JSON over a unix stream socket, one message a line, at most ``MAX_LINE`` bytes.
+Newline-delimited JSON over a unix stream socket, one message a line: at most ``MAX_LINE`` bytes to
+the supervisor, ``MAX_ANSWER`` from it (the status of a thousand models has one or two MiB).
 The peer's credentials (SO_PEERCRED) decide which verbs it may speak; nothing in a message does.
 
 A *grant* lets a worker send requests for a model straight to its engine while it holds the grant's
-epoch. *Revoke* ends that: nothing new on that epoch, what runs may finish, then *drained*. A worker
-that disconnects loses its grants and its demand; one that reconnects says which epochs it holds.
+epoch. *Revoke* ends that: no new request on that epoch; running ones finish, then *drained*. A
+worker that disconnects loses its grants and its demand; one that reconnects lists the epochs it
+holds.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
+from llmux import typed_json
 from llmux.errors import ControlError, UnknownMessage
+from llmux.typed_json import BadJson
 
 PROTOCOL_VERSION = 1
 MAX_LINE = 1024 * 1024
+MAX_ANSWER = 32 * MAX_LINE
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where an engine's HTTP API listens: a unix socket path, or a TCP port on 127.0.0.1."""
+    """The address of an engine's HTTP API: a unix socket path, or a TCP port on 127.0.0.1."""
 
     uds: str | None = None
     port: int | None = None
@@ -44,15 +49,15 @@ class Message:
         Message.registry[cls.kind] = cls
 
     def encode(self) -> bytes:
-        # Not asdict(): it copies what is in the fields, a metrics snapshot of 50 models in 20 ms.
+        # Not asdict(): it copies the fields' contents, a metrics snapshot of 50 models in 20 ms.
         own = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # dataclass
         body = {"type": self.kind, **own}
         return json.dumps(body, separators=(",", ":")).encode() + b"\n"
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> Self:
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]  # dataclass
-        return cls(**{key: value for key, value in body.items() if key in known})
+        """Raises BadJson when a field is missing or not of its annotated type."""
+        return typed_json.read(cls, body)
 
 
 # ---- worker → supervisor ----------------------------------------------------------------------
@@ -60,7 +65,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """First message of every connection. ``holds`` maps model to the epoch a worker still holds."""
+    """First message of every connection. ``holds``: model → the epoch a worker still holds."""
 
     kind: ClassVar[str] = "hello"
     role: str  # "gateway" or "cli"
@@ -71,11 +76,12 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Demand(Message):
-    """One worker's aggregate for one model, sent when it changes, at most every few ms.
+    """One worker's counts for one model, sent when they change, at most every few ms.
 
     ``in_flight`` counts requests admitted on any epoch until their last byte or their client's
-    departure. ``progress`` is a counter that grows whenever the engine sent bytes for any of them.
-    ``completed`` counts requests that ended well since the worker started.
+    disconnect. ``progress`` grows whenever the engine sent bytes for any of them. ``completed``
+    counts requests that succeeded since the worker started. ``repeated`` of those that wait were in
+    flight when an engine died.
     """
 
     kind: ClassVar[str] = "demand"
@@ -85,11 +91,12 @@ class Demand(Message):
     in_flight: int = 0
     progress: int = 0
     completed: int = 0
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Drained(Message):
-    """Nothing is in flight on that epoch any more and no connection to the engine is open."""
+    """Nothing is in flight on that epoch and no connection to the engine is open."""
 
     kind: ClassVar[str] = "drained"
     model: str
@@ -98,7 +105,7 @@ class Drained(Message):
 
 @dataclass(frozen=True, slots=True)
 class EngineLost(Message):
-    """The engine refused or broke a connection: the supervisor should look at it now."""
+    """The engine refused or broke a connection: the supervisor should check it now."""
 
     kind: ClassVar[str] = "engine_lost"
     model: str
@@ -107,12 +114,22 @@ class EngineLost(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept(Message):
-    """Engines keep these responses: id → model. Asked for with the verb ``response``, by whichever
-    worker a client names one to."""
+class KeepAliveHint(Message):
+    """A request says for how long its model may stay resident without use; None: for ever."""
+
+    kind: ClassVar[str] = "keep_alive"
+    model: str
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseOwners(Message):
+    """Stored responses: id → model, and id → name of the key that made it, where there was one. The
+    verb "response" looks one up, for any worker."""
 
     kind: ClassVar[str] = "kept"
     responses: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
 
 
 # ---- supervisor → worker ----------------------------------------------------------------------
@@ -120,19 +137,21 @@ class Kept(Message):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a worker shows of a model in /v1/models."""
+    """A model as /v1/models shows it."""
 
     name: str
     state: str
     created: int = 0
     max_model_len: int | None = None
     aliases: list[str] = field(default_factory=list)
-    switch_secs: float | None = None  # how long it last took to make it resident, room included
+    switch_secs: float | None = None  # its last switch, including the time to make room
+    adapters: list[str] = field(default_factory=list)  # models of their own at the same engine
+    stale: bool = False  # its engine was started otherwise than the configuration now says
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog(Message):
-    """All models and their states; sent after hello and whenever something in it changes."""
+    """All models and their states; sent after hello and after every change."""
 
     kind: ClassVar[str] = "catalog"
     models: list[dict[str, Any]] = field(default_factory=list)
@@ -145,15 +164,19 @@ class Catalog(Message):
         return cls([asdict(model) for model in models], times)
 
     def infos(self) -> list[ModelInfo]:
-        return [ModelInfo(**model) for model in self.models]
+        known = {item.name for item in fields(ModelInfo)}  # a newer supervisor may say more
+        return [
+            ModelInfo(**{key: value for key, value in model.items() if key in known})
+            for model in self.models
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class Grant(Message):
     """Requests for ``model`` may go straight to ``address`` while ``epoch`` is held.
 
-    All that wait for the model are admitted at once, counted in flight before anything else is
-    read from this connection: a revoke that follows waits for them.
+    All requests waiting for the model are admitted at once and counted in flight before the next
+    message is read: a revoke that follows waits for them.
     """
 
     kind: ClassVar[str] = "grant"
@@ -169,9 +192,9 @@ class Grant(Message):
 
 @dataclass(frozen=True, slots=True)
 class Revoke(Message):
-    """Admit nothing more on ``epoch``; answer *drained* when the last request on it has ended.
+    """Admit nothing more on ``epoch``; send *drained* when the last request on it has ended.
 
-    ``dead``: the engine is gone; what has not had a byte of answer yet may wait again.
+    ``dead``: the engine is gone; requests without a byte of response wait again.
     """
 
     kind: ClassVar[str] = "revoke"
@@ -182,7 +205,7 @@ class Revoke(Message):
 
 @dataclass(frozen=True, slots=True)
 class Cut(Message):
-    """The drain deadline passed: end what is still in flight on ``epoch`` with this error."""
+    """The drain deadline passed: end the requests in flight on ``epoch`` with this error."""
 
     kind: ClassVar[str] = "cut"
     model: str
@@ -193,7 +216,7 @@ class Cut(Message):
 
 @dataclass(frozen=True, slots=True)
 class Refuse(Message):
-    """Answer every request that waits for ``model`` now with this error."""
+    """Refuse every request waiting for ``model`` with this error."""
 
     kind: ClassVar[str] = "refuse"
     model: str
@@ -228,7 +251,7 @@ class Answer(Message):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Message):
-    """Where the work of the ask with this id is; any number before its answer.
+    """The progress of the ask with this id; any number of them before its answer.
 
     ``seconds`` since the ask. ``done`` and ``total`` are bytes; 0 = unknown.
     """
@@ -241,7 +264,7 @@ class Progress(Message):
     total: int = 0
 
 
-Tell = Callable[[str, float, int, int], None]  # a Progress without its id
+ProgressCallback = Callable[[str, float, int, int], None]  # a Progress without its id
 
 
 # ---- watching -----------------------------------------------------------------------------------
@@ -249,9 +272,10 @@ Tell = Callable[[str, float, int, int], None]  # a Progress without its id
 
 @dataclass(frozen=True, slots=True)
 class Watch(Message):
-    """Send news of a topic on this connection from now on, or no more.
+    """Start or stop sending news of a topic on this connection.
 
-    ``topic`` is "events" (every transition and switch) or "logs" (the lines of ``model``'s engine).
+    ``topic`` is "events" (every transition and switch), "timeline" (lengths of queues as well) or
+    "logs" (the lines of ``model``'s engine).
     """
 
     kind: ClassVar[str] = "watch"
@@ -262,7 +286,7 @@ class Watch(Message):
 
 @dataclass(frozen=True, slots=True)
 class News(Message):
-    """To those who watch: one event (an object) or one line (a string)."""
+    """For watchers of a topic: one event (an object) or one line (a string)."""
 
     kind: ClassVar[str] = "news"
     topic: str
@@ -272,7 +296,7 @@ class News(Message):
 
 @dataclass(frozen=True, slots=True)
 class Collect(Message):
-    """To a worker: say your metrics. Answered by Collected with the same id."""
+    """Ask a worker for its metrics. Answered by Collected with the same id."""
 
     kind: ClassVar[str] = "collect"
     id: int
@@ -286,11 +310,10 @@ class Collected(Message):
 
 
 def decode(line: bytes) -> Message:
-    """One line → one message. Raises ControlError that says what is wrong with it, UnknownMessage
-    when that is only its type."""
+    """Parse one line. Raises ControlError, or UnknownMessage for an unknown type."""
     try:
-        body = json.loads(line)
-    except ValueError as error:
+        body = typed_json.parse(line)
+    except BadJson as error:
         raise ControlError(f"cannot read a control message: {error}: {line[:80]!r}") from error
     if not isinstance(body, dict):
         raise ControlError(f"cannot read a control message: not an object: {line[:80]!r}")
@@ -299,5 +322,5 @@ def decode(line: bytes) -> Message:
         raise UnknownMessage(f"cannot read a control message: unknown type {body.get('type')!r}")
     try:
         return cls.from_body(body)
-    except TypeError as error:
+    except BadJson as error:
         raise ControlError(f"cannot read a {cls.kind} message: {error}") from error

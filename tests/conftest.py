@@ -1,4 +1,10 @@
-"""For all tests: Hypothesis does not measure time, since a busy machine is no counterexample."""
+"""For all tests: Hypothesis does not measure time, since a busy machine is no counterexample; and a
+test that sets up the product's logging leaves none of it to the next."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
 
 try:
     from hypothesis import HealthCheck, settings
@@ -9,3 +15,16 @@ else:
         "llmux", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
     )
     settings.load_profile("llmux")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    root, own = logging.getLogger(), logging.getLogger("llmux")
+    levels = root.level, own.level
+    before = set(root.handlers)
+    yield
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
+    for handler in set(root.handlers) - before:
+        if not type(handler).__module__.startswith("_pytest."):  # pytest's change with each phase
+            root.removeHandler(handler)

@@ -1,16 +1,21 @@
-"""The verbs: ask the supervisor or check here, print. ``--json`` for machines."""
+"""The verbs: run a daemon, ask the supervisor or check here, and print."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llmux import __version__
 from llmux.cli.client import ask
+from llmux.cli.order import order
+from llmux.cli.output import print_json, print_table, span
 from llmux.errors import ConfigError, LlmuxError
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -58,16 +63,33 @@ def _cannot_run(error: OSError) -> LlmuxError:
     return LlmuxError(f"cannot run: {where}{error.strerror or error}")
 
 
+SERVICE_FILES = "/etc/llmux/"
+WITHOUT_KEYS = (
+    "note: gateway.keys_file is not set: without a key every client that can connect may use the"
+    " models and read their state; orders and /logs need the llmux command (root, group"
+    " llmux-admin) or an admin key"
+)
+
 # ---- local --------------------------------------------------------------------------------------
 
 
 def check(args: argparse.Namespace) -> int:
-    from llmux.config.host import check_host
+    from llmux.config.files.sources import Candidate
+    from llmux.config.host import check_gateway_reads, check_host
     from llmux.config.load import load_marked
 
+    path, candidate = args.file or args.config, None
+    if args.in_place_of:
+        if not args.file:
+            raise LlmuxError("cannot check: no file given (llmux check --in-place-of PATH FILE)")
+        path = args.config
+        candidate = Candidate(Path(args.file), Path(os.path.abspath(args.in_place_of)))
     try:
-        marked = load_marked(args.config)
+        marked = load_marked(path, candidate=candidate)
         host = check_host(marked.config, marked.marks) if args.host else ()
+        # Another user's check, or one of a file elsewhere, says nothing of the service.
+        if os.geteuid() == 0 and path.startswith(SERVICE_FILES) and candidate is None:
+            host += check_gateway_reads(marked.config, marked.marks)
         if host:
             raise ConfigError(host)
     except ConfigError as error:
@@ -81,9 +103,11 @@ def check(args: argparse.Namespace) -> int:
         print(json.dumps({"ok": True, "models": list(config.models), "notes": notes}))
     else:
         count = len(config.models)
-        print(f"{args.config}: good, {count} model{'s' if count != 1 else ''}")
+        print(f"{args.file or path}: good, {count} model{'s' if count != 1 else ''}")
         for note in marked.notes:
             print(f"note: {note}")
+        if config.gateway.keys_file is None:
+            print(WITHOUT_KEYS, file=sys.stderr)
     return 0
 
 
@@ -92,7 +116,7 @@ def _problem(problem: Any) -> dict[str, Any]:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """The configuration tells what is needed; without a good one the host is looked at alone."""
+    """Check what the configuration needs; without a valid one, check the host alone."""
     from llmux import daemon
     from llmux.cli.doctor import doctor as show
     from llmux.config.load import load_config
@@ -101,8 +125,9 @@ def doctor(args: argparse.Namespace) -> int:
     try:
         config = load_config(args.config, check_files=False)
     except LlmuxError as error:
-        print(f"llmux: the host only, without a configuration: {error}", file=sys.stderr)
-    return show(config, as_json=args.json, run_checks=daemon.look_at_host)
+        print(f"llmux: checking the host only, without a configuration: {error}", file=sys.stderr)
+    look = partial(daemon.look_at_host, deep=args.deep)
+    return show(config, as_json=args.json, run_checks=look)
 
 
 def version(args: argparse.Namespace) -> None:
@@ -112,105 +137,124 @@ def version(args: argparse.Namespace) -> None:
 # ---- asking the supervisor ----------------------------------------------------------------------
 
 
-def ps(args: argparse.Namespace) -> None:
-    result = ask(args.socket, "status")
-    if args.json:
-        print_json(result["models"])
-        return
-    rows = [("MODEL", "STATE", "SINCE", "PARKED AS", "WAITING", "IN FLIGHT", "GPUS", "PID", "")]
-    rows += [
-        (
-            name,
-            model["state"],
-            span(model["since_secs"]),
-            model["parked_as"] or "-",
-            str(model["queue_depth"]),
-            str(model["in_flight"]),
-            ",".join(map(str, model["gpus"])) or "-",
-            str(model["pid"] or "-"),
-            (model["message"] or "").split("\n")[0],
-        )
-        for name, model in sorted(result["models"].items())
-    ]
-    print_table(rows)
-
-
 def status(args: argparse.Namespace) -> None:
     result = ask(args.socket, "status")
     if args.json:
         print_json(result)
         return
     mode = result["mode"]
+    pins = [*([mode["pinned"]] if "pinned" in mode else ()), *mode.get("pins", ())]
     models = result["models"].values()
     states = sorted(Counter(model["state"] for model in models).items())
     waiting, in_flight = (sum(m[of] for m in models) for of in ("queue_depth", "in_flight"))
     print_table(
         [
             ("state", result["state"]),
-            ("mode", mode["mode"] + (f", pinned to {mode['pinned']}" if "pinned" in mode else "")),
+            ("mode", mode["mode"] + (f", pinned to {', '.join(pins)}" if pins else "")),
             ("models", ", ".join(f"{count} {state}" for state, count in states) or "none"),
             ("requests", f"{waiting} waiting, {in_flight} in flight"),
-            ("gateway", f"{result['workers']} worker{'s' if result['workers'] != 1 else ''}"),
+            ("gateway", _gateway(result["workers"])),
+            *(
+                (f"order {one['id']}", f"{one['verb']} {', '.join(one['models'])}, by {one['by']}")
+                for one in result.get("orders", ())
+            ),
         ]
     )
 
 
+def _gateway(workers: int) -> str:
+    if workers == 0:
+        return "none is connected, so no client is served: `systemctl status llmux-gateway`"
+    return f"{workers} worker{'s' if workers != 1 else ''}"
+
+
 def load(args: argparse.Namespace) -> None:
-    _order(args, "load", {"model": args.model})
+    order(args, "load", {})
 
 
 def unload(args: argparse.Namespace) -> None:
-    _order(args, "unload", {"model": args.model})
+    order(args, "unload", {})
 
 
 def sleep(args: argparse.Namespace) -> None:
-    _order(args, "sleep", {"model": args.model, "eviction": args.eviction})
+    order(args, "sleep", {} if args.eviction is None else {"eviction": args.eviction})
 
 
 def pin(args: argparse.Namespace) -> None:
-    _order(args, "pin", {"model": args.model})
+    order(args, "pin", {} if args.seconds is None else {"seconds": args.seconds})
 
 
 def unpin(args: argparse.Namespace) -> None:
-    _order(args, "unpin", {})
+    _order(args, "unpin", {"models": args.model} if args.model else {})
+
+
+def mode(args: argparse.Namespace) -> None:
+    if args.mode is not None:
+        _order(args, "mode", {"mode": args.mode})
+        return
+    found = ask(args.socket, "status")["mode"]
+    _print_message(args, {"message": found["mode"], **found})
+
+
+def restart(args: argparse.Namespace) -> None:
+    if args.stale:
+        models = ask(args.socket, "status")["models"]
+        args.model = [*args.model, *(name for name, one in models.items() if one["stale"])]
+        if not args.model:
+            _print_message(args, {"message": "nothing to restart: no engine is stale"})
+            return
+    order(args, "restart", {})
+
+
+def cancel(args: argparse.Namespace) -> None:
+    if not args.order and not args.all:
+        raise LlmuxError("cannot cancel: no order is named", hint="`llmux orders`, or --all")
+    _order(args, "cancel", {} if args.all else {"orders": args.order})
+
+
+def orders(args: argparse.Namespace) -> None:
+    listed = ask(args.socket, "orders")["orders"]
+    if args.json:
+        print_json(listed)
+        return
+    if not listed:
+        print("no orders")
+        return
+    rows = [("ORDER", "VERB", "MODELS", "BY", "SINCE")]
+    rows += [
+        (
+            str(one["id"]),
+            one["verb"],
+            ", ".join(one["models"]),
+            one["by"],
+            span(one["since_secs"]),
+        )
+        for one in listed
+    ]
+    print_table(rows)
 
 
 def reload(args: argparse.Namespace) -> None:
-    result = _order(args, "reload", {})
+    result = _order(args, "reload", {"dry_run": True} if args.dry_run else {})
     if args.json:
         return
     for what in ("added", "removed", "changed"):
         if names := result.get(what):
             print(f"{what}: {', '.join(names)}")
-    for unit in ("gateway", "supervisor"):
-        if settings := result.get(f"restart_{unit}_for"):
-            service = "llmux-gateway" if unit == "gateway" else "llmux"
-            print(f"not in force before `systemctl restart {service}`: {', '.join(settings)}")
+    from llmux.daemon import reload_needs
+
+    for line in reload_needs(result):
+        print(line)
 
 
 def _order(args: argparse.Namespace, verb: str, values: dict[str, Any]) -> Any:
     result = ask(args.socket, verb, {k: v for k, v in values.items() if v is not None})
+    _print_message(args, result)
+    return result
+
+
+def _print_message(args: argparse.Namespace, result: Any) -> None:
     if args.json:
         print_json(result)
     else:
         print(result["message"])
-    return result
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f}s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f}m"
-    return f"{seconds / 3600:.0f}h"
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())

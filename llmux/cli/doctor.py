@@ -1,4 +1,4 @@
-"""``llmux doctor``: prints what was looked at. The looking is drivers/doctor.py's, handed in."""
+"""``llmux doctor``: print the checks that ``drivers/doctor/run.py`` makes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmux.config.schema import Config
 
 
 class CheckResult(Protocol):
-    """A finished check, as drivers/doctor.py makes it; ``level`` is OK, WARN or FAIL."""
+    """The result of one check; ``level`` is OK, WARN or FAIL."""
 
     @property
     def name(self) -> str: ...
@@ -48,7 +48,7 @@ def to_json(checks: Sequence[CheckResult]) -> str:
 
 
 def to_table(checks: Sequence[CheckResult]) -> str:
-    """One line each, the remedy below it; a last line that counts."""
+    """One line per check with its remedy below, and a last line with counts."""
     width = max((len(check.name) for check in checks), default=0)
     lines = []
     for check in checks:

@@ -1,4 +1,4 @@
-"""``llmux key new NAME``: make an API key, print it once, keep its hash."""
+"""``llmux key``: make an API key and keep its hash, list keys, revoke one."""
 
 from __future__ import annotations
 
@@ -6,36 +6,121 @@ import argparse
 import grp
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
-from llmux.config.keyfile import load_keys, make_key, resolve_secret
+from llmux.cli.output import print_json, print_table
+from llmux.config.keyfile import load_keys, make_key, resolve_secret, without_key
 from llmux.config.load import load_config
-from llmux.config.schema import KeyRole
+from llmux.config.schema import Key, KeyRole
 from llmux.errors import LlmuxError
 
 GATEWAY_GROUP = "llmux"
+IN_FORCE = "in force after `systemctl reload llmux-gateway`"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["new"])
-    parser.add_argument("name", metavar="NAME", help="who or what the key is for")
-    parser.add_argument("--file", metavar="FILE", help="the file of keys (gateway.keys_file)")
+    parser.add_argument("action", choices=["new", "list", "revoke"])
+    parser.add_argument("name", metavar="NAME", nargs="?", help="the key's name; not for list")
+    parser.add_argument("--file", metavar="FILE", help="use FILE (default: gateway.keys_file)")
     parser.add_argument(
         "--role",
         choices=[role.value for role in KeyRole],
         default="use",
-        help="use: ask models (the default); admin: /control too",
+        help="allow inference (use, the default), or control too (admin)",
     )
     parser.add_argument(
-        "--model", action="append", default=[], metavar="MODEL", help="only this one; repeatable"
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="allow MODEL only; may be repeated",
     )
-    parser.add_argument("--max-in-flight", type=int, metavar="N", help="requests at a time")
-    parser.add_argument("--max-waiting", type=int, metavar="N", help="of them waiting at a time")
-    parser.add_argument("--requests-per-minute", type=float, metavar="N")
+    parser.add_argument("--max-in-flight", type=int, metavar="N", help="limit concurrent requests")
+    parser.add_argument("--max-waiting", type=int, metavar="N", help="limit waiting requests")
+    parser.add_argument("--requests-per-minute", type=float, metavar="N", help="limit the rate")
 
 
 def key(args: argparse.Namespace) -> None:
     path = args.file or _configured(args.config)
+    if args.action == "list":
+        _list(path, as_json=args.json)
+        return
+    if args.name is None:
+        raise LlmuxError(f"cannot {args.action} a key: no name is given")
+    if args.action == "revoke":
+        _revoke(path, args.name)
+        _print(args, {"name": args.name, "file": path}, f"revoked {args.name}; {IN_FORCE}")
+    else:
+        _new(args, path)
+
+
+def _print(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:
+    print(json.dumps(document) if args.json else text)
+
+
+def _list(path: str, *, as_json: bool) -> None:
+    keys = load_keys(path)
+    if as_json:
+        print_json([_shown(one) for one in keys])
+        return
+    rows = [("NAME", "ROLE", "MODELS", "IN FLIGHT", "WAITING", "PER MINUTE")]
+    rows += [
+        (
+            one.name,
+            one.role.value,
+            "all" if one.models is None else ",".join(sorted(one.models)),
+            _limit(one.max_in_flight),
+            _limit(one.max_waiting),
+            _limit(one.requests_per_minute),
+        )
+        for one in keys
+    ]
+    print_table(rows)
+
+
+def _limit(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _shown(key: Key) -> dict[str, Any]:
+    return {
+        "name": key.name,
+        "role": key.role.value,
+        "models": None if key.models is None else sorted(key.models),
+        "max_in_flight": key.max_in_flight,
+        "max_waiting": key.max_waiting,
+        "requests_per_minute": key.requests_per_minute,
+    }
+
+
+def _revoke(path: str, name: str) -> None:
+    """Replace the file by one without the key, with the same owner and mode."""
+    if all(one.name != name for one in load_keys(path)):
+        raise LlmuxError(f"cannot revoke {name}: {path} has no such key", hint="llmux key list")
+    path = os.path.realpath(path)
+    with open(path, encoding="utf-8") as file:
+        text = without_key(file.read(), name)
+    temporary = f"{path}.new"
+    try:
+        there = os.stat(path)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, text.encode())
+            os.fchown(fd, there.st_uid, there.st_gid)
+            os.fchmod(fd, there.st_mode & 0o7777)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise LlmuxError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _new(args: argparse.Namespace, path: str) -> None:
     try:
         secret, line = make_key(
             args.name,
@@ -56,26 +141,26 @@ def key(args: argparse.Namespace) -> None:
         _append(path, line)
     except OSError as error:
         raise LlmuxError(f"cannot write {path}: {error.strerror}") from None
-    if args.json:
-        print(json.dumps({"name": args.name, "key": secret, "file": path}))
-    else:
-        print(secret)
+    _print(args, {"name": args.name, "key": secret, "file": path}, secret)
 
 
 def _configured(config: str) -> str:
+    from llmux.daemon import credentials_directory
+
     path = load_config(config, check_files=False).gateway.keys_file
     if path is None:
         raise LlmuxError(
-            "cannot tell where keys are kept",
-            hint="set gateway.keys_file in the configuration, or say --file",
+            "cannot make a key: the configuration names no file of keys",
+            hint="set gateway.keys_file, or use --file",
         )
-    if path.startswith("credential:") and not os.path.exists(resolve_secret(path)):
-        raise LlmuxError(f"cannot write to {path}", hint="say --file with the credential's source")
-    return resolve_secret(path)
+    file = resolve_secret(path, credentials_directory())
+    if path.startswith("credential:") and not os.path.exists(file):
+        raise LlmuxError(f"cannot write to {path}", hint="name the credential's source with --file")
+    return file
 
 
 def _append(path: str, line: str) -> None:
-    """One write, so that a gateway that reads meanwhile sees a whole line or none."""
+    """Append in one write: a gateway that reads at that moment sees a whole line or none."""
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         size = os.fstat(fd).st_size

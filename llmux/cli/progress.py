@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: one line rewritten on a terminal, a line per phase elsewhere."""
+"""Show progress on stderr: one rewritten line on a terminal, else a line per phase."""
 
 from __future__ import annotations
 
@@ -6,38 +6,14 @@ import sys
 from types import TracebackType
 from typing import Self, TextIO
 
-WORDS = {
-    "wait": "waiting for its turn",
-    "spawn": "starting the engine",
-    "wait_healthy": "waiting until the engine is healthy",
-    "describe": "asking the engine what it is",
-    "canary_record": "first inference",
-    "canary_check": "comparing its answer",
-    "inference": "inference",
-    "sleep": "vLLM releases its memory",
-    "wake_up": "vLLM takes its memory",
-    "reload_weights": "loading weights",
-    "reset_prefix_cache": "vLLM forgets its prefix cache",
-    "freeze": "freezing the processes",
-    "thaw": "thawing the processes",
-    "comm_suspend": "taking the communicators down",
-    "comm_resume": "setting the communicators up",
-    "cuda_suspend": "CUDA state to host memory",
-    "cuda_resume": "CUDA state back to the GPU",
-    "dump": "CRIU dump",
-    "released": "processes gone",
-    "pack": "checksums",
-    "sync": "to disk",
-    "restore": "CRIU restore",
-    "verify_release": "GPU memory being released",
-    "terminate": "ending the engine",
-    "kill": "killing what is left",
-}
+from llmux.cli.output import sizes
+from llmux.phases import counted, phase_text
+
 CLEAR = "\r\x1b[K"  # ECMA-48: erase to the end of the line
 
 
 class Progress:
-    """A context: its end leaves the cursor on a line of its own."""
+    """A context manager; leaving it puts the cursor on a new line."""
 
     def __init__(self, model: str, out: TextIO | None = None) -> None:
         self._model = model
@@ -56,9 +32,9 @@ class Progress:
             self._write(CLEAR)
 
     def __call__(self, phase: str, seconds: float, done: int, total: int) -> None:
-        line = f"{self._model}: {WORDS.get(phase, phase)}"
+        line = f"{self._model}: {phase_text(phase)}"
         if self._terminal:
-            line += f" {sizes(done, total)}" if done else ""
+            line += f" {_amount(phase, done, total)}" if done else ""
             self._write(f"{CLEAR}{line}  {seconds:.0f} s")
             self._dirty = True
         elif phase != self._phase:
@@ -70,13 +46,6 @@ class Progress:
         self._out.flush()
 
 
-def sizes(done: int, total: int) -> str:
-    return f"{size(done)} of {size(total)}" if total else size(done)
-
-
-def size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+def _amount(phase: str, done: int, total: int) -> str:
+    unit = counted(phase)
+    return sizes(done, total) if unit == "bytes" else f"{done} of {total} {unit}"

@@ -1,4 +1,4 @@
-"""Addresses to listen on and web pages' origins: one node of the file to one address. Pure.
+"""Parse listen addresses and web pages' origins. Pure.
 
 Never resolves a name, never opens a socket.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from types import MappingProxyType
+from typing import Final
 
-from llmux.config.marks import Kind, Node, Scalar, invalid, quote
+from llmux.config.files.marks import Kind, Node, Scalar, invalid, quote
 from llmux.config.parse import line
 
 
 def listen_address(node: Node) -> str:
-    examples = '"127.0.0.1:3000", "[::1]:3000" or "unix:/run/llmux/http.sock"'
+    examples = '"127.0.0.1:3000", "[::1]:3000" or "unix:/run/llmux-gateway/http.sock"'
     expected = f"expected an address such as {examples}"
     if isinstance(node, Scalar) and node.kind is Kind.NUMBER:
         raise invalid(node, f"{expected}, got only the port {node.text} (add the host before it)")
@@ -66,5 +68,38 @@ def origin(node: Node) -> str:
         raise invalid(
             node,
             f'expected an origin such as "https://chat.example.org" or "*", got {quote(value)}',
+        )
+    return value.lower()
+
+
+_NETWORK_WORDS: Final = MappingProxyType(
+    {
+        "any": ("0.0.0.0/0", "::/0"),
+        "localhost": ("127.0.0.0/8", "::1/128"),
+        "link-local": ("169.254.0.0/16", "fe80::/64"),
+        "multicast": ("224.0.0.0/4", "ff00::/8"),
+    }
+)
+
+
+def network(node: Node) -> tuple[str, ...]:
+    """The networks that an address, a network or one of systemd's words stands for."""
+    text = line(node, "a network")
+    if text in _NETWORK_WORDS:
+        return _NETWORK_WORDS[text]
+    try:
+        return (str(ipaddress.ip_network(text, strict=False)),)
+    except ValueError:
+        words = ", ".join(_NETWORK_WORDS)
+        example = f'a network such as "10.0.0.0/8", or one of {words}'
+        raise invalid(node, f"expected {example}, got {quote(text)}") from None
+
+
+def host_name(node: Node) -> str:
+    """A name in a Host header, without a port, or * for all."""
+    value = line(node, "a host name")
+    if value != "*" and not re.fullmatch(r"[A-Za-z0-9.-]{1,253}", value):
+        raise invalid(
+            node, f'expected a host name such as "llm.example.org" or "*", got {quote(value)}'
         )
     return value.lower()

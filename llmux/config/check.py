@@ -1,4 +1,4 @@
-"""What a file cannot show key by key: clashes between keys. Part of loading.
+"""Find clashes between keys. Part of loading.
 
 Never looks at the machine: see ``host``.
 """
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from typing import Final
 
 from llmux.config.addresses import split_address
-from llmux.config.marks import Fault, KeyPath, Marks, dotted, quote
-from llmux.config.schema import Config, ModelConfig, Process
-from llmux.config.vllm_args import PIPELINE_PARALLEL, TENSOR_PARALLEL, find_flag
+from llmux.config.files.marks import Fault, KeyPath, Marks, dotted, quote
+from llmux.config.schema import Config, ModelConfig
+from llmux.engines.options import find_option
 
 WILDCARDS: Final = {"0.0.0.0": ".", "::": ":"}  # noqa: S104  # address → mark of its family
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A configuration in which the values under ``broken`` are only stand-ins."""
+    """A configuration whose values under ``broken`` are placeholders."""
 
     config: Config
     marks: Marks
     broken: frozenset[KeyPath]
 
     def sound(self, *paths: KeyPath) -> bool:
-        """No problem was found at, in or around these paths: a check may rely on them."""
+        """True when no problem was found at, in or around these paths."""
         return not any(
             bad[: len(path)] == path or path[: len(bad)] == bad
             for path in paths
@@ -38,7 +38,7 @@ class Draft:
         return path in self.marks.table
 
     def place(self, path: KeyPath) -> str:
-        """How another problem refers to this value."""
+        """The value's path and place, for the message of another problem."""
         where = f"{self.marks.at(path)}" if self.is_set(path) else "default"
         return f"{dotted(path)} ({where})"
 
@@ -116,7 +116,7 @@ def _public_without_keys(draft: Draft) -> Iterator[Fault]:
     for path, host, _ in _tcp_addresses(draft):
         if not _is_loopback(host):
             message = (
-                "anybody who reaches this address could use and control all models: set "
+                "every client that reaches this address could use and control all models: set "
                 "gateway.keys_file, or gateway.allow_public_without_keys: true"
             )
             yield draft.marks.fault(path, message)
@@ -139,9 +139,16 @@ def _half_tls(draft: Draft) -> Iterator[Fault]:
 
 
 def _names(draft: Draft) -> Iterator[Fault]:
-    """A name that two models answer to would go to one of them by chance."""
+    """Each name and alias belongs to one model."""
     models = draft.config.models
     owners: dict[str, KeyPath] = {name: ("models", name) for name in models}
+    for name, model in models.items():
+        for adapter in model.adapters:
+            place: KeyPath = ("models", name, "extra_args")
+            first = owners.setdefault(adapter, place)
+            if first is not place and draft.sound(place):
+                message = f"the adapter's name {quote(adapter)} is taken by {draft.place(first)}"
+                yield draft.marks.fault(place, message)
     for name, model in models.items():
         for index, alias in enumerate(model.aliases):
             path: KeyPath = ("models", name, "aliases", index)
@@ -149,6 +156,35 @@ def _names(draft: Draft) -> Iterator[Fault]:
             if first is not path and draft.sound(path):
                 message = f"the name {quote(alias)} is taken by {draft.place(first)}"
                 yield draft.marks.fault(path, message)
+
+
+def _references(draft: Draft) -> Iterator[Fault]:
+    """Names of models outside `models` name one."""
+    config = draft.config
+    named: list[tuple[KeyPath, str]] = [
+        (("preload", index), name) for index, name in enumerate(config.preload)
+    ]
+    for index, group in enumerate(config.exclusive):
+        named += ((("exclusive", index), name) for name in group)
+    if config.gateway.fallback_model is not None:
+        named.append((("gateway", "fallback_model"), config.gateway.fallback_model))
+    if not draft.sound(("models",)):
+        return
+    for path, name in named:
+        if draft.sound(path[:1]) and name not in config.models:
+            yield draft.marks.fault(path, f"there is no model {quote(name)}")
+
+
+def _never_evicted(draft: Draft) -> Iterator[Fault]:
+    """Models that never leave a GPU must fit on it together."""
+    kept: dict[int, list[str]] = {}
+    for path, model in _models(draft, "never_evict", "gpus", "gpu_memory", "extra_args"):
+        for gpu in model.gpus if model.never_evict and isinstance(model.gpus, tuple) else ():
+            others = kept.setdefault(gpu, [])
+            others.append(model.name)
+            if sum(draft.config.models[name].gpu_memory for name in others) > 1 + 1e-6:
+                message = f"{', '.join(others)} do not fit together on GPU {gpu}, and none leaves"
+                yield draft.marks.fault((*path, "never_evict"), message)
 
 
 def _backoff(draft: Draft) -> Iterator[Fault]:
@@ -171,30 +207,33 @@ def _models(draft: Draft, *keys: str) -> Iterator[tuple[KeyPath, ModelConfig]]:
             yield path, model
 
 
-def _parallel(model: ModelConfig) -> tuple[int, int]:
-    """(GPUs that the engine's own arguments spread it over, index of the argument that says so)."""
-    size, where = 1, 0
-    for names in (PIPELINE_PARALLEL, TENSOR_PARALLEL):
-        flag = find_flag(model.extra_args, names)
-        if flag and flag.value and int(flag.value) > 1:
-            size, where = size * int(flag.value), flag.index
-    return size, where
+def _rank_argument(model: ModelConfig) -> int:
+    """Index of the first kind of argument that spreads the engine over several GPUs."""
+    found = (find_option(model.extra_args, names) for names in model.engine_type.rank_options)
+    return next((option.index for option in found if option and (option.number or 1) > 1), 0)
 
 
 def _gpu_numbers(draft: Draft) -> Iterator[Fault]:
-    count = draft.config.gpu_count
     for path, model in _models(draft, "gpus", "extra_args"):
         gpus: KeyPath = (*path, "gpus")
         asked = model.gpus if isinstance(model.gpus, int) else len(model.gpus)
-        size, where = _parallel(model)
-        if size > asked:
+        if model.ranks > asked:
             message = (
-                f"vLLM is told to use {size} GPUs, but {draft.place(gpus)} gives it {asked}; "
-                f"write gpus: {size}"
+                f"{model.engine_type.title} is told to use {model.ranks} GPUs, but "
+                f"{draft.place(gpus)} gives it {asked}; write gpus: {model.ranks}"
             )
-            yield draft.marks.fault((*path, "extra_args", where), message)
+            yield draft.marks.fault((*path, "extra_args", _rank_argument(model)), message)
+
+
+def gpu_count_faults(draft: Draft) -> Iterator[Fault]:
+    """Models that this host does not have the GPUs for."""
+    count = draft.config.gpu_count
+    if count is None or not draft.sound(("gpu_count",)):
+        return
+    for path, model in _models(draft, "gpus", "extra_args"):
+        gpus: KeyPath = (*path, "gpus")
         needed = model.gpus if isinstance(model.gpus, int) else max(model.gpus) + 1
-        if count is not None and draft.sound(("gpu_count",)) and needed > count:
+        if needed > count:
             has = f"but {draft.place(('gpu_count',))} is {count}"
             if isinstance(model.gpus, int):
                 message = f"{model.gpus} GPUs are asked for, {has}"
@@ -214,24 +253,27 @@ def _gpu_memory(draft: Draft) -> Iterator[Fault]:
             yield draft.marks.fault((*path, "gpu_memory_parked"), message)
 
 
-def _parallel_parking(draft: Draft) -> Iterator[Fault]:
-    """NCCL communicators between GPUs do not survive CUDA checkpoints unless vLLM is patched."""
+def _parking(draft: Draft) -> Iterator[Fault]:
     keys = ("eviction", "extra_args", "allow_tensor_parallel_parking")
     for path, model in _models(draft, *keys):
-        size, _ = _parallel(model)
-        suspends = model.eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT)
-        if size > 1 and suspends and not model.allow_tensor_parallel_parking:
-            message = (
-                f"cannot use {model.eviction.process} with a model on {size} GPUs: NCCL's "
-                "connections do not survive it in a stock vLLM. Use keep_running, freeze or stop, "
-                "or, for a vLLM that can, set allow_tensor_parallel_parking: true"
-            )
-            eviction: KeyPath = (*path, "eviction")
-            inherited: KeyPath = ("policy", "eviction")
-            given = draft.is_set(eviction)
-            if given or draft.sound(inherited):
-                where = eviction if given else path
-                yield draft.marks.fault(where, message)
+        rungs = (model.eviction, *model.ladder)
+        obstacle = next(filter(None, map(model.parking_obstacle, rungs)), None)
+        if obstacle is None:
+            continue
+        eviction: KeyPath = (*path, "eviction")
+        given = draft.is_set(eviction)
+        if given or draft.sound(("policy", "eviction")):
+            where = eviction if given else path
+            hint = obstacle.hint[:1].upper() + obstacle.hint[1:]
+            yield draft.marks.fault(where, f"{obstacle.message}. {hint}")
+
+
+def _variables(draft: Draft) -> Iterator[Fault]:
+    for path, model in _models(draft, "env"):
+        for name, remedy in model.engine_type.owned_variables.items():
+            if name in model.env:
+                message = f"cannot pass {name} to {model.engine_type.title}: {remedy}"
+                yield draft.marks.fault((*path, "env", name), message)
 
 
 _CROSS_CHECKS: Final[tuple[Check, ...]] = (
@@ -240,8 +282,11 @@ _CROSS_CHECKS: Final[tuple[Check, ...]] = (
     _public_without_keys,
     _half_tls,
     _names,
+    _references,
+    _never_evicted,
     _backoff,
     _gpu_numbers,
     _gpu_memory,
-    _parallel_parking,
+    _parking,
+    _variables,
 )

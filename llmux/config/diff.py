@@ -1,6 +1,6 @@
-"""What a reload changes: old and new configuration to a list of consequences. Pure.
+"""Compare two configurations: what a reload changes, and when that takes effect. Pure.
 
-The tables say of every field when a new value takes effect; a test holds them to the schema.
+The tables name every field of the schema; a test compares the two.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class Effect(StrEnum):
     SUPERVISOR = "supervisor restart"
 
 
-# gpu_memory is the engine's own start argument as well as its claim: while it runs, it holds what
-# it was started with. Likewise the address, and a checkpoint is an image of the same process.
+# gpu_memory is a start argument of the engine as well as its claim: a running engine holds what it
+# was started with. The same is true of its address; a checkpoint is an image of that process.
 MODEL_EFFECTS: Final[dict[str, Effect]] = {
     "model_path": Effect.ENGINE,
+    "engine": Effect.ENGINE,
     "port": Effect.ENGINE,
     "extra_args": Effect.ENGINE,
     "aliases": Effect.LIVE,
@@ -34,6 +35,7 @@ MODEL_EFFECTS: Final[dict[str, Effect]] = {
     "gpu_memory": Effect.ENGINE,
     "vllm_command": Effect.ENGINE,
     "eviction": Effect.LIVE,
+    "ladder": Effect.LIVE,
     "checkpoint_path": Effect.LIVE,
     "gpu_memory_parked": Effect.LIVE,
     "startup_timeout_secs": Effect.LIVE,
@@ -43,11 +45,15 @@ MODEL_EFFECTS: Final[dict[str, Effect]] = {
     "stop_grace_secs": Effect.LIVE,
     "stall_timeout_secs": Effect.LIVE,
     "canary": Effect.LIVE,
+    "limits": Effect.ENGINE,
     "allow_tensor_parallel_parking": Effect.LIVE,
+    "priority": Effect.LIVE,
+    "never_evict": Effect.LIVE,
+    "idle_timeout_secs": Effect.LIVE,
 }
 
-# A section stands for all its keys that are not here themselves. Listeners belong to the gateway's
-# start; drivers are built once, with their tools, directories and user.
+# A section stands for its keys without an entry of their own. Listeners are bound when the gateway
+# starts; drivers are built once, with their tools, directories and user.
 SETTING_EFFECTS: Final[dict[str, Effect]] = {
     "policy": Effect.LIVE,
     "gateway": Effect.GATEWAY,
@@ -60,6 +66,8 @@ SETTING_EFFECTS: Final[dict[str, Effect]] = {
     "engine_user": Effect.SUPERVISOR,
     "gpu_count": Effect.SUPERVISOR,
     "warmup": Effect.LIVE,
+    "preload": Effect.LIVE,  # read when the supervisor starts on a host without engines
+    "exclusive": Effect.LIVE,
     "startup_timeout_secs": Effect.LIVE,
 }
 
@@ -68,7 +76,7 @@ _SECTIONS: Final = ("policy", "checkpoint", "gateway")
 
 @dataclass(frozen=True, slots=True)
 class ModelChange:
-    """One model that both configurations have; the names of its fields by when they take effect."""
+    """Changed fields of a model that both configurations have, by when they take effect."""
 
     name: str
     live: tuple[str, ...]
@@ -77,7 +85,7 @@ class ModelChange:
 
 @dataclass(frozen=True, slots=True)
 class ConfigDiff:
-    """Models by name; settings by path (``policy.min_active_secs``), by when they take effect."""
+    """Names of models, and paths of settings (``policy.min_active_secs``)."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -87,7 +95,7 @@ class ConfigDiff:
     supervisor_restart: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether anything changed; the names of the files alone are no change."""
+        """True when anything changed but the names of the files."""
         return self != ConfigDiff()
 
 

@@ -1,27 +1,31 @@
-"""Does the configuration fit this machine: the files and programs it names, users, embedded mode.
+"""Check the configuration against this machine: files, programs and users it names, embedded mode.
 
-``file_faults`` is part of loading. ``check_host`` and ``check_embedded`` are asked by whoever is
-about to run engines here: the same file may be right for another machine. Never changes anything.
+``file_faults`` is part of loading. ``check_host`` and ``check_embedded`` are for processes that run
+engines here: the same file may be right for another machine. Never changes anything.
 """
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Final
 
-from llmux.config.check import Draft
-from llmux.config.marks import NO_MARKS, Fault, KeyPath, Marks, dotted
-from llmux.config.schema import Config, Process
+from llmux.config.check import Draft, gpu_count_faults
+from llmux.config.files.marks import NO_MARKS, Fault, KeyPath, Marks, dotted
+from llmux.config.schema import ENGINES, Config, Limits, Process
 from llmux.errors import Problem
+from llmux.trusted import USE_OWN_DIRECTORY, untrusted
 
 
 def file_faults(draft: Draft) -> list[Fault]:
-    """Absolute paths that must exist. A path this process may not look at is not reported."""
-    return list(_file_faults(draft))
+    """Report absolute paths that do not exist, and GPUs that there are not. Paths this process may
+    not look at pass."""
+    return [*_file_faults(draft), *gpu_count_faults(draft)]
 
 
 def _file_faults(draft: Draft) -> Iterator[Fault]:
@@ -72,28 +76,94 @@ def _not_executable(path: str) -> str | None:
         mode = os.stat(path).st_mode
     except OSError:
         return None
-    # Mode bits, not access(2): the engine runs as another user than the one who checks.
+    # Mode bits, not access(2): the engine runs as another user than this process.
     runnable = stat.S_ISREG(mode) and mode & 0o111
     return None if runnable else f"{path} is not an executable file (chmod +x?)"
 
 
 def check_host(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:
-    """What this machine lacks to run the configuration as a service."""
+    """List what this machine lacks to run the configuration as a service."""
     return tuple(marks.problem(path, message) for path, message in _host_findings(config))
+
+
+def check_directories(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:
+    """Directories in which root opens files although another user could put links there."""
+    return tuple(marks.problem(path, message) for path, message in _directory_findings(config))
+
+
+def _directory_findings(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    if reason := untrusted(config.checkpoint.images_dir):
+        message = f"the images directory is not safe: {reason} ({USE_OWN_DIRECTORY})"
+        yield ("checkpoint", "images_dir"), message
+    plugins = config.checkpoint.cuda_plugin_dir
+    if plugins and (reason := untrusted(plugins)):
+        hint = "CRIU loads the libraries in it as root: make it root's, or remove the key"
+        yield ("checkpoint", "cuda_plugin_dir"), f"the directory is not safe: {reason} ({hint})"
+
+
+GATEWAY: Final = "llmux"  # the user of llmux-gateway.service
+GATEWAY_RUNTIME: Final = "/run/llmux-gateway"  # RuntimeDirectory= of its unit
+
+
+def check_gateway_reads(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:
+    """Files that the gateway's user may not read, although this process may: it could not start.
+    Nothing where there is no such user."""
+    try:
+        entry = pwd.getpwnam(GATEWAY)
+    except KeyError:
+        return ()
+    groups = {entry.pw_gid, *(one.gr_gid for one in grp.getgrall() if GATEWAY in one.gr_mem)}
+    settings = config.gateway
+    named: list[tuple[KeyPath, str]] = [((), source) for source in config.sources]
+    secrets = ("keys_file", "tls_certificate", "tls_key")
+    values = {key: getattr(settings, key) for key in secrets}
+    named += ((("gateway", k), v) for k, v in values.items() if v and v.startswith("/"))
+    problems = []
+    for path, file in named:
+        if closed := _closed_to(file, entry.pw_uid, groups):
+            hint = f"chgrp {GATEWAY} {closed} && chmod g+rX {closed}"
+            message = f"the gateway's user {GATEWAY} cannot read {file}: {closed} is closed to it"
+            problems.append(marks.problem(path, f"{message} ({hint})"))
+    return tuple(problems)
+
+
+def _closed_to(file: str, uid: int, groups: Container[int]) -> str | None:
+    """What on the way to the file keeps the user out: a directory, or the file itself. Where an
+    access control list has more to say than the mode, nothing is claimed."""
+    way = [*reversed(Path(file).resolve().parents), Path(file).resolve()]
+    for path in way:
+        try:
+            status = path.stat()
+            if "system.posix_acl_access" in os.listxattr(path):
+                continue
+        except OSError:
+            return None  # missing: reported elsewhere
+        shift = 6 if status.st_uid == uid else 3 if status.st_gid in groups else 0
+        if not (status.st_mode >> shift) & (0o4 if path == way[-1] else 0o1):
+            return str(path)
+    return None
 
 
 def _host_findings(config: Config) -> Iterator[tuple[KeyPath, str]]:
     models = config.models
+    yield from _directory_findings(config)
     yield from _no_program(("vllm_command",), config.vllm_command[0], "vLLM", "install vLLM")
     for name, model in models.items():
         if model.vllm_command:
             path: KeyPath = ("models", name, "vllm_command")
             yield from _no_program(path, model.vllm_command[0], "vLLM", "install vLLM")
+    user = config.engine_user or ENGINES
     try:
-        pwd.getpwnam(config.engine_user)
+        pwd.getpwnam(user)
     except KeyError:
-        hint = f"useradd --system --shell /usr/sbin/nologin {config.engine_user}"
-        yield ("engine_user",), f"the user {config.engine_user} does not exist (run: {hint})"
+        hint = f"useradd --system --shell /usr/sbin/nologin {user}"
+        yield ("engine_user",), f"the user {user} does not exist (run: {hint})"
+    for address in config.gateway.listen:
+        place, _, name = address.removeprefix("unix:").rpartition("/")
+        if address.startswith("unix:") and place != GATEWAY_RUNTIME:
+            hint = f"write unix:{GATEWAY_RUNTIME}/{name}"
+            message = f"the service cannot make a socket in {place} ({hint})"
+            yield ("gateway", "listen"), message
     processes = {model.eviction.process for model in models.values()}
     images = any(model.checkpoint_path for model in models.values())
     dumps = images or Process.CHECKPOINT in processes
@@ -125,7 +195,7 @@ _NEEDS_SERVICE: Final = {
 
 
 def check_embedded(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:
-    """What `llmux serve` cannot do: its engines are plain child processes, without root."""
+    """List what `llmux serve` cannot do: its engines are child processes, without root."""
     problems = []
     if config.gateway.workers > 1:
         message = (
@@ -134,6 +204,9 @@ def check_embedded(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ..
         )
         problems.append(marks.problem(("gateway", "workers"), message))
     for name, model in config.models.items():
+        if model.limits != Limits():
+            message = "cannot limit engines without systemd: run llmux as a service"
+            problems.append(marks.problem(("models", name, "limits"), message))
         need = _NEEDS_SERVICE.get(model.eviction.process)
         if need:
             message = (

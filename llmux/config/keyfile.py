@@ -1,13 +1,12 @@
-"""The file of API keys: one JSON object a line, or a YAML list of the same mappings.
+"""Read and extend the file of API keys: one JSON object a line, or a YAML list of such mappings.
 
-Only hashes are in it. A key is 256 random bits, so one round of SHA-256 is as good as any number.
+It holds hashes only. A key is 256 random bits, so one round of SHA-256 is as good as any number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -16,26 +15,25 @@ import yaml
 
 from llmux.config.schema import Key, KeyRole
 from llmux.errors import ConfigError, Problem
+from llmux.small_files import read_small
 
+MAX_BYTES: Final = 8 * 1024 * 1024  # forty thousand keys
 PREFIX: Final = "sk-llmux-"
 _KNOWN: Final = (
     "name", "sha256", "role", "models", "max_in_flight", "max_waiting", "requests_per_minute",
 )  # fmt: skip
 
 
-def resolve_secret(path: str) -> str:
-    """``credential:NAME`` is a file in the folder that systemd names."""
+def resolve_secret(path: str, credentials: str) -> str:
+    """Return the file's path; ``credential:NAME`` is a file in the directory ``credentials``."""
     name = path.removeprefix("credential:")
-    if name == path:
-        return path
-    return os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials"), name)
+    return path if name == path else f"{credentials}/{name}"
 
 
 def load_keys(path: str) -> tuple[Key, ...]:
-    """Raises ConfigError, which never quotes what is in the file."""
+    """Raise ConfigError, which never quotes the file, when any key is wrong."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = read_small(path, MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError((_problem(path, 1, f"cannot read the keys: {cause}"),)) from None
@@ -63,7 +61,7 @@ def make_key(
     max_waiting: int | None = None,
     requests_per_minute: float | None = None,
 ) -> tuple[str, str]:
-    """(the key itself, shown once; its line for the file)."""
+    """Return (the key, its line for the file)."""
     secret = PREFIX + secrets.token_urlsafe(32)
     entry: dict[str, Any] = {"name": name, "sha256": hash_key(secret).hex(), "role": role.value}
     if models:
@@ -76,6 +74,19 @@ def make_key(
         entry["requests_per_minute"] = requests_per_minute
     _key(entry)
     return secret, json.dumps(entry)
+
+
+def without_key(text: str, name: str) -> str:
+    """The file's text without the key. Comments stay where it has a line for each key; a YAML list
+    is written again as such lines."""
+    lines = text.splitlines(keepends=True)
+    objects = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if all(line.lstrip().startswith("{") for line in objects):
+        return "".join(
+            line for line in lines if line not in objects or json.loads(line).get("name") != name
+        )
+    kept = [entry for entry in yaml.safe_load(text) if entry["name"] != name]
+    return "".join(f"{json.dumps(entry)}\n" for entry in kept)
 
 
 def hash_key(secret: str) -> bytes:
@@ -92,12 +103,12 @@ def _entries(path: str, text: str, problems: list[Problem]) -> Iterator[tuple[in
         for number, line in lines:
             try:
                 yield number, json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 problems.append(_problem(path, number, "this line is not a JSON object"))
         return
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2026-02-31
         mark = getattr(error, "problem_mark", None)
         number = mark.line + 1 if mark else 1
         problems.append(_problem(path, number, "neither YAML nor one JSON object a line"))

@@ -1,6 +1,6 @@
-"""The file format: for each mapping its keys, their parsers, and the keys of earlier versions.
+"""The file format: each mapping's keys, their parsers, and remedies for keys of earlier versions.
 
-Defaults are not here but in ``schema``.
+Defaults are in ``schema``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from llmux.config import addresses, parse, quantities
-from llmux.config.marks import Node, Parser, Scalar, invalid, quote
+from llmux.config.files.marks import Node, Parser, Scalar, invalid, quote
 from llmux.config.schema import (
+    AfterReboot,
     CheckpointConfig,
     Config,
     GatewayConfig,
@@ -20,10 +21,17 @@ from llmux.config.schema import (
     PolicyConfig,
     PolicyType,
 )
-from llmux.config.sections import GoneKey, Spec, eviction
-from llmux.config.vllm_args import argument_error
+from llmux.config.sections import GoneKey, Spec, ladder, limits
+from llmux.engines import ENGINE_TYPES
 
 DAY: Final = 86400.0
+
+
+def _engine(node: Node) -> str:
+    name = parse.line(node, f"one of {', '.join(ENGINE_TYPES)}")
+    if name not in ENGINE_TYPES:
+        raise invalid(node, f"unknown engine {quote(name)}; there are: {', '.join(ENGINE_TYPES)}")
+    return name
 
 
 def _defaults(cls: type[Any]) -> Mapping[str, Any]:
@@ -32,14 +40,6 @@ def _defaults(cls: type[Any]) -> Mapping[str, Any]:
         made = item.default_factory() if item.default_factory is not MISSING else item.default
         values[item.name] = made
     return MappingProxyType(values)
-
-
-def _extra_argument(node: Node) -> str:
-    argument = parse.argument(node)
-    error = argument_error(argument)
-    if error:
-        raise invalid(node, error)
-    return argument
 
 
 def _use_extra_args(flag: str, *, default: str) -> GoneKey:
@@ -98,14 +98,16 @@ def _milliseconds(low: float, high: float) -> Parser[float]:
 
 
 _PORT: Final = quantities.integer(1, 65535, "a port")
-_ARGUMENTS: Final = parse.listing(_extra_argument, '["--max-model-len", "4096"]')
+_ARGUMENTS: Final = parse.listing(parse.argument, '["--max-model-len", "4096"]')
+_MODELS: Final = parse.listing(parse.alias, '["chat", "coder"]')
 _LISTEN: Final = parse.one_or_more(addresses.listen_address, '["127.0.0.1:3000"]')
 
 MODEL: Final = Spec(
     {
         "model_path": parse.model_path,
+        "engine": _engine,
         "port": _PORT,
-        "eviction": eviction,
+        "eviction": ladder,
         "extra_args": _ARGUMENTS,
         "aliases": parse.listing(parse.alias, '["gpt-4o-mini"]'),
         "env": parse.environment,
@@ -121,7 +123,11 @@ MODEL: Final = Spec(
         "stop_grace_secs": _seconds(0, 3600),
         "stall_timeout_secs": _seconds(0, DAY),
         "canary": parse.boolean,
+        "limits": limits,
         "allow_tensor_parallel_parking": parse.boolean,
+        "priority": quantities.integer(-1000, 1000),
+        "never_evict": parse.boolean,
+        "idle_timeout_secs": _seconds(0, 365 * DAY),
     },
     required={"model_path": "a Hugging Face id such as Qwen/Qwen3-0.6B, or an absolute path"},
     gone={
@@ -136,7 +142,7 @@ MODEL: Final = Spec(
 POLICY: Final = Spec(
     {
         "policy_type": parse.choice(PolicyType),
-        "eviction": eviction,  # for the models that have none of their own
+        "eviction": ladder,  # for the models that have none of their own
         "request_timeout_secs": _seconds(0.01, 7 * DAY),
         "drain_before_switch": parse.boolean,
         "drain_timeout_secs": _seconds(0, DAY),
@@ -146,6 +152,9 @@ POLICY: Final = Spec(
         "max_wait_secs": _seconds(0, DAY),
         "tick_interval_ms": _milliseconds(1, 60_000),
         "min_quantum_ms": _milliseconds(0, 3_600_000),
+        "give_up_start_secs": _seconds(0, DAY),
+        "idle_timeout_secs": _seconds(0, 365 * DAY),
+        "parked_max_bytes": quantities.size(1024**2, 1024**5),
         "backoff_secs": _seconds(0.01, DAY),
         "backoff_max_secs": _seconds(0.01, DAY),
     },
@@ -164,6 +173,7 @@ CHECKPOINT: Final = Spec(
         "images_dir": parse.absolute_path,
         "cuda_checkpoint_path": parse.executable,
         "keep_images": parse.boolean,
+        "after_reboot": parse.choice(AfterReboot),
         "max_bytes": quantities.size(1024**2, 1024**5),
     },
     gone={
@@ -178,17 +188,25 @@ CHECKPOINT: Final = Spec(
 GATEWAY: Final = Spec(
     {
         "listen": _LISTEN,
+        "socket_mode": parse.file_mode,
+        "socket_group": parse.user_name,
         "workers": quantities.integer(1, 256),
+        "drain_timeout_secs": _seconds(0, DAY),
         "max_body_bytes": quantities.size(1024, 16 * 1024**3),
+        "max_buffered_bytes": quantities.size(1024**2, 1024**4),
+        "max_connections": quantities.integer(1, 1_000_000),
         "max_waiting": quantities.integer(1, 1_000_000),
         "max_in_flight": quantities.integer(1, 1_000_000),
         "cors_origins": parse.one_or_more(addresses.origin, '["https://chat.example.org"]'),
         "keep_alive_comment_secs": _seconds(0, 3600),
         "keys_file": parse.secret_path,
+        "allowed_hosts": parse.one_or_more(addresses.host_name, '["llm.example.org"]'),
         "allow_public_without_keys": parse.boolean,
         "tls_certificate": parse.secret_path,
         "tls_key": parse.secret_path,
         "metrics_listen": _LISTEN,
+        "ui": parse.boolean,
+        "fallback_model": parse.alias,
     },
     defaults=_defaults(GatewayConfig),
 )
@@ -201,6 +219,8 @@ SCALARS: Final[Mapping[str, Parser[Any]]] = MappingProxyType(
         "engine_user": parse.user_name,
         "gpu_count": quantities.integer(1, 64),
         "warmup": parse.boolean,
+        "preload": _MODELS,
+        "exclusive": parse.listing(_MODELS, '[["chat", "coder"]]'),
         "startup_timeout_secs": _seconds(1, DAY),
     }
 )
@@ -212,7 +232,7 @@ def _as_is(node: Node) -> Node:
     return node
 
 
-# A key in the wrong mapping is told where it belongs.
+# Where a key belongs that is in the wrong mapping.
 HOMES: Final[Mapping[str, str]] = MappingProxyType(
     dict.fromkeys(MODEL.parsers, "under a model")
     | {key: f"under {name}" for name, spec in SECTIONS.items() for key in spec.parsers}

@@ -1,23 +1,22 @@
-"""The configuration files to frozen values, or ``ConfigError`` with every problem at once.
+"""Load the configuration files into frozen values, or raise ``ConfigError`` with every problem.
 
-The file format itself is the tables in ``keys``; defaults are in ``schema``; what involves more
-than one key is in ``check``, what the file system has to say in ``host``.
+The file format is the tables in ``keys``; defaults are in ``schema``; checks that involve several
+keys are in ``check``, those of files and programs in ``host``.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from llmux.config.advice import advice
 from llmux.config.check import Draft, cross_faults
-from llmux.config.host import file_faults
-from llmux.config.keys import HOMES, MODEL, SCALARS, SECTIONS, TOP
-from llmux.config.marks import (
+from llmux.config.files.marks import (
     Entry,
     Fault,
     Items,
@@ -30,6 +29,9 @@ from llmux.config.marks import (
     describe,
     quote,
 )
+from llmux.config.files.sources import Candidate, read_sources
+from llmux.config.host import file_faults
+from llmux.config.keys import HOMES, MODEL, SCALARS, SECTIONS, TOP
 from llmux.config.schema import (
     CheckpointConfig,
     Config,
@@ -39,18 +41,20 @@ from llmux.config.schema import (
     PolicyConfig,
 )
 from llmux.config.sections import Section, Spec, read_section
-from llmux.config.sources import read_sources
-from llmux.config.vllm_args import GPU_MEMORY, PIPELINE_PARALLEL, TENSOR_PARALLEL, find_flag
+from llmux.engines import DEFAULT_ENGINE, ENGINE_TYPES
+from llmux.engines.engine_type import EngineType
+from llmux.engines.options import find_option, split_option
 from llmux.errors import ConfigError, Problem
 
-MAX_GPUS: Final = 64  # per host; more is a slip of the keyboard
-MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MAX_GPUS: Final = 64  # per host; more is a typing error
+# Escaped (llmux/names.py) it is part of a unit's name, which systemd bounds to 255 characters.
+_PART: Final = "[A-Za-z0-9][A-Za-z0-9._-]*"
+MODEL_NAME: Final = re.compile(rf"(?=.{{1,100}}\Z){_PART}(?:/{_PART}){{0,7}}")
 
 
 @dataclass(frozen=True, slots=True)
 class MarkedConfig:
-    """A configuration, the places in the files that its values came from, and the keys in them that
-    have no effect."""
+    """A configuration, the places of its values, and notes on keys that have no effect."""
 
     config: Config
     marks: Marks
@@ -76,18 +80,27 @@ def load_marked(
     *,
     conf_d: str | os.PathLike[str] | None = None,
     check_files: bool = True,
+    tolerate_files: bool = False,
+    candidate: Candidate | None = None,
 ) -> MarkedConfig:
-    """As ``load_config``, with the places of all values for later problems (``check_host``)."""
-    sources = read_sources(Path(path), None if conf_d is None else Path(conf_d))
+    """As ``load_config``, with the places of all values, which ``host.check_host`` reports.
+
+    The configuration is read as it would be with the ``candidate`` in its place. With
+    ``tolerate_files`` a missing file or GPU is a note: it concerns the models that need it.
+    """
+    sources = read_sources(Path(path), None if conf_d is None else Path(conf_d), candidate)
     builder = _Builder(sources.root)
     config = builder.config(sources.files)
     marks = Marks(MappingProxyType(builder.places), sources.root.mark)
-    damaged = {fault.mark for fault in sources.faults}  # what stands in there is named already
+    damaged = {fault.mark for fault in sources.faults}  # reported already
     faults = [*sources.faults, *(f for f in builder.faults if f.mark not in damaged)]
-    if sources.complete:  # half a configuration has false clashes and gaps
+    if sources.complete:  # half a configuration has false clashes
         draft = Draft(config, marks, frozenset(fault.path for fault in faults))
         faults += cross_faults(draft)
-        if check_files:
+        builder.notes += advice(draft)
+        if check_files and tolerate_files:
+            builder.notes += file_faults(draft)
+        elif check_files:
             faults += file_faults(draft)
     if faults:
         raise ConfigError(tuple(fault.problem() for fault in _in_file_order(faults, sources.files)))
@@ -120,9 +133,9 @@ class _Builder:
         owner = Fault(self.root.mark, (), "a mapping")
         top = self.read(self.root, TOP, (), owner)
         policy = self.section(top, "policy")
-        eviction = policy.pop("eviction", Eviction())
+        evictions = policy.pop("eviction", (Eviction(),))
         return Config(
-            models=self.models(top, eviction),
+            models=self.models(top, evictions),
             policy=PolicyConfig(**policy),
             checkpoint=CheckpointConfig(**self.section(top, "checkpoint")),
             gateway=GatewayConfig(**self.section(top, "gateway")),
@@ -139,7 +152,7 @@ class _Builder:
         return section
 
     def remember(self, path: KeyPath, entry: Entry) -> None:
-        """The place of a value, and of the items in it: lists of words, eviction, environment."""
+        """Keep the place of a value and of its items (lists, eviction, environment)."""
         match entry.value:
             case Table(entries=entries):
                 self.places[path] = entry.mark
@@ -157,7 +170,7 @@ class _Builder:
         owner = Fault(entry.mark, (), f"a mapping of {name} settings")
         return dict(self.read(entry.value, SECTIONS[name], (name,), owner).values)
 
-    def models(self, top: Section, eviction: Eviction) -> Mapping[str, ModelConfig]:
+    def models(self, top: Section, evictions: tuple[Eviction, ...]) -> Mapping[str, ModelConfig]:
         entry = top.entries.get("models")
         if entry is None or "models" not in top.values:
             return MappingProxyType({})
@@ -166,10 +179,10 @@ class _Builder:
             message = f"expected {shape}, got {describe(entry.value)}"
             self.faults.append(Fault(entry.value.mark, ("models",), message))
             return MappingProxyType({})
-        models = {one.key: self.model(one, eviction) for one in entry.value.entries}
+        models = {one.key: self.model(one, evictions) for one in entry.value.entries}
         return MappingProxyType(models)
 
-    def model(self, entry: Entry, eviction: Eviction) -> ModelConfig:
+    def model(self, entry: Entry, evictions: tuple[Eviction, ...]) -> ModelConfig:
         path: KeyPath = ("models", entry.key)
         error = _name_error(entry.key)
         if error:
@@ -177,27 +190,41 @@ class _Builder:
         owner = Fault(entry.mark, (), "the settings of a model, at least model_path")
         section = self.read(entry.value, MODEL, path, owner)
         self.places[path] = entry.mark
-        values = {"model_path": "", "eviction": eviction, **section.values}
-        for key, derive in _DERIVED.items():
-            try:
-                value = derive(values)
-                if value is not None:
-                    values[key] = value
-            except _ArgumentError as error:
-                place: KeyPath = (*path, "extra_args", error.index)
-                self.faults.append(Fault(self.places[place], place, error.message))
+        values = {"model_path": "", "eviction": evictions, **section.values}
+        values["eviction"], *values["ladder"] = values["eviction"]
+        values["ladder"] = tuple(values["ladder"])
+        values |= self.derived(values, path)
         return ModelConfig(name=entry.key, **values)
+
+    def derived(self, values: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
+        """Values that follow from the model's ``extra_args``; faults in those are collected."""
+        engine = ENGINE_TYPES[values.get("engine", DEFAULT_ENGINE)]
+        derived: dict[str, Any] = {}
+        errors = list(_argument_errors(values.get("extra_args", ()), engine))
+        for key, derive in () if errors else _DERIVED.items():
+            try:
+                value = derive(values, engine)
+                if value is not None:
+                    derived[key] = value
+            except _ArgumentError as error:
+                errors.append(error)
+        for wrong in errors:
+            place: KeyPath = (*path, "extra_args", wrong.index)
+            self.faults.append(Fault(self.places[place], place, wrong.message))
+        return derived
 
 
 def _name_error(name: str) -> str | None:
     if MODEL_NAME.fullmatch(name) and ".." not in name:
         return None
-    fitting = re.sub(r"\.\.+", ".", re.sub(r"[^A-Za-z0-9._-]+", "-", name)).strip("-._")
-    hint = f", for example {quote(fitting)}" if 0 < len(fitting) <= 60 else ""
+    fitting = re.sub(r"\.\.+", ".", re.sub(r"[^A-Za-z0-9._/-]+", "-", name))
+    fitting = re.sub(r"[-._]*/[-._/]*", "/", fitting).strip("-._/")
+    usable = len(fitting) <= 60 and MODEL_NAME.fullmatch(fitting)
+    hint = f", for example {quote(fitting)}" if usable else ""
     return (
         f"cannot use the model name {quote(name)}: it becomes the name of a unit and of a "
-        "directory. Use up to 100 letters, digits, dots, dashes and underscores, first a letter "
-        f'or digit, without ".." and "/"{hint}'
+        "directory. Use up to 100 letters, digits, dots, dashes and underscores, in up to 8 parts "
+        f'with "/" between them, each first a letter or digit, without ".."{hint}'
     )
 
 
@@ -205,7 +232,7 @@ def _name_error(name: str) -> str | None:
 
 
 class _ArgumentError(Exception):
-    """What is wrong with the item of ``extra_args`` at ``index``."""
+    """A problem with the item of ``extra_args`` at ``index``."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
@@ -213,9 +240,25 @@ class _ArgumentError(Exception):
         self.message = message
 
 
-def _flag_number(args: Sequence[str], names: Sequence[str], shape: str) -> tuple[int, str] | None:
-    """Index and value of an option whose value must match ``shape``; None without the option."""
-    flag = find_flag(args, names)
+def _argument_errors(args: Sequence[str], engine: EngineType) -> Iterator[_ArgumentError]:
+    """Find words that are not allowed in ``extra_args``."""
+    for index, argument in enumerate(args):
+        name, _ = split_option(argument)
+        option = re.match(r"(--?[A-Za-z][\w.-]*)\s+(.*)", argument, re.DOTALL)
+        if name in engine.owned_options:
+            remedy = engine.owned_options[name]
+            yield _ArgumentError(index, f"cannot pass {name} to {engine.title}: {remedy}")
+        elif option:
+            yield _ArgumentError(
+                index,
+                "option and value are in one text; there is no shell to split them, write two "
+                f"items: {quote(option[1])}, {quote(option[2])}",
+            )
+
+
+def _option_number(args: Sequence[str], names: Sequence[str], shape: str) -> tuple[int, str] | None:
+    """Return (index, value) of an option whose value must match ``shape``; None without it."""
+    flag = find_option(args, names)
     if flag is None:
         return None
     if flag.value is None or not re.fullmatch(shape, flag.value):
@@ -224,34 +267,34 @@ def _flag_number(args: Sequence[str], names: Sequence[str], shape: str) -> tuple
     return flag.index, flag.value
 
 
-def _derive_gpu_memory(values: Mapping[str, Any]) -> float | None:
-    """The share that vLLM is told to take is the share the model claims."""
+def _derive_gpu_memory(values: Mapping[str, Any], engine: EngineType) -> float | None:
+    """A model claims the share that its engine is told to take."""
     shape = r"[0-9]{1,3}(\.[0-9]{0,9})?|\.[0-9]{1,9}"
-    found = _flag_number(values.get("extra_args", ()), GPU_MEMORY, shape)
+    found = _option_number(values.get("extra_args", ()), engine.gpu_memory_option, shape)
     if found is None:
         return None
     index, text = found
-    own = values.get("gpu_memory")
+    own, name = values.get("gpu_memory"), engine.gpu_memory_option[0]
     if not 0 < float(text) <= 1:
-        raise _ArgumentError(index, f"{GPU_MEMORY[0]} must be above 0 and up to 1, got {text}")
+        raise _ArgumentError(index, f"{name} must be above 0 and up to 1, got {text}")
     if own is not None and own != float(text):
         message = (
-            f"{GPU_MEMORY[0]} is {text} here, but gpu_memory is {own:g}; "
+            f"{name} is {text} here, but gpu_memory is {own:g}; "
             "keep gpu_memory alone, or make them equal"
         )
         raise _ArgumentError(index, message)
     return float(text)
 
 
-def _derive_gpus(values: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """A model spread over N GPUs has the first N of them unless it says which, as under vLLM."""
+def _derive_gpus(values: Mapping[str, Any], engine: EngineType) -> tuple[int, ...] | None:
+    """A model spread over N GPUs gets the first N unless ``gpus`` is set."""
     size = 1
-    for names in (TENSOR_PARALLEL, PIPELINE_PARALLEL):
-        found = _flag_number(values.get("extra_args", ()), names, r"0*[1-9][0-9]{0,3}")
+    for names in engine.rank_options:
+        found = _option_number(values.get("extra_args", ()), names, r"0*[1-9][0-9]{0,3}")
         size *= int(found[1]) if found else 1
     return tuple(range(size)) if 1 < size <= MAX_GPUS and "gpus" not in values else None
 
 
-_DERIVED: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = MappingProxyType(
+_DERIVED: Final[Mapping[str, Callable[[Mapping[str, Any], EngineType], Any]]] = MappingProxyType(
     {"gpu_memory": _derive_gpu_memory, "gpus": _derive_gpus}
 )

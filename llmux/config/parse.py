@@ -1,6 +1,6 @@
-"""Words, paths, lists and mappings: one node of the file to one typed value, or ``ParseError``.
+"""Parse words, paths, lists and mappings: one node to one typed value, or ``ParseError``. Pure.
 
-A parser says what it expected and what it got; it never clamps and never guesses. Pure.
+A parser's error says what it expected and what it got; it never clamps and never guesses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeVar
 
-from llmux.config.marks import (
+from llmux.config.files.marks import (
     Fault,
     Items,
     Kind,
@@ -91,7 +91,7 @@ def absolute_path(node: Node) -> str:
 
 
 def secret_path(node: Node) -> str:
-    """A file of its own, or one that systemd hands over (LoadCredential=)."""
+    """An absolute path, or ``credential:NAME`` for a file from LoadCredential=."""
     value = text(node)
     if not re.fullmatch(r"/.+|credential:[A-Za-z0-9][A-Za-z0-9._-]*", value):
         raise invalid(node, f"expected an absolute path or credential:NAME, got {quote(value)}")
@@ -128,7 +128,7 @@ def command(node: Node) -> tuple[str, ...]:
 
 
 def argument(node: Node) -> str:
-    """One command-line word. Numbers count as they are written: 0.90 stays 0.90."""
+    """One command-line word. A number stays as written: 0.90 remains 0.90."""
     if isinstance(node, Scalar) and node.kind in (Kind.NUMBER, Kind.STRING):
         if "\0" in node.text:
             raise invalid(node, "cannot use a null byte in an argument")
@@ -153,7 +153,7 @@ def model_path(node: Node) -> str:
 
 
 def alias(node: Node) -> str:
-    """What a client may call a model: any printable text, "/" included."""
+    """A further name of a model: any printable text, including "/"."""
     name = argument(node)
     if not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
         raise invalid(node, f"expected a name of up to 200 characters, got {quote(name)}")
@@ -167,6 +167,14 @@ def user_name(node: Node) -> str:
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}\$?", name):
         raise invalid(node, f"expected the name of a system user, got {quote(name)}")
     return name
+
+
+def file_mode(node: Node) -> str:
+    """Octal digits, as chmod(1) takes them."""
+    text = line(node, 'a mode such as "0660"')
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise invalid(node, f'expected a mode such as "0660", got {quote(text)}')
+    return text
 
 
 def listing(item: Parser[T], example: str) -> Parser[tuple[T, ...]]:
@@ -189,7 +197,7 @@ def listing(item: Parser[T], example: str) -> Parser[tuple[T, ...]]:
 
 
 def one_or_more(item: Parser[T], example: str) -> Parser[tuple[T, ...]]:
-    """A list, or one value in place of a list of one."""
+    """A list, or one value for a list of one."""
     several = listing(item, example)
 
     def parse(node: Node) -> tuple[T, ...]:
@@ -219,7 +227,7 @@ def environment(node: Node) -> Mapping[str, str]:
 
 
 def gpus(node: Node) -> tuple[int, ...] | int:
-    """A count to be placed, or the indices themselves."""
+    """A number of GPUs, or a list of indices."""
     if not isinstance(node, Items):
         if isinstance(node, Table):
             raise invalid(node, "expected a number of GPUs, or a list of indices such as [0, 1]")

@@ -1,6 +1,6 @@
-"""Numbers, durations and sizes: how they are written, read and shown. Pure.
+"""Parse and format numbers, durations and sizes. Pure.
 
-Never clamps: what is out of range is told together with the range.
+Never clamps: an error for a value out of range prints the range.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from llmux.config.marks import Kind, Node, ParseError, Parser, Scalar, describe, invalid, quote
+from llmux.config.files.marks import (
+    Kind,
+    Node,
+    ParseError,
+    Parser,
+    Scalar,
+    describe,
+    invalid,
+    quote,
+)
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -46,7 +55,7 @@ def number(low: float, high: float, *, above: bool = False) -> Parser[float]:
 
 
 def duration(unit: str, low: float, high: float) -> Parser[float]:
-    """A plain number counts in ``unit`` ("s" or "ms"), and so does the result."""
+    """The result and plain numbers are in ``unit`` ("s" or "ms")."""
     scale = UNIT_SECONDS[unit]
     limits = f"from {format_duration(low * scale)} to {format_duration(high * scale)}"
     span = f'a duration {limits}, such as {10 / scale:g} or "10s"'

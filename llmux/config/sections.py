@@ -1,16 +1,19 @@
-"""Mappings with a fixed set of keys: each key to its parser, with a remedy for what is unknown."""
+"""Parse mappings with a fixed set of keys; unknown keys get a remedy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Final
 
-from llmux.config.marks import (
+from llmux.config import addresses, quantities
+from llmux.config.files.marks import (
     Entry,
     Fault,
+    Items,
     Kind,
     Node,
     ParseError,
@@ -21,10 +24,10 @@ from llmux.config.marks import (
     invalid,
     quote,
 )
-from llmux.config.parse import choice, listed, unknown_word
-from llmux.config.schema import Eviction, Process, Weights
+from llmux.config.parse import choice, listed, listing, one_or_more, unknown_word
+from llmux.config.schema import Eviction, Limits, Process, Weights
 
-GoneKey = Callable[[Node], str]  # the value of a key that is no more → the remedy
+GoneKey = Callable[[Node], str]  # value of a removed key → remedy
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -32,9 +35,8 @@ NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 class Spec:
     """The keys of one mapping.
 
-    ``required`` maps a key to why it is needed, ``gone`` a key of earlier versions to its remedy,
-    ``idle`` one that is still read and has no effect to the reason; ``defaults`` only tell whether
-    an empty value can be meant.
+    ``required``: why a key is needed. ``gone``: remedies for keys of earlier versions. ``idle``:
+    why an accepted key has no effect. ``defaults`` decide whether an empty value is allowed.
     """
 
     parsers: Mapping[str, Parser[Any]]
@@ -46,8 +48,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What could be read, the node each value came from, what was wrong with the rest, and what is
-    right and has no effect."""
+    """The values read, their entries, the faults of the rest, and notes on keys without effect."""
 
     values: Mapping[str, Any]
     entries: Mapping[str, Entry]
@@ -60,8 +61,8 @@ def read_section(
 ) -> Section:
     """Read one mapping.
 
-    ``owner`` is where problems of the mapping as a whole are placed, and in words what it should
-    be. ``homes`` tells where keys belong that are right in another mapping.
+    ``owner`` has the place for problems of the whole mapping, and its message completes "expected
+    …". ``homes``: where keys belong that are valid in another mapping.
     """
     if isinstance(node, Scalar) and node.kind is Kind.NULL:
         node = Table(node.mark, ())  # "policy:" with every key under it commented out
@@ -97,7 +98,7 @@ def _is_nothing(node: Node) -> bool:
 
 
 def _allow_nothing(entry: Entry, spec: Spec) -> None:
-    """An empty value is the default where "nothing" reads as such; elsewhere it is a slip."""
+    """Accept an empty value where the default is "nothing"; elsewhere it is an error."""
     default = spec.defaults.get(entry.key, "")
     if entry.key in spec.required:
         raise invalid(entry.value, f"has no value: {spec.required[entry.key]}")
@@ -133,12 +134,14 @@ _EVICTION_SHAPE = (
 
 
 def eviction(node: Node) -> Eviction:
-    """``{weights, process}`` or ``weights+process``. All fifteen pairs are legal.
+    """``{weights, process}``, ``weights+process`` or ``stop``. All fifteen pairs are legal.
 
-    ``stop`` makes the weights axis moot, retain+keep_running frees nothing: co-resident models want
-    just that. A pair is refused only where the model cannot survive it (see ``check``).
+    With a process of STOP the weights axis does not matter; retain+keep_running frees nothing,
+    which suits co-resident models. ``check`` refuses a pair that the model does not survive.
     """
     if isinstance(node, Scalar) and node.kind is Kind.STRING:
+        if node.text == Process.STOP:
+            return Eviction(Weights.RETAIN, Process.STOP)  # which weights does not matter
         weights, plus, process = node.text.partition("+")
         if not plus:
             raise invalid(node, f"expected {_EVICTION_SHAPE}, got {quote(node.text)}")
@@ -150,3 +153,45 @@ def eviction(node: Node) -> Eviction:
     if section.faults:
         raise ParseError(*section.faults)
     return Eviction(**section.values)
+
+
+_LADDER = listing(eviction, '["offload+keep_running", "offload+checkpoint", "retain+stop"]')
+
+
+def ladder(node: Node) -> tuple[Eviction, ...]:
+    """One eviction, or several: each takes the processes further than the one before."""
+    if not isinstance(node, Items):
+        return (eviction(node),)
+    rungs = _LADDER(node)
+    if not rungs:
+        raise invalid(node, f"expected {_EVICTION_SHAPE}, or a list of them, got an empty list")
+    order = list(Process)
+    for index, (above, rung) in enumerate(pairwise(rungs), start=1):
+        if order.index(rung.process) <= order.index(above.process):
+            text = f"{rung} takes the processes no further than {above}"
+            raise invalid(node.items[index], f"{text}; the order is {listed(Process)}")
+    return rungs
+
+
+_NETWORKS: Final = one_or_more(addresses.network, '["10.0.0.0/8"]')
+_LIMITS = Spec(
+    {
+        "memory_max": quantities.size(64 * 1024**2, 1024**5),
+        "memory_max_share": quantities.number(0, 1, above=True),
+        "tasks_max": quantities.integer(16, 4_194_304),
+        "ip_address_deny": _NETWORKS,
+        "ip_address_allow": _NETWORKS,
+    }
+)
+_LIMITS_SHAPE = "a mapping such as {memory_max: 64GiB, ip_address_allow: [10.0.0.0/8]}"
+
+
+def limits(node: Node) -> Limits:
+    section = read_section(node, _LIMITS, owner=Fault(node.mark, (), _LIMITS_SHAPE))
+    if section.faults:
+        raise ParseError(*section.faults)
+    found = dict(section.values)
+    for key in ("ip_address_deny", "ip_address_allow"):
+        if key in found:
+            found[key] = tuple(dict.fromkeys(part for parts in found[key] for part in parts))
+    return Limits(**found)

@@ -1,17 +1,19 @@
 """What a new supervisor makes of the engines that a former one left running.
 
-Pure: observations and the former one's notes in, a legal state and the operations to go on with
-out. Observation wins over notes; what was under way is taken up where it was, since every step of
-a plan first looks whether it is done already.
+Pure: observations and the former supervisor's notes in; a legal state and the operations to go on
+with out. Observation wins over notes. An operation that was under way is resumed: every step of a
+plan first looks whether it is done already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.effects import Effect
+from llmux.core.events import ImageKnown
 from llmux.core.plans import (
     resume_park_plan,
     resume_start_plan,
@@ -19,6 +21,7 @@ from llmux.core.plans import (
     stop_plan,
 )
 from llmux.core.records import (
+    Failed,
     ModelRecord,
     Parked,
     Parking,
@@ -28,12 +31,13 @@ from llmux.core.records import (
     Stopping,
     Waking,
 )
+from llmux.core.room import Room
 from llmux.core.schedule import schedule
 from llmux.core.states import ModelState
-from llmux.core.turn import Turn
+from llmux.core.transaction import Transaction
 
-# How an engine that sleeps is parked when nobody wrote it down: the level is unknown, and a reload
-# is right after both.
+# How an engine that sleeps is parked when no note says so: the level is unknown, and a reload is
+# right after both.
 ASLEEP = Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
 
 
@@ -45,13 +49,18 @@ class Note:
     epoch: str | None = None
     eviction: Eviction | None = None
     gpus: tuple[int, ...] = ()
+    since: float | None = None  # when that state began
+    until: float | None = None  # of a failed model: when it may be tried again
+    message: str = ""  # why it failed
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """One engine unit as seen now. ``sleeping`` None = it could not be asked. ``suspended``: CUDA
     state of its processes is in host memory. ``half_awake``: it says that it sleeps, and holds more
-    GPU memory than that leaves. Both False where that was not asked."""
+    GPU memory than that leaves. Both False where that was not asked. ``stranger``: another process
+    listens where it should."""
 
     model: str
     frozen: bool
@@ -60,6 +69,7 @@ class Observation:
     note: Note = Note()
     suspended: bool = False
     half_awake: bool = False
+    stranger: bool = False
 
 
 def placement(config: ModelConfig, note: Note) -> tuple[int, ...]:
@@ -70,96 +80,135 @@ def placement(config: ModelConfig, note: Note) -> tuple[int, ...]:
 
 
 def adopt(
-    state: State, observations: Iterable[Observation], images: Mapping[str, Eviction], now: float
+    state: State,
+    observations: Iterable[Observation],
+    images: Iterable[ImageKnown],
+    now: float,
+    notes: Mapping[str, Note] = MappingProxyType({}),
 ) -> tuple[State, tuple[Effect, ...]]:
-    """``state`` is the initial one; models without an observation stay stopped. ``images``: how
-    the models that have an image on disk were parked when it was made."""
-    turn = Turn(state, now)
-    for name, eviction in images.items():
-        if name in turn.models:
-            turn.update(name, image=eviction)
-    for observation in observations:
-        _adopt_one(turn, observation)
-    schedule(turn)
-    return turn.finish()
+    """``state`` is the initial one; models without an observation stay stopped, or failed when
+    their note of ``notes`` says so. ``images``: those on disk."""
+    tx = Transaction(state, now)
+    for image in images:
+        if (record := tx.models.get(image.model)) is not None:
+            tx.put(replace(record, image=image.eviction, image_bytes=image.disk_bytes))
+    observed = list(observations)
+    for name, note in notes.items():
+        if name in tx.models:
+            _remember_failures(tx, name, note, lives=any(seen.model == name for seen in observed))
+    for observation in observed:
+        _adopt_one(tx, observation)
+    if not observed:
+        _preload(tx)
+    schedule(tx)
+    return tx.finish()
 
 
-def _adopt_one(turn: Turn, seen: Observation) -> None:
+def _remember_failures(tx: Transaction, name: str, note: Note, *, lives: bool) -> None:
+    """A model that backs off goes on doing so, and its reason can still be read."""
+    tx.put(replace(tx.models[name], failures=note.failures))
+    if not lives and note.state is ModelState.FAILED:
+        began = _began(note, tx.now)
+        longest = tx.now + tx.config.policy.backoff_max_secs
+        tx.found(name, Failed(began, min(note.until or tx.now, longest), note.message))
+
+
+def _began(note: Note, now: float) -> float:
+    """When the state began that goes on; never in the future, whatever the note says."""
+    return now if note.since is None else min(note.since, now)
+
+
+def _preload(tx: Transaction) -> None:
+    """Of the models to be resident from the start those that fit together, in the order given."""
+    room = Room(tx.models, tx.base.gpu_count, tx.config.exclusive)
+    for name in tx.config.preload:
+        record = tx.models[name]
+        gpus, share = room.place(record), record.config.gpu_memory
+        if gpus is not None and room.fits_after(name, gpus, share):
+            tx.want(name)
+            room.reserve(name, gpus, share)
+
+
+def _adopt_one(tx: Transaction, seen: Observation) -> None:
     name, note = seen.model, seen.note
-    record = turn.models.get(name)
+    record = tx.models.get(name)
     if record is None:
         # an engine of a model that is configured no longer
-        turn.models[name] = ModelRecord(config=ModelConfig(name, "-"), removed=True)
-        _begin_stop(turn, name, "the model was removed from the configuration")
+        tx.add(ModelRecord(config=ModelConfig(name, "-"), removed=True))
+        _begin_stop(tx, name, "the model was removed from the configuration")
         return
     gpus = placement(record.config, note)
-    turn.update(name, gpus=gpus, last_active=turn.now, progress_at=turn.now)
+    tx.put(replace(record, gpus=gpus, last_active=tx.now, progress_at=tx.now))
     eviction = note.eviction or record.eviction
+    if seen.stranger:
+        _begin_stop(tx, name, "another process listens at its address")
+        return
     match note.state:
         case ModelState.STARTING:
-            _begin_start(turn, name)
+            _begin_start(tx, name)
         case ModelState.PARKING if seen.frozen:
             # the freezer comes last, and a frozen engine answers no /sleep
-            turn.update(name, phase=Parked(eviction, turn.now))
+            tx.found(name, Parked(eviction, tx.now))
         case ModelState.PARKING:
-            op = turn.operation()
-            turn.update(name, phase=Parking(op, turn.now, eviction))
+            op = tx.operation()
+            tx.found(name, Parking(op, tx.now, eviction))
             asleep = seen.sleeping is True
-            turn.run(
+            tx.run(
                 name,
                 op,
                 resume_park_plan(record.config, eviction, asleep=asleep, suspended=seen.suspended),
             )
         case ModelState.WAKING:
-            op = turn.operation()
-            turn.update(name, phase=Waking(op, turn.now, eviction))
-            turn.run(name, op, resume_wake_plan(record.config, eviction))
+            op = tx.operation()
+            tx.found(name, Waking(op, tx.now, eviction))
+            tx.run(name, op, resume_wake_plan(record.config, eviction))
         case ModelState.STOPPING | ModelState.FAILED | ModelState.STOPPED:
-            _begin_stop(turn, name, "it was being stopped when the supervisor ended")
+            _begin_stop(tx, name, "it was being stopped when the supervisor ended")
         case ModelState.PARKED if note.eviction is not None:
-            turn.update(name, phase=Parked(note.eviction, turn.now))
+            tx.found(name, Parked(note.eviction, _began(note, tx.now)))
         case _:
-            _adopt_resting(turn, seen)
+            _adopt_resting(tx, seen)
 
 
-def _adopt_resting(turn: Turn, seen: Observation) -> None:
+def _adopt_resting(tx: Transaction, seen: Observation) -> None:
     """Serving, draining, or no note at all: believe what is seen."""
     name, note = seen.model, seen.note
     if seen.frozen or seen.suspended:
-        # whether it sleeps cannot be asked of it as it is: the configuration says whether it
+        # as it is it cannot say whether it sleeps: the configuration says whether it
         # can; the level is unknown, and a reload is right after both
-        configured = turn.models[name].eviction.weights
+        configured = tx.models[name].eviction.weights
         if note.eviction is not None:
             weights = note.eviction.weights
         else:
             weights = Weights.RETAIN if configured is Weights.RETAIN else Weights.DISCARD
         process = Process.CUDA_SUSPEND if seen.suspended else Process.FREEZE
-        turn.update(name, phase=Parked(Eviction(weights, process), turn.now))
+        tx.found(name, Parked(Eviction(weights, process), tx.now))
     elif seen.half_awake:
-        # a wake was under way; vLLM goes neither back from there nor says how far it has come
-        _begin_stop(turn, name, "it was being woken, and nobody knows how far that has come")
+        # a wake was under way: an engine can neither undo a partial wake nor report progress
+        _begin_stop(tx, name, "it was being woken, and cannot say how far it has come")
     elif seen.sleeping:
-        turn.update(name, phase=Parked(ASLEEP, turn.now))
+        tx.found(name, Parked(ASLEEP, tx.now))
     elif note.state in (ModelState.SERVING, ModelState.DRAINING) or seen.healthy:
         # an epoch that was revoked must not be granted again: its "drained" may be on its way
         keep = note.epoch if note.state is ModelState.SERVING else None
-        turn.update(name, phase=Serving(keep or turn.epoch(), turn.now))
+        began = _began(note, tx.now) if note.state is ModelState.SERVING else tx.now
+        tx.found(name, Serving(keep or tx.epoch(), began))
         if not seen.healthy:
-            turn.suspect(name)
+            tx.suspect(name)
     else:
-        _begin_start(turn, name)
+        _begin_start(tx, name)
 
 
-def _begin_start(turn: Turn, name: str) -> None:
-    record = turn.models[name]
-    op = turn.operation()
-    turn.update(name, phase=Starting(op, turn.now, "adopted while starting"))
-    startup = turn.config.startup_timeout(record.config)
-    turn.run(name, op, resume_start_plan(record.config, startup))
+def _begin_start(tx: Transaction, name: str) -> None:
+    record = tx.models[name]
+    op = tx.operation()
+    tx.found(name, Starting(op, tx.now, "adopted while starting"))
+    startup = tx.config.startup_timeout(record.config)
+    tx.run(name, op, resume_start_plan(record.config, startup))
 
 
-def _begin_stop(turn: Turn, name: str, reason: str) -> None:
-    op = turn.operation()
-    config = turn.models[name].config
-    turn.update(name, phase=Stopping(op, turn.now, reason, config.gpu_memory))
-    turn.run(name, op, stop_plan(config))
+def _begin_stop(tx: Transaction, name: str, reason: str) -> None:
+    op = tx.operation()
+    config = tx.models[name].config
+    tx.found(name, Stopping(op, tx.now, reason, config.gpu_memory))
+    tx.run(name, op, stop_plan(config))

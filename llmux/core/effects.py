@@ -1,11 +1,13 @@
-"""What may be asked of the world. Frozen values: a test of a decision is an equality."""
+"""What the core asks of the world. Frozen values: a test of a decision is an equality."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from llmux.config.schema import ModelConfig
 from llmux.core.plans import Plan
+from llmux.errors import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +23,20 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Ask the serving engine for one token; answered by ProbeFinished."""
+    """Look for signs of life of the serving engine; answered by ProbeFinished. ``seconds``: for how
+    long at most. ``stalled``: it has requests and no byte came for a while; else a connection
+    broke."""
 
     model: str
     epoch: str
     config: ModelConfig
+    seconds: float
+    stalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReadAhead:
-    """The model will be restored from its image as soon as there is room: read it meanwhile."""
+    """Read the model's image into the page cache: it will be restored when there is room."""
 
     model: str
     config: ModelConfig
@@ -39,11 +45,11 @@ class ReadAhead:
 
 @dataclass(frozen=True, slots=True)
 class RestoreAhead:
-    """Room is being made for the model: do meanwhile what of its restore needs no GPU. The wake
-    takes over what is there; else DropAhead follows.
+    """Do the part of the model's restore that needs no GPU while room is being made. Its wake
+    takes over the result; otherwise DropAhead follows.
 
-    ``into_ram``: models that are leaving the GPU for host memory, which they must find there.
-    ``deadline``: seconds after which nobody can be waiting for it any more.
+    ``into_ram``: models that are moving from the GPU into host memory, which must stay free for
+    them. ``deadline``: seconds after which every request that waits now has timed out.
     """
 
     model: str
@@ -55,7 +61,7 @@ class RestoreAhead:
 
 @dataclass(frozen=True, slots=True)
 class DropAhead:
-    """What was restored ahead will not be woken: nothing of it is to stay but its image."""
+    """End what was restored ahead; its image stays."""
 
     model: str
 
@@ -77,9 +83,12 @@ class SendRevoke:
 
 @dataclass(frozen=True, slots=True)
 class SendCut:
+    """End what is in flight. ``error``: why, when it is not for another model's sake."""
+
     worker: str
     model: str
     epoch: str
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,25 @@ class SwitchFinished:
     serving_at: float
 
 
+class Verdict(StrEnum):
+    """What the core made of an operator's order."""
+
+    ACCEPTED = "accepted"  # under way, or waiting for room
+    ALREADY = "already"  # the model was in the state asked for
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class OrderAnswered:
+    """The answer to the LoadAsked or ParkAsked with this ``order``. ``reason`` and ``message`` say
+    why it was refused."""
+
+    order: int
+    verdict: Verdict
+    reason: Reason | None = None
+    message: str = ""
+
+
 Effect = (
     RunPlan
     | Probe
@@ -117,4 +145,5 @@ Effect = (
     | SendCut
     | SendRefuse
     | SwitchFinished
+    | OrderAnswered
 )

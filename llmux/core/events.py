@@ -1,4 +1,4 @@
-"""What can happen. Frozen values; every one is handed to the reducer together with the time."""
+"""What can happen. Frozen values; the reducer is given the time with each."""
 
 from __future__ import annotations
 
@@ -19,21 +19,26 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
-    """Its process has ended, and its requests with it (or it has been away too long to wait)."""
+    """Its process has ended, and its requests with it, or it did not reconnect in time."""
 
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class DemandChanged:
-    """One worker's aggregate for one model; ``oldest_age`` in seconds."""
+    """One worker's aggregate for one model. ``oldest_since``: when the oldest waiter began to wait,
+    on the reducer's clock, computed when the message arrived: it may be handled later.
+    ``completed`` counts requests that ended well since the worker started, ``repeated`` those of
+    ``waiting`` that were in flight when an engine died."""
 
     worker: str
     model: str
     waiting: int
-    oldest_age: float | None
+    oldest_since: float | None
     in_flight: int
     progress: int
+    completed: int = 0
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class WorkerDrained:
 
 @dataclass(frozen=True, slots=True)
 class EngineSuspect:
-    """Somebody could not talk to the engine that serves on ``epoch``."""
+    """A worker could not talk to the engine that serves on ``epoch``."""
 
     model: str
     epoch: str
@@ -56,7 +61,8 @@ class EngineSuspect:
 class ProbeFinished:
     model: str
     epoch: str
-    error: str | None  # None: it answered
+    error: str | None  # None: it lives
+    stalled: bool = False  # asked because of requests without a byte, not of a broken connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +75,60 @@ class EngineExited:
 
 @dataclass(frozen=True, slots=True)
 class OperationFinished:
-    """An operation ended. ``detail`` says why when the outcome is not the plan's success."""
+    """An operation ended. ``detail`` says why when the outcome is not the plan's success, and why
+    the engine is parked by ``eviction`` when the plan's eviction was another."""
 
     model: str
     op: int
     outcome: Outcome
     detail: str = ""
+    eviction: Eviction | None = None
+    host_bytes: int | None = None  # that the parked engine takes; None = not known
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReleased:
+    """The GPU memory of the model was seen gone while its operation goes on without a GPU."""
+
+    model: str
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResidueSeen:
+    """The share of each of its GPUs that the model still holds although it sleeps."""
+
+    model: str
+    op: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class AwakeSeen:
+    """The share of each of its GPUs that the model holds when it is up."""
+
+    model: str
+    op: int
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
 class ImageKnown:
-    """There is (None: is no longer) an image to restore the model from, made by ``eviction``."""
+    """There is (None: is no longer) an image to restore the model from, made by ``eviction``.
+    ``disk_bytes``: what it takes; 0 where that was not looked at."""
 
     model: str
     eviction: Eviction | None
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadAsked:
-    """An operator wants the model resident although nobody waits for it."""
+    """An operator wants the model resident although no request waits for it. ``order`` numbers it
+    for the answer, OrderAnswered; None: no answer is needed."""
 
     model: str
+    order: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +137,34 @@ class ParkAsked:
 
     model: str
     eviction: Eviction | None = None
+    order: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWithdrawn:
+    """No operator wants the model resident any more. A start that is under way goes on."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParkWithdrawn:
+    """The operator's order to park the model is withdrawn, as far as it has not begun."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
 class EvictionSet:
-    """Run-time override of a model's eviction; None takes it back."""
+    """Run-time override of a model's eviction; None removes it."""
+
+    model: str
+    eviction: Eviction | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSet:
+    """Start the model's engine as for ``eviction``, whatever is configured; None ends the trial."""
 
     model: str
     eviction: Eviction | None
@@ -117,13 +179,38 @@ class ModeSet:
 
 
 @dataclass(frozen=True, slots=True)
+class PinSet:
+    """The model makes no room for others until ``until`` on the reducer's clock; math.inf: until it
+    is unpinned. None: unpin it. Independent of the mode; several models may be pinned."""
+
+    model: str
+    until: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAliveSet:
+    """A request says after how many seconds without use its model may be parked, in place of what
+    is configured; math.inf: never for that."""
+
+    model: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPressure:
+    """Host memory became short, or is no longer."""
+
+    short: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigChanged:
     config: Config
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The time that ``State.wakeup`` asked for has come."""
+    """The time that ``State``'s wakeup names has come."""
 
 
 Event = (
@@ -135,11 +222,20 @@ Event = (
     | ProbeFinished
     | EngineExited
     | OperationFinished
+    | GpuReleased
+    | ResidueSeen
+    | AwakeSeen
     | ImageKnown
     | LoadAsked
     | ParkAsked
+    | LoadWithdrawn
+    | ParkWithdrawn
     | EvictionSet
+    | TrialSet
     | ModeSet
+    | PinSet
+    | KeepAliveSet
+    | MemoryPressure
     | ConfigChanged
     | Tick
 )

@@ -7,10 +7,12 @@ parked, never from today's configuration. A step that fails or overruns ends the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
+from llmux.core.records import keeps_gpu
+from llmux.engines.engine_type import WakeStage
 
 
 class StepKind(StrEnum):
@@ -31,9 +33,11 @@ class StepKind(StrEnum):
     COMM_RESUME = "comm_resume"
     CUDA_SUSPEND = "cuda_suspend"
     CUDA_RESUME = "cuda_resume"
+    LEAVE_CLAIM = "leave_claim"
     DUMP = "dump"
     RESTORE = "restore"
     TERMINATE = "terminate"
+    LEAVE_GPU = "leave_gpu"
     KILL = "kill"
     VERIFY_RELEASE = "verify_release"
 
@@ -45,6 +49,15 @@ class Outcome(StrEnum):
     PARKED = "parked"  # as the plan's eviction says
     DOWN = "down"  # no process left, GPU released
     STUCK = "stuck"  # not even the kill was seen to work: the claim is kept
+
+
+class PlanKind(StrEnum):
+    """What an operation is for; the value is the word in the journal."""
+
+    START = "start"
+    PARK = "park"
+    WAKE = "wake"
+    STOP = "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +75,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``success``: the outcome when all steps worked. The fallback ends in DOWN or STUCK."""
+    """``success``: the outcome when all steps worked. ``fallback``: the last rung, run when one did
+    not; it ends in DOWN or STUCK. ``eviction``: how the engine is, or was, parked."""
 
-    name: str  # start, park, wake, stop
+    kind: PlanKind
     steps: tuple[Step, ...]
     success: Outcome
+    fallback: tuple[Step, ...]
     eviction: Eviction | None = None
-    fallback: tuple[Step, ...] = ()
 
     @property
     def restores(self) -> bool:
@@ -76,15 +90,23 @@ class Plan:
         return any(step.kind is StepKind.RESTORE for step in self.steps)
 
     @property
+    def dumps(self) -> bool:
+        """Does it make an image?"""
+        return any(step.kind is StepKind.DUMP for step in self.steps)
+
+    @property
     def deadline(self) -> float:
         """The longest this plan can take, in seconds, its fallback included."""
         return sum(step.deadline for step in (*self.steps, *self.fallback))
 
 
-FREEZE_SECS = 10.0  # measured 1-20 ms for a vLLM tree; a task in uninterruptible sleep delays it
+FREEZE_SECS = 10.0  # measured 1-20 ms; a task in uninterruptible sleep delays it
+# A resumed engine is suspended again before it ends: killed with its CUDA state on the GPU it may
+# hang the host (cuda-checkpoint#53). 80 GB take about 14 s.
+LEAVE_GPU_SECS = 30.0
 KILL_SECS = 15.0  # cgroup.kill is immediate but for tasks inside the driver or on a slow disk
 RELEASE_SECS = 10.0  # the driver frees a killed process's memory within a second or two
-# vLLM has unmapped before it says that it sleeps; what is not gone soon will not go by itself
+# an engine has unmapped before it says that it sleeps; what is not gone soon stays
 SLEEP_RELEASE_SECS = 3.0
 CANARY_SECS = 60.0  # eight tokens; the first request after a start may compile kernels
 PROBE_SECS = 30.0
@@ -93,14 +115,12 @@ DESCRIBE_SECS = 5.0
 SPAWN_SECS = 30.0  # measured 5-40 ms; D-Bus and a busy machine are the rest
 
 
-# Parked like this an engine keeps its GPU memory: nothing is to be seen going.
-KEEPS_GPU = frozenset({(Weights.RETAIN, Process.KEEP_RUNNING), (Weights.RETAIN, Process.FREEZE)})
-
-
 def _down(model: ModelConfig, *, grace: bool) -> tuple[Step, ...]:
-    """End the engine for certain: SIGTERM (where it pays), cgroup kill, see the memory gone."""
+    """End the engine for certain: off the GPU if it was resumed, SIGTERM (where it pays), cgroup
+    kill, see the memory gone."""
     terminate = (Step(StepKind.TERMINATE, model.stop_grace_secs, optional=True),) if grace else ()
     return (
+        Step(StepKind.LEAVE_GPU, LEAVE_GPU_SECS, optional=True),
         *terminate,
         Step(StepKind.KILL, KILL_SECS),
         Step(StepKind.VERIFY_RELEASE, RELEASE_SECS),
@@ -110,7 +130,7 @@ def _down(model: ModelConfig, *, grace: bool) -> tuple[Step, ...]:
 def start_plan(model: ModelConfig, startup_secs: float) -> Plan:
     """Cold start in a unit of its own."""
     return Plan(
-        name="start",
+        kind=PlanKind.START,
         steps=(
             Step(StepKind.SPAWN, SPAWN_SECS),
             Step(StepKind.WAIT_HEALTHY, startup_secs),
@@ -125,31 +145,37 @@ def start_plan(model: ModelConfig, startup_secs: float) -> Plan:
 def resume_start_plan(model: ModelConfig, startup_secs: float) -> Plan:
     """The rest of a start that a former supervisor began: the unit is there already."""
     plan = start_plan(model, startup_secs)
-    return Plan(plan.name, plan.steps[1:], plan.success, None, plan.fallback)
+    return replace(plan, steps=plan.steps[1:])
 
 
 def stop_plan(model: ModelConfig, *, grace: bool = True) -> Plan:
     """No process left. Without ``grace`` for an engine that died or hangs: it ignores SIGTERM."""
-    return Plan("stop", _down(model, grace=grace), Outcome.DOWN)
+    steps = _down(model, grace=grace)
+    return Plan(PlanKind.STOP, steps, Outcome.DOWN, _down(model, grace=False))
 
 
 def _communicators(model: ModelConfig, kind: StepKind) -> list[Step]:
     """Around a CUDA checkpoint of several workers: their shared buffers survive neither way."""
-    return [Step(kind, COMM_SECS)] if model.tensor_parallel_size > 1 else []
+    return [Step(kind, COMM_SECS)] if model.ranks > 1 else []
 
 
 def reuse_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     """Parked by an image that is there already: the processes only have to go."""
-    return Plan("park", _down(model, grace=False), Outcome.PARKED, eviction)
+    down = _down(model, grace=False)
+    return Plan(PlanKind.PARK, down, Outcome.PARKED, down, eviction)
 
 
 def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
-    """Weights axis first (vLLM itself), then the process axis on what is left."""
-    if eviction.process is Process.STOP:
-        return Plan("park", _down(model, grace=True), Outcome.DOWN, eviction)
+    """Weights axis first (the engine itself), then the process axis on what is left.
+
+    A model that cannot be parked so is stopped: its configuration may have changed since.
+    """
+    if eviction.process is Process.STOP or model.parking_obstacle(eviction):
+        down, last = _down(model, grace=True), _down(model, grace=False)
+        return Plan(PlanKind.PARK, down, Outcome.DOWN, last, eviction)
     steps: list[Step] = []
     if eviction.weights is not Weights.RETAIN:
-        level = 1 if eviction.weights is Weights.OFFLOAD else 2
+        level = model.engine_type.sleep_levels[eviction.weights]
         steps.append(Step(StepKind.SLEEP, model.sleep_timeout_secs, level=level))
     match eviction.process:
         case Process.FREEZE:
@@ -165,10 +191,39 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
                 steps.append(Step(StepKind.RESET_PREFIX_CACHE, PROBE_SECS, optional=True))
             steps += _communicators(model, StepKind.COMM_SUSPEND)
             steps.append(Step(StepKind.CUDA_SUSPEND, model.sleep_timeout_secs, if_any=True))
+            # the next model need not wait for the disk; without it the last step decides
+            steps.append(Step(StepKind.LEAVE_CLAIM, SLEEP_RELEASE_SECS, optional=True))
             steps.append(Step(StepKind.DUMP, model.checkpoint_timeout_secs))
-    if (eviction.weights, eviction.process) not in KEEPS_GPU:
+    if not keeps_gpu(eviction):
         steps.append(Step(StepKind.VERIFY_RELEASE, SLEEP_RELEASE_SECS))
-    return Plan("park", tuple(steps), Outcome.PARKED, eviction, _down(model, grace=True))
+    return Plan(PlanKind.PARK, tuple(steps), Outcome.PARKED, _down(model, grace=True), eviction)
+
+
+def deepen_plan(model: ModelConfig, present: Eviction, deeper: Eviction) -> Plan:
+    """From parked by ``present`` to parked by ``deeper``, with the same weights: what the engine
+    has not done yet. Frozen, it is thawed first: it has to take part."""
+    plan = park_plan(model, deeper)
+    done = {StepKind.SLEEP}
+    if present.process is Process.CUDA_SUSPEND:  # it answers nothing
+        done |= {StepKind.RESET_PREFIX_CACHE, StepKind.COMM_SUSPEND, StepKind.CUDA_SUSPEND}
+    steps = tuple(step for step in plan.steps if step.kind not in done)
+    if present.process in (Process.FREEZE, Process.CUDA_SUSPEND):
+        steps = (Step(StepKind.THAW, FREEZE_SECS), *steps)
+    return replace(plan, steps=steps)
+
+
+def without_image_plan(model: ModelConfig, eviction: Eviction, *, suspended: bool) -> Plan | None:
+    """After a dump that failed and left the engine unharmed: the engine stays in host memory, as
+    the steps before the dump left it. ``suspended``: its CUDA state is there already. None when it
+    cannot stay: the communicators of several workers were taken down for the dump."""
+    if not suspended and model.ranks > 1:
+        return None
+    process = Process.CUDA_SUSPEND if suspended else Process.KEEP_RUNNING
+    kept = Eviction(eviction.weights, process)
+    steps = (Step(StepKind.FREEZE, FREEZE_SECS),) if suspended else ()
+    if not keeps_gpu(kept):
+        steps = (*steps, Step(StepKind.VERIFY_RELEASE, SLEEP_RELEASE_SECS))
+    return Plan(PlanKind.PARK, steps, Outcome.PARKED, _down(model, grace=False), kept)
 
 
 def resume_park_plan(
@@ -183,7 +238,7 @@ def resume_park_plan(
         done = kinds.index(StepKind.CUDA_SUSPEND)
     elif asleep and kinds[0] is StepKind.SLEEP:
         done = 1
-    return Plan(plan.name, plan.steps[done:], plan.success, plan.eviction, plan.fallback)
+    return replace(plan, steps=plan.steps[done:])
 
 
 def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
@@ -200,25 +255,16 @@ def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
             steps.append(Step(StepKind.RESTORE, model.checkpoint_timeout_secs))
             steps.append(Step(StepKind.CUDA_RESUME, model.wake_timeout_secs, if_any=True))
             steps += _communicators(model, StepKind.COMM_RESUME)
-    wake = model.wake_timeout_secs
-    match eviction.weights:
-        case Weights.OFFLOAD:
-            steps.append(Step(StepKind.WAKE_UP, wake))
-        case Weights.DISCARD:
-            # weights first, then the reload, then the KV cache: the other order needs the memory of
-            # both at once, and level 2 without a reload answers garbage (vllm#29341, #16564)
-            steps += [
-                Step(StepKind.WAKE_UP, wake, tags=("weights",)),
-                Step(StepKind.RELOAD_WEIGHTS, wake),
-                Step(StepKind.WAKE_UP, wake, tags=("kv_cache",)),
-                Step(StepKind.RESET_PREFIX_CACHE, PROBE_SECS, optional=True),
-            ]
-        case Weights.RETAIN:
-            pass
+    steps += (_stage(model, stage) for stage in model.engine_type.wake_stages[eviction.weights])
     steps.append(Step(StepKind.WAIT_HEALTHY, PROBE_SECS))
     if model.canary:
         steps.append(Step(StepKind.CANARY_CHECK, CANARY_SECS))
-    return Plan("wake", tuple(steps), Outcome.UP, eviction, _down(model, grace=False))
+    return Plan(PlanKind.WAKE, tuple(steps), Outcome.UP, _down(model, grace=False), eviction)
+
+
+def _stage(model: ModelConfig, stage: WakeStage) -> Step:
+    secs = PROBE_SECS if stage.optional else model.wake_timeout_secs
+    return Step(StepKind(stage.action), secs, tags=stage.tags, optional=stage.optional)
 
 
 def resume_wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
@@ -230,5 +276,4 @@ def resume_wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     plan = wake_plan(model, eviction)
     if eviction.process is not Process.CHECKPOINT:
         return plan
-    steps = (*_down(model, grace=False), *plan.steps)
-    return Plan(plan.name, steps, plan.success, plan.eviction, plan.fallback)
+    return replace(plan, steps=(*_down(model, grace=False), *plan.steps))

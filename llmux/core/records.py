@@ -1,13 +1,13 @@
 """The core's state: one frozen record per model, one per gateway worker.
 
 Data that is valid only in a state lives in that state's own phase class, not in optional fields.
-Times are seconds on the clock of whoever calls the reducer (monotonic).
+Times are seconds on the reducer's clock (monotonic).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -19,7 +19,10 @@ from llmux.config.schema import (
     Process,
     Weights,
 )
+from llmux.core.policies.base import PolicyOf
+from llmux.core.policies.choose import policy_for
 from llmux.core.states import ModelState
+from llmux.core.usage import Usage
 
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
@@ -58,15 +61,21 @@ class Draining:
     eviction: Eviction
     wanted_by: str | None
     cut_at: float | None = None
+    reason: str = ""  # when neither another model nor an operator asked
 
 
 @dataclass(frozen=True, slots=True)
 class Parking:
+    """``released_at``: when its GPU memory was seen gone although the operation goes on: its CUDA
+    state is in host memory, and its image is being written."""
+
     state: ClassVar = ModelState.PARKING
     op: int
     since: float
     eviction: Eviction
     wanted_by: str | None = None
+    share: float | None = None  # of each GPU until it is parked; None = as while it served
+    released_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ class Parked:
     state: ClassVar = ModelState.PARKED
     eviction: Eviction
     since: float
+    reason: str = ""  # why by this eviction, when another was ordered
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +105,21 @@ class Stopping:
     reason: str
     share: float
     crashed: bool = False
+    was_parked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Not started again before ``until``. ``held``: its processes may still hold GPU memory."""
+    """Not started again before ``until``. ``held``: its processes may still be there and hold
+    ``share`` of each of its GPUs. ``was_parked``: they were parked when they could not be ended."""
 
     state: ClassVar = ModelState.FAILED
     since: float
     until: float
     message: str
     held: bool = False
+    share: float = 0.0
+    was_parked: bool = False
 
 
 Phase = Stopped | Starting | Serving | Draining | Parking | Parked | Waking | Stopping | Failed
@@ -113,19 +127,28 @@ Phase = Stopped | Starting | Serving | Draining | Parking | Parked | Waking | St
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """Everything the core knows of one model."""
+    """All facts about one model."""
 
     config: ModelConfig
     phase: Phase = Stopped()
     gpus: tuple[int, ...] = ()  # where it lives or lived last; () = never placed
     eviction_override: Eviction | None = None
+    trial: Eviction | None = None  # the engine is started as for this one, while it is validated
     failures: int = 0
     last_active: float = 0.0  # when it last had a request in flight or waiting
     progress: int = 0  # sum over workers, only ever compared
     progress_at: float = 0.0
     probing: bool = False
     image: Eviction | None = None  # an image on disk, made by parking like this
-    park_request: Eviction | None = None  # asked for while it was coming up
+    image_bytes: int = 0  # what its image takes there, or took when there was one; 0 = not known
+    cut: bool = False  # its last drain ended in a cut: the next one is given its time
+    park_request: Eviction | None = None  # an operator's order that waits: coming up, or GPU busy
+    parked_bytes: int = 0  # host memory that its engine took when it was last parked there
+    keep_alive: float | None = None  # seconds; a request's, in place of the idle timeout
+    start_secs: float | None = None  # what its last cold start took
+    residue: float | None = None  # share of each GPU that a sleep was seen to leave
+    awake: float | None = None  # share of each GPU that it was seen to hold when it was up
+    overdue_at: float = 0.0  # when the operation under way is taken to hang
     removed: bool = False  # no longer configured: stop, then forget
 
     @property
@@ -135,6 +158,11 @@ class ModelRecord:
     @property
     def eviction(self) -> Eviction:
         return self.eviction_override or self.config.eviction
+
+    @property
+    def engine(self) -> ModelConfig:
+        """How its engine is started: as configured, but for a trial."""
+        return self.config if self.trial is None else replace(self.config, eviction=self.trial)
 
     @property
     def epoch(self) -> str | None:
@@ -147,6 +175,8 @@ class WorkerDemand:
     oldest_since: float | None = None
     in_flight: int = 0
     progress: int = 0
+    completed: int = 0
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +187,39 @@ class Worker:
     demands: Mapping[str, WorkerDemand] = field(default_factory=lambda: MappingProxyType({}))
 
 
+def demand_by_model(workers: Mapping[str, Worker]) -> Mapping[str, WorkerDemand]:
+    """The demand of all workers together, for the models that have any."""
+    total: dict[str, WorkerDemand] = {}
+    for worker in workers.values():
+        for name, demand in worker.demands.items():
+            if (known := total.get(name)) is None:
+                total[name] = demand
+                continue
+            times = [
+                one.oldest_since
+                for one in (known, demand)
+                if one.waiting and one.oldest_since is not None
+            ]
+            total[name] = WorkerDemand(
+                known.waiting + demand.waiting,
+                min(times, default=None),
+                known.in_flight + demand.in_flight,
+                known.progress + demand.progress,
+                known.completed + demand.completed,
+                known.repeated + demand.repeated,
+            )
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A model that is being made resident: since when, and at whose cost. ``ahead``: what of its
-    restore needs no GPU was ordered, and neither taken over by a wake nor dropped."""
+    """A model that waits for room or is being made resident. ``decided_at``: when its first victim
+    was sent away, or when it began to wait. ``read``: its image was ordered into the page cache.
+    ``ahead``: its restore up to the GPU was ordered, and is neither taken over nor dropped."""
 
     decided_at: float
     victims: tuple[str, ...] = ()
+    read: bool = False
     ahead: bool = False
     drained_at: float | None = None
     room_at: float | None = None
@@ -172,7 +228,9 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The whole. ``wakeup`` is when the next Tick is due, None = only on an event."""
+    """The whole. ``wakeup``: when the next Tick is due, None = only on an event. ``costs``: mean
+    seconds of operations by (model, operation); see ``coming`` and ``leaving``. ``pinned``: by the
+    mode; ``pins``: model → until when it makes no room for others."""
 
     config: Config
     gpu_count: int
@@ -181,13 +239,17 @@ class State:
     workers: Mapping[str, Worker] = field(default_factory=lambda: MappingProxyType({}))
     wants: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     reservations: Mapping[str, Reservation] = field(default_factory=lambda: MappingProxyType({}))
-    costs: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    usage: Mapping[str, Usage] = field(default_factory=lambda: MappingProxyType({}))
+    costs: Mapping[tuple[str, str], float] = field(default_factory=lambda: MappingProxyType({}))
     manual: bool = False
     pinned: str | None = None
+    memory_short: bool = False  # host memory: the kernel's tasks wait for it
+    pins: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     next_op: int = 1
     next_epoch: int = 1
     generation: int = 0
     wakeup: float | None = None
+    policy_of: PolicyOf = policy_for
 
     def waiting(self, model: str) -> int:
         return sum(w.demands[model].waiting for w in self.workers.values() if model in w.demands)
@@ -196,7 +258,7 @@ class State:
         return sum(w.demands[model].in_flight for w in self.workers.values() if model in w.demands)
 
     def oldest_since(self, model: str) -> float | None:
-        """When the oldest of those that wait for the model (operators included) began to."""
+        """When the oldest waiter for the model (operators included) began to wait."""
         times = [
             demand.oldest_since
             for worker in self.workers.values()
@@ -208,56 +270,118 @@ class State:
         return min(times, default=None)
 
 
+def coming(eviction: Eviction | None) -> str:
+    """The operation that brings a model back from ``eviction``, in ``State.costs``."""
+    return "start" if eviction is None else f"wake from {eviction}"
+
+
+def leaving(eviction: Eviction) -> str:
+    return f"park by {eviction}"
+
+
 # ---- claims on GPU memory ---------------------------------------------------------------------
 
 ROUNDING = 1e-6
 
 
-def parked_share(config: ModelConfig, eviction: Eviction) -> float:
-    """The share of each GPU that a model keeps while parked by ``eviction``."""
+def parked_share(config: ModelConfig, eviction: Eviction, residue: float | None = None) -> float:
+    """The share of each GPU that a model keeps while parked by ``eviction``. ``residue``: what a
+    sleep was seen to leave there."""
     if eviction.process in (Process.STOP, Process.CHECKPOINT, Process.CUDA_SUSPEND):
         return 0.0
     if config.gpu_memory_parked is not None:
         return config.gpu_memory_parked
-    return config.gpu_memory if eviction.weights is Weights.RETAIN else GPU_RESIDUE
+    if eviction.weights is Weights.RETAIN:
+        return config.gpu_memory
+    return min(config.gpu_memory, GPU_RESIDUE if residue is None else residue)
 
 
 def share_now(record: ModelRecord) -> float:
-    """What the model must be presumed to hold on each of its GPUs now."""
+    """The share of each of its GPUs that the model must be presumed to hold now."""
     match record.phase:
         case Stopped():
             return 0.0
-        case Failed(held=held):
-            return record.config.gpu_memory if held else 0.0
+        case Failed(held=held, share=share):
+            return share if held else 0.0
         case Parked(eviction=eviction):
-            return parked_share(record.config, eviction)
+            return parked_share(record.config, eviction, record.residue)
+        case Parking(eviction=eviction, released_at=released) if released is not None:
+            return parked_share(record.config, eviction, record.residue)
         case Stopping(share=share):
+            return share
+        case Parking(share=float() as share):
             return share
         case _:
             return record.config.gpu_memory
 
 
 def share_after(record: ModelRecord) -> float:
-    """What it will hold when what is under way has ended well."""
+    """The share that it will hold when its present operation has ended well."""
     match record.phase:
         case Draining(eviction=eviction) | Parking(eviction=eviction):
-            return parked_share(record.config, eviction)
+            return parked_share(record.config, eviction, record.residue)
         case Stopping():
             return 0.0
         case _:
             return share_now(record)
 
 
+def keeps_gpu(eviction: Eviction) -> bool:
+    """Does an engine parked like this keep its GPU memory? Then neither way moves any."""
+    return eviction.weights is Weights.RETAIN and eviction.process in (
+        Process.KEEP_RUNNING,
+        Process.FREEZE,
+    )
+
+
+def moves_memory(record: ModelRecord) -> bool:
+    """Is a memory transition under way: a start, wake, park or stop? vLLM's profiling and its
+    sleep assertion look at the whole device, so a GPU has one at a time."""
+    match record.phase:
+        case Starting() | Stopping():
+            return True
+        case Waking(eviction=eviction):
+            return not keeps_gpu(eviction)
+        case Parking(eviction=eviction, released_at=released):
+            return released is None and not keeps_gpu(eviction)
+        case _:
+            return False
+
+
 def goes_into_ram(record: ModelRecord) -> bool:
-    """Is it leaving, and what it holds on its GPUs going into host memory?"""
+    """Is the model moving from its GPUs into host memory?"""
     if not isinstance(record.phase, (Draining, Parking)):
         return False
+    if isinstance(record.phase, Parking) and record.phase.released_at is not None:
+        return False  # it is there already
     eviction = record.phase.eviction
     if eviction.process is Process.STOP or eviction == record.image:  # killed: its image is there
         return False
     if eviction.weights is Weights.RETAIN:
         return eviction.process in (Process.CUDA_SUSPEND, Process.CHECKPOINT)
     return eviction.weights is Weights.OFFLOAD
+
+
+def is_resident(record: ModelRecord) -> bool:
+    """Is it on its GPUs, or coming or going? Models of an exclusive group never are at once."""
+    match record.phase:
+        case Stopped() | Parked():
+            return False
+        case Failed(held=held, was_parked=was_parked):
+            return held and not was_parked
+        case Stopping(was_parked=was_parked):
+            return not was_parked
+        case Parking(share=share, released_at=released):
+            # not one that was parked and goes further down, nor one whose image is being written
+            return share is None and released is None
+        case _:
+            return True
+
+
+def stays_resident(record: ModelRecord) -> bool:
+    """Is it resident and not about to leave?"""
+    leaving_now = isinstance(record.phase, (Draining, Parking, Stopping))
+    return is_resident(record) and not leaving_now
 
 
 def frees_memory(config: ModelConfig, eviction: Eviction) -> bool:

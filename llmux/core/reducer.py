@@ -1,36 +1,59 @@
 """``reduce(state, event, now) → (state, effects)``: every decision llmux makes, and nothing else.
 
-No I/O, no clock, no logging. An event that does not concern the present state (an operation that is
-no longer ours, a worker that answers late) is ignored on purpose, in the place that says so.
+No I/O, no clock, no logging. An event that does not concern the present state (a stale operation, a
+late answer of a worker) is ignored on purpose, in the place that says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import assert_never
 
 from llmux.config.schema import Config, Eviction, Process
-from llmux.core.effects import Effect, SendRevoke
+from llmux.core.effects import Effect, SendRevoke, Verdict
 from llmux.core.events import (
+    AwakeSeen,
     ConfigChanged,
     DemandChanged,
     EngineExited,
     EngineSuspect,
     Event,
     EvictionSet,
+    GpuReleased,
     ImageKnown,
+    KeepAliveSet,
     LoadAsked,
+    LoadWithdrawn,
+    MemoryPressure,
     ModeSet,
     OperationFinished,
     ParkAsked,
+    ParkWithdrawn,
+    PinSet,
     ProbeFinished,
+    ResidueSeen,
     Tick,
+    TrialSet,
     WorkerDrained,
     WorkerJoined,
     WorkerLeft,
 )
+from llmux.core.operations import (
+    SEARCH_DEATHS,
+    crash,
+    fail,
+    park,
+    release_gpu,
+    serve,
+    start,
+    stop,
+    undrain,
+)
 from llmux.core.plans import Outcome
+from llmux.core.policies.base import PolicyOf
+from llmux.core.policies.choose import policy_for
 from llmux.core.records import (
     Draining,
     Failed,
@@ -45,61 +68,109 @@ from llmux.core.records import (
     Waking,
     Worker,
     WorkerDemand,
+    coming,
+    leaving,
+    moves_memory,
 )
 from llmux.core.schedule import schedule
-from llmux.core.turn import Turn
+from llmux.core.transaction import Transaction
 from llmux.errors import InvariantError, Reason
 
 
-def initial(config: Config, *, gpu_count: int, epoch_prefix: str, now: float = 0.0) -> State:
-    """Nothing runs. ``epoch_prefix`` must differ between supervisor lives."""
+def initial(
+    config: Config,
+    *,
+    gpu_count: int,
+    epoch_prefix: str,
+    now: float = 0.0,
+    policy_of: PolicyOf | None = None,
+) -> State:
+    """Nothing runs. ``epoch_prefix`` must differ between supervisor lives. ``policy_of``: what
+    decides in place of the configured policy, in a simulation."""
     models = {name: ModelRecord(model, Stopped(now)) for name, model in config.models.items()}
-    return State(config, gpu_count, epoch_prefix, models=MappingProxyType(models))
+    return State(
+        config,
+        gpu_count,
+        epoch_prefix,
+        models=MappingProxyType(models),
+        policy_of=policy_of or policy_for,
+    )
 
 
 def reduce(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, ...]]:
-    turn = Turn(state, now)
-    _apply(turn, event)
-    schedule(turn)
-    return turn.finish()
+    return reduce_all(state, (event,), now)
 
 
-def _apply(turn: Turn, event: Event) -> None:
+def reduce_all(
+    state: State, events: Iterable[Event], now: float
+) -> tuple[State, tuple[Effect, ...]]:
+    """Apply the events in their order, then schedule once."""
+    tx = Transaction(state, now)
+    for event in events:
+        _apply(tx, event)
+    schedule(tx)
+    return tx.finish()
+
+
+def _apply(tx: Transaction, event: Event) -> None:
     match event:
         case WorkerJoined():
-            _worker_joined(turn, event)
+            _worker_joined(tx, event)
         case WorkerLeft():
-            turn.workers.pop(event.worker, None)
+            tx.remove_worker(event.worker)
         case DemandChanged():
-            _demand_changed(turn, event)
+            _demand_changed(tx, event)
         case WorkerDrained():
-            worker = turn.workers.get(event.worker)
+            worker = tx.workers.get(event.worker)
             if worker is not None and worker.holds.get(event.model) == event.epoch:
-                turn.hold(event.worker, event.model, None)
+                tx.hold(event.worker, event.model, None)
         case EngineSuspect():
-            record = turn.models.get(event.model)
+            record = tx.models.get(event.model)
             if record is not None and record.epoch == event.epoch:
-                turn.suspect(event.model)
+                tx.suspect(event.model)
         case ProbeFinished():
-            _probe_finished(turn, event)
+            _probe_finished(tx, event)
         case EngineExited():
-            _engine_exited(turn, event)
+            _engine_exited(tx, event)
         case OperationFinished():
-            _operation_finished(turn, event)
+            _operation_finished(tx, event)
+        case GpuReleased():
+            release_gpu(tx, event.model, event.op)
+        case ResidueSeen() | AwakeSeen():
+            record = tx.models.get(event.model)
+            if record is not None and getattr(record.phase, "op", None) == event.op:
+                awake = event.share if isinstance(event, AwakeSeen) else record.awake
+                residue = event.share if isinstance(event, ResidueSeen) else record.residue
+                tx.put(replace(record, awake=awake, residue=residue))
         case ImageKnown():
-            if event.model in turn.models:
-                turn.update(event.model, image=event.eviction)
+            if (record := tx.models.get(event.model)) is not None:
+                size = event.disk_bytes or record.image_bytes
+                tx.put(replace(record, image=event.eviction, image_bytes=size))
         case LoadAsked():
-            _load_asked(turn, event.model)
+            _load_asked(tx, event)
         case ParkAsked():
-            _park_asked(turn, event.model, event.eviction)
+            _park_asked(tx, event)
+        case LoadWithdrawn():
+            tx.unwant(event.model, Reason.CANCELLED, "the order was cancelled")
+        case ParkWithdrawn():
+            _park_withdrawn(tx, event.model)
         case EvictionSet():
-            if event.model in turn.models:
-                turn.update(event.model, eviction_override=event.eviction)
+            if (record := tx.models.get(event.model)) is not None:
+                tx.put(replace(record, eviction_override=event.eviction))
+        case TrialSet():
+            if (record := tx.models.get(event.model)) is not None:
+                tx.put(replace(record, trial=event.eviction))
         case ModeSet():
-            turn.manual, turn.pinned = event.manual, event.pinned
+            tx.manual, tx.pinned = event.manual, event.pinned
+        case PinSet():
+            tx.pin(event.model, event.until)
+        case MemoryPressure():
+            tx.memory_short = event.short
+        case KeepAliveSet():
+            if (record := tx.models.get(event.model)) is not None:
+                tx.put(replace(record, keep_alive=event.seconds))
         case ConfigChanged():
-            _config_changed(turn, event.config)
+            _config_changed(tx, event.config)
         case Tick():
             pass  # the scheduler looks at every deadline
         case _:
@@ -109,166 +180,215 @@ def _apply(turn: Turn, event: Event) -> None:
 # ---- workers ----------------------------------------------------------------------------------
 
 
-def _worker_joined(turn: Turn, event: WorkerJoined) -> None:
+def _worker_joined(tx: Transaction, event: WorkerJoined) -> None:
     """Make what the worker holds and what is true agree."""
-    former = turn.workers.get(event.worker, Worker())
+    former = tx.workers.get(event.worker, Worker())
     # one that comes back on a new connection has what it had in flight until it says otherwise
-    turn.workers[event.worker] = replace(former, holds=MappingProxyType(dict(event.holds)))
+    tx.set_worker(event.worker, replace(former, holds=MappingProxyType(dict(event.holds))))
     for name, epoch in event.holds.items():
-        record = turn.models.get(name)
+        record = tx.models.get(name)
         if record is None or record.epoch != epoch:
-            turn.hold(event.worker, name, None)
-            turn.effects.append(SendRevoke(event.worker, name, epoch))
-    for name, record in turn.models.items():
+            tx.hold(event.worker, name, None)
+            tx.emit(SendRevoke(event.worker, name, epoch))
+    for name, record in tx.models.items():
         phase = record.phase
         if isinstance(phase, Serving) and event.holds.get(name) != phase.epoch:
-            turn.grant_to(event.worker, name, phase.epoch)
+            tx.grant_to(event.worker, name, phase.epoch)
         elif isinstance(phase, Draining):
             # whether it holds the epoch or not: its "drained" comes after its present demand
-            turn.hold(event.worker, name, phase.epoch)
-            turn.effects.append(SendRevoke(event.worker, name, phase.epoch))
+            tx.hold(event.worker, name, phase.epoch)
+            tx.emit(SendRevoke(event.worker, name, phase.epoch))
 
 
-def _demand_changed(turn: Turn, event: DemandChanged) -> None:
-    worker = turn.workers.get(event.worker)
-    record = turn.models.get(event.model)
+def _demand_changed(tx: Transaction, event: DemandChanged) -> None:
+    worker = tx.workers.get(event.worker)
+    record = tx.models.get(event.model)
     if worker is None:
         return  # its connection is gone already
     demand = WorkerDemand(
-        waiting=event.waiting,
-        oldest_since=None if event.oldest_age is None else turn.now - event.oldest_age,
-        in_flight=event.in_flight,
-        progress=event.progress,
+        event.waiting,
+        event.oldest_since,
+        event.in_flight,
+        event.progress,
+        event.completed,
+        event.repeated,
     )
     before = worker.demands.get(event.model, WorkerDemand())
-    demands = {**worker.demands, event.model: demand}
-    turn.workers[event.worker] = replace(worker, demands=MappingProxyType(demands))
-    if record is None or record.removed:  # whether it runs still or not
-        turn.refuse(
+    tx.set_demand(event.worker, event.model, demand)
+    if record is None or record.removed:  # whether its engine runs still or not
+        tx.refuse(
             event.model,
             Reason.UNKNOWN_MODEL,
             f'the model "{event.model}" does not exist',
         )
     if record is None:
         return
-    if demand.progress != before.progress or (demand.in_flight and not before.in_flight):
-        turn.update(event.model, progress_at=turn.now)
-    if demand.waiting or demand.in_flight or before.in_flight:
-        turn.update(event.model, last_active=turn.now)
+    progressed = demand.progress != before.progress or (demand.in_flight and not before.in_flight)
+    used = demand.waiting or demand.in_flight or before.in_flight
+    if progressed or used:
+        tx.put(
+            replace(
+                record,
+                progress_at=tx.now if progressed else record.progress_at,
+                last_active=tx.now if used else record.last_active,
+            )
+        )
 
 
 # ---- engines ----------------------------------------------------------------------------------
 
 
-def _probe_finished(turn: Turn, event: ProbeFinished) -> None:
-    record = turn.models.get(event.model)
+def _probe_finished(tx: Transaction, event: ProbeFinished) -> None:
+    record = tx.models.get(event.model)
     if record is None or record.epoch != event.epoch:
         return  # parked or dead meanwhile
     if event.error is None:
-        turn.update(event.model, probing=False, progress_at=turn.now)
+        tx.put(replace(record, probing=False, progress_at=tx.now))
     else:
-        turn.crash(event.model, f"engine does not answer: {event.error}")
+        reason = f"engine does not answer: {event.error}"
+        crash(tx, event.model, reason, hung=event.stalled)
 
 
-def _engine_exited(turn: Turn, event: EngineExited) -> None:
-    record = turn.models.get(event.model)
+def _engine_exited(tx: Transaction, event: EngineExited) -> None:
+    record = tx.models.get(event.model)
     if record is None:
         return
     match record.phase:
         case Serving() | Draining():
-            turn.crash(event.model, f"engine died: {event.description}")
+            crash(tx, event.model, f"engine died: {event.description}")
         case Parked():
-            turn.stop(event.model, f"engine died while parked: {event.description}", grace=False)
+            stop(tx, event.model, f"engine died while parked: {event.description}", grace=False)
         case _:
-            pass  # the operation under way sees it itself, and ends with what it saw
+            pass  # the running operation sees it itself, and ends with what it saw
 
 
-def _operation_finished(turn: Turn, event: OperationFinished) -> None:
-    record = turn.models.get(event.model)
+def _operation_finished(tx: Transaction, event: OperationFinished) -> None:
+    record = tx.models.get(event.model)
     if record is None or getattr(record.phase, "op", None) != event.op:
-        return  # an operation of a former life
+        return  # stale: not the operation that runs now
     name, phase, outcome = event.model, record.phase, event.outcome
     if outcome is Outcome.STUCK:
-        turn.update(name, failures=record.failures + 1)
-        turn.fail(name, f"engine cannot be killed: {event.detail}", held=True)
+        tx.put(replace(record, failures=record.failures + 1))
+        fail(tx, name, f"engine cannot be killed: {event.detail}", held=True)
         return
     match phase, outcome:
-        case ((Starting() | Waking()), Outcome.UP):
-            turn.serve(name)
+        case Starting(), Outcome.UP:
+            tx.learn_cost(name, coming(None), tx.now - phase.since)
+            tx.put(replace(record, start_secs=tx.now - phase.since))
+            serve(tx, name)
+        case Waking(), Outcome.UP:
+            tx.learn_cost(name, coming(phase.eviction), tx.now - phase.since)
+            serve(tx, name)
         case Starting(), Outcome.DOWN:
-            turn.update(name, failures=record.failures + 1)
-            turn.fail(name, event.detail)
+            tx.put(replace(record, failures=record.failures + 1))
+            fail(tx, name, event.detail)
         case Waking(), Outcome.DOWN:
             # the same waiters get a cold start: the room is still there
-            turn.start(name, reason=f"wake failed: {event.detail}")
+            reason = f"wake failed: {event.detail}"
+            if _another_moves(tx, record):
+                tx.move(name, Stopped(tx.now, reason))
+            else:
+                start(tx, name, reason=reason)
         case Parking(), Outcome.PARKED:
-            turn.update(name, failures=0, park_request=None)
-            turn.move(name, Parked(phase.eviction, turn.now))
+            if phase.released_at is None:
+                tx.learn_cost(name, leaving(phase.eviction), tx.now - phase.since)
+            known = record.parked_bytes if event.host_bytes is None else event.host_bytes
+            tx.put(replace(record, failures=0, park_request=None, parked_bytes=known))
+            tx.move(name, Parked(event.eviction or phase.eviction, tx.now, event.detail))
             if record.park_request is not None:
-                _park_asked(turn, name, record.park_request)
+                park(tx, record.config.name, record.park_request)
         case Parking(), Outcome.DOWN:
-            turn.update(name, failures=0, park_request=None)
-            turn.move(name, Stopped(turn.now, event.detail))
+            if phase.eviction.process is Process.STOP:
+                tx.learn_cost(name, leaving(phase.eviction), tx.now - phase.since)
+            tx.put(replace(record, failures=0, park_request=None))
+            tx.move(name, Stopped(tx.now, event.detail))
         case Stopping(), Outcome.DOWN:
-            if phase.crashed and record.failures > 1:
-                turn.fail(name, phase.reason)
-            else:  # a first crash is answered by a restart as soon as somebody asks
-                turn.move(name, Stopped(turn.now, phase.reason))
+            at_once = SEARCH_DEATHS if tx.demand(name).repeated else 1
+            if phase.crashed and record.failures > at_once:
+                fail(tx, name, phase.reason)
+            else:  # a first crash is answered by a restart with the next request
+                tx.move(name, Stopped(tx.now, phase.reason))
         case _:
             raise InvariantError(f"internal error: {name} is {phase.state}, operation {outcome}")
-    if turn.models[name].removed and turn.can_forget(name):
-        turn.forget(name)
+    if tx.models[name].removed and tx.can_forget(name):
+        tx.forget(name)
+
+
+def _another_moves(tx: Transaction, record: ModelRecord) -> bool:
+    """Does another model have a memory transition under way on the model's GPUs?"""
+    return any(
+        moves_memory(other) and set(other.gpus) & set(record.gpus)
+        for other in tx.models.values()
+        if other.config.name != record.config.name
+    )
 
 
 # ---- operators --------------------------------------------------------------------------------
 
 
-def _load_asked(turn: Turn, name: str) -> None:
-    record = turn.models.get(name)
-    if record is None or isinstance(record.phase, Serving):
+def _load_asked(tx: Transaction, event: LoadAsked) -> None:
+    name = event.model
+    record = tx.models.get(name)
+    if record is None or record.removed:
+        tx.answer(
+            event.order,
+            Verdict.REFUSED,
+            f'the model "{name}" does not exist',
+            Reason.UNKNOWN_MODEL,
+        )
         return
-    turn.wants[name] = turn.now
-    turn.update(name, park_request=None)
-    if isinstance(record.phase, Failed):  # an operator who asks does not wait for the back-off
-        turn.update(name, phase=replace(record.phase, until=turn.now))
+    if isinstance(record.phase, Serving):
+        tx.answer(event.order, Verdict.ALREADY)
+        return
+    tx.want(name)
+    tx.put(replace(record, park_request=None))
+    if isinstance(record.phase, Failed):  # an operator's order overrides the back-off
+        tx.put(replace(tx.models[name], phase=replace(record.phase, until=tx.now)))
+    tx.answer_load_when_decided(event.order, name)
 
 
-def _park_asked(turn: Turn, name: str, eviction: Eviction | None) -> None:
-    record = turn.models.get(name)
+def _park_asked(tx: Transaction, event: ParkAsked) -> None:
+    record = tx.models.get(event.model)
     if record is None:
+        tx.answer(
+            event.order,
+            Verdict.REFUSED,
+            f'the model "{event.model}" does not exist',
+            Reason.UNKNOWN_MODEL,
+        )
         return
-    turn.wants.pop(name, None)
-    how = eviction or record.eviction
-    match record.phase:
-        case Serving():
-            turn.drain(name, how, None)
-        case Draining() as phase:
-            turn.update(name, phase=replace(phase, eviction=how, wanted_by=None))
-        case Starting() | Waking() | Parking():
-            turn.update(name, park_request=how)
-        case Parked(eviction=present) if how.process is Process.STOP and present != how:
-            turn.stop(name, "an operator asked", grace=True)
-        case Failed(held=False):
-            turn.update(name, failures=0)
-            turn.move(name, Stopped(turn.now, "an operator asked"))
-        case _:
-            pass
+    if isinstance(record.phase, Failed) and record.phase.held:
+        tx.answer(event.order, Verdict.REFUSED, record.phase.message, Reason.START_FAILED)
+        return
+    acts = park(tx, event.model, event.eviction or record.eviction)
+    tx.answer(event.order, Verdict.ACCEPTED if acts else Verdict.ALREADY)
 
 
-def _config_changed(turn: Turn, config: Config) -> None:
-    turn.config = config
-    turn.policy = turn.policy_of(config)
+def _park_withdrawn(tx: Transaction, name: str) -> None:
+    record = tx.models.get(name)
+    if record is None or record.removed:
+        return
+    tx.put(replace(record, park_request=None))
+    phase = record.phase
+    if isinstance(phase, Draining) and phase.wanted_by is None and phase.cut_at is None:
+        undrain(tx, name)
+
+
+def _config_changed(tx: Transaction, config: Config) -> None:
+    tx.configure(config)
     for name, model in config.models.items():
-        if name in turn.models:
-            turn.update(name, config=model, removed=False)
+        if (record := tx.models.get(name)) is not None:
+            if record.config != model:  # what was seen is of another engine
+                record = replace(record, residue=None, awake=None)
+            tx.put(replace(record, config=model, removed=False))
         else:
-            turn.models[name] = ModelRecord(model, Stopped(turn.now))
-    for name in [n for n in turn.models if n not in config.models]:
-        turn.refuse(name, Reason.UNKNOWN_MODEL, f'the model "{name}" was removed')
-        turn.update(name, removed=True)
-        if turn.can_forget(name):
-            turn.forget(name)
+            tx.add(ModelRecord(model, Stopped(tx.now)))
+    for name in [n for n in tx.models if n not in config.models]:
+        tx.refuse(name, Reason.UNKNOWN_MODEL, f'the model "{name}" was removed')
+        tx.put(replace(tx.models[name], removed=True))
+        if tx.can_forget(name):
+            tx.forget(name)
         else:
-            _park_asked(turn, name, Eviction(process=Process.STOP))
-    if turn.pinned not in config.models:
-        turn.pinned = None
+            park(tx, name, Eviction(process=Process.STOP))
+    if tx.pinned not in config.models:
+        tx.pinned = None

@@ -1,17 +1,47 @@
-"""Who gets room now: decides from the whole state after every event, never on a snapshot.
+"""Which model gets room: decides from the whole state after every batch of events.
 
-A model that waits holds its place in line: room that is being made for it is not given to one
-behind it. Nothing is woken on a GPU while what leaves it has not been seen gone.
+For each model that is waited for, in the policy's order:
+
+1. manual mode, and neither an operator wants it nor is it pinned: its requests are refused.
+2. it failed and its back-off runs: its requests are refused.
+3. it serves or moves: nothing to decide.
+4. this host does not have its GPUs: refused.
+5. there is room now: wake it, or start it cold; while a memory transition of another model is under
+   way on its GPUs it comes next there.
+6. there will be room once the present operations have ended: wait, restore ahead.
+7. room that is not reserved in front of it could never be enough: wait in the queue.
+8. models could leave for it, but the policy lets them stay: look again at the policy's time.
+9. models leave for it: they drain, or stop where only a parked residue is in the way.
+10. only models that stay resident (pinned, never_evict) are in its way: an operator's order is
+   refused at once.
+
+A waiting model keeps its place: room that it waits for (5 to 9) is reserved, and not given to a
+model behind it. Nothing is woken on a GPU before what leaves it was seen gone.
+
+A GPU has one memory transition at a time: a start until the model serves, a wake, a park, a stop.
+Models that leave go before models that come. Only the end of an engine that died or hangs does not
+wait; it is no choice of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Collection
 from dataclasses import replace
 
-from llmux.config.schema import Eviction, Process
+from llmux.config.schema import Process
 from llmux.core.effects import ReadAhead, RestoreAhead
-from llmux.core.policy import Resident, Waiting
+from llmux.core.ladder import lower_parked, rung_for
+from llmux.core.operations import (
+    advance_drain,
+    drain,
+    give_up_start,
+    start,
+    stop,
+    undrain,
+    wake,
+)
+from llmux.core.policies.base import Resident, Waiting
 from llmux.core.records import (
     ROUNDING,
     Draining,
@@ -20,67 +50,117 @@ from llmux.core.records import (
     Parked,
     Reservation,
     Serving,
+    Starting,
     Stopped,
-    frees_memory,
+    coming,
     goes_into_ram,
-    parked_share,
-    share_after,
+    keeps_gpu,
+    leaving,
     share_now,
+    stays_resident,
 )
-from llmux.core.turn import UNKNOWN_COST_SECS, Turn
+from llmux.core.room import GPUs, Room
+from llmux.core.timeouts import end_overdue, park_idle, retry_kills, watch_for_stalls
+from llmux.core.transaction import UNUSED, Transaction
 from llmux.errors import Reason
 
-Load = dict[int, float]  # GPU index → share
-
-MANUAL_RETRY_SECS = 30.0  # nobody knows when an operator acts; OpenAI's SDKs heed up to a minute
+MANUAL_RETRY_SECS = 30.0  # an operator acts at some time; OpenAI's SDKs heed up to a minute
 
 
-def schedule(turn: Turn) -> None:
-    waiting = _waiting(turn)
-    _forget_reservations(turn, waiting)
-    _cancel_drains(turn, waiting)
-    _retry_kills(turn)
-    reserved: Load = {}
-    for name in turn.policy.order(list(waiting.values())):
-        _consider(turn, waiting[name], reserved)
-    for name in list(turn.models):
-        if isinstance(turn.models[name].phase, Draining):
-            turn.advance_drain(name)
-    _watch_for_stalls(turn)
+def schedule(tx: Transaction) -> None:
+    end_overdue(tx)
+    waiting = _waiting(tx)
+    _forget_reservations(tx, waiting)
+    _cancel_drains(tx, waiting)
+    retry_kills(tx)
+    park_idle(tx, waiting)
+    room = Room(tx.models, tx.base.gpu_count, tx.config.exclusive)
+    _give_up_starts(tx, waiting, room)
+    _let_leave(tx, room)
+    away = [one for name, one in waiting.items() if _is_away(tx.models[name])]
+    least = min((tx.models[one.model].config.gpu_memory for one in away), default=0.0)
+    full = False
+    for name in _in_order(tx, away):
+        full = full or room.is_reserved(least)
+        if full and name in tx.reservations and not isinstance(tx.models[name].phase, Failed):
+            tx.drop_ahead(name)  # 7, as for all behind it, which may be hundreds
+        else:
+            _consider(tx, waiting[name], away, room)
+    _let_leave(tx, room)
+    lower_parked(tx, room, waiting)
+    watch_for_stalls(tx)
 
 
-def _waiting(turn: Turn) -> dict[str, Waiting]:
-    """Models that somebody waits for and that are not on their way already."""
-    state = turn.view()
+def _in_order(tx: Transaction, away: list[Waiting]) -> list[str]:
+    """The policy's order, but no model comes back before the one that it left for, unless its
+    priority is higher: both switches would have been for nothing."""
+    order = tx.policy.order(away, tx.now)
+    place = {name: float(index) for index, name in enumerate(order)}
+    priority = {one.model: one.priority for one in away}
+    for target in order:
+        reservation = tx.reservations.get(target)
+        for victim in reservation.victims if reservation is not None else ():
+            if victim in place and priority[victim] <= priority[target]:
+                place[victim] = max(place[victim], place[target] + 0.5)
+    return sorted(order, key=place.__getitem__)
+
+
+def _let_leave(tx: Transaction, room: Room) -> None:
+    """Go on with drains and with operators' stops of parked models."""
+    for name, record in list(tx.models.items()):
+        match record.phase:
+            case Draining():
+                advance_drain(tx, name, may_move=room.may_leave(name))
+                room.refresh(name)
+            case Parked() if record.park_request is not None and room.may_leave(name):
+                tx.put(replace(record, park_request=None))
+                stop(tx, name, "an operator asked", grace=True)
+                room.refresh(name)
+
+
+def _waiting(tx: Transaction) -> dict[str, Waiting]:
+    """Models that requests or operators wait for, but for those that manual mode refuses."""
     found: dict[str, Waiting] = {}
-    for name, record in turn.models.items():
-        oldest = state.oldest_since(name)
+    wanted = {name for name, demand in tx.demands().items() if demand.waiting} | set(tx.wants)
+    for name in sorted(wanted & tx.models.keys()):
+        record = tx.models[name]
+        oldest = tx.oldest_since(name)
         if oldest is None or record.removed:
             continue
-        if turn.manual and name not in turn.wants and name != turn.pinned:
+        if tx.manual and name not in tx.wants and name != tx.pinned:
             if not isinstance(record.phase, Serving):
-                turn.refuse(
+                tx.refuse(  # 1
                     name,
                     Reason.MANUAL_MODE,
                     f'model "{name}" is not resident and llmux is in manual mode',
                     MANUAL_RETRY_SECS,
                 )
             continue
-        cost = turn.costs.get(name, UNKNOWN_COST_SECS)
-        found[name] = Waiting(name, state.waiting(name), oldest, cost)
+        usage = tx.usage.get(name, UNUSED)
+        found[name] = Waiting(
+            name,
+            tx.demand(name).waiting,
+            oldest,
+            tx.cost(name, coming(tx.way_back(name))),
+            usage.rate_at(tx.now),
+            usage.service,
+            tx.config.gateway.max_in_flight,
+            record.config.priority,
+            record.phase.since,
+        )
     return found
 
 
-def _forget_reservations(turn: Turn, waiting: dict[str, Waiting]) -> None:
-    """A model that nobody waits for any more, and that has not begun, gives its place up."""
-    for name in list(turn.reservations):
-        resting = isinstance(turn.models[name].phase, (Stopped, Parked, Failed))
+def _forget_reservations(tx: Transaction, waiting: dict[str, Waiting]) -> None:
+    """A model that is waited for no more, and that has not begun, gives its place up."""
+    for name in list(tx.reservations):
+        resting = isinstance(tx.models[name].phase, (Stopped, Parked, Failed))
         if resting and name not in waiting:
-            turn.forget_reservation(name)
+            tx.forget_reservation(name)
 
 
-def _cancel_drains(turn: Turn, waiting: dict[str, Waiting]) -> None:
-    for name, record in list(turn.models.items()):
+def _cancel_drains(tx: Transaction, waiting: dict[str, Waiting]) -> None:
+    for name, record in list(tx.models.items()):
         phase = record.phase
         if (
             isinstance(phase, Draining)
@@ -89,221 +169,230 @@ def _cancel_drains(turn: Turn, waiting: dict[str, Waiting]) -> None:
             and phase.cut_at is None
             and not record.removed
         ):
-            turn.undrain(name)
+            undrain(tx, name)
 
 
-def _retry_kills(turn: Turn) -> None:
-    """An engine that could not be killed keeps its GPU from everyone: try again."""
-    for name, record in list(turn.models.items()):
+def _give_up_starts(tx: Transaction, waiting: dict[str, Waiting], room: Room) -> None:
+    """A start that nothing waits for ends when another model waits for its room; one that is nearly
+    done by its usual duration gets give_up_start_secs to end by itself."""
+    idle = [
+        name
+        for name, record in tx.models.items()
+        if isinstance(record.phase, Starting) and name not in waiting and not tx.is_kept(name)
+    ]
+    needed = [
+        set(gpus)
+        for name in (waiting if idle else ())
+        if _is_away(record := tx.models[name])
+        and (gpus := room.place(record)) is not None
+        and not room.fits_after(name, gpus, record.config.gpu_memory)
+    ]
+    for name in idle:
+        record = tx.models[name]
         phase = record.phase
-        if isinstance(phase, Failed) and phase.held:
-            if turn.now >= phase.until:
-                turn.stop(name, phase.message, grace=False, crashed=True)
-            else:
-                turn.wake_at(phase.until)
+        assert isinstance(phase, Starting)
+        if not any(gpus & set(record.gpus) for gpus in needed):
+            continue
+        grace = tx.config.policy.give_up_start_secs
+        if record.start_secs is not None:
+            due = phase.since + record.start_secs
+            if due - grace <= tx.now < due + grace:
+                tx.wake_at(due + grace)
+                continue
+        give_up_start(tx, name, "no request waits for it, and others need the room")
+        room.refresh(name)
 
 
-def _consider(turn: Turn, target: Waiting, reserved: Load) -> None:
+def _is_away(record: ModelRecord) -> bool:
+    """At rest and not resident; else (3)."""
+    return isinstance(record.phase, (Stopped, Parked, Failed))
+
+
+def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room) -> None:
     name = target.model
-    record = turn.models[name]
+    record = tx.models[name]
     match record.phase:
-        case Failed(until=until, message=message, held=held) if turn.now < until:
-            if held or name not in turn.wants:
-                turn.refuse(name, Reason.BACKING_OFF, message, until - turn.now)
-                turn.wants.pop(name, None)
+        case Failed(until=until, message=message, held=held) if tx.now < until:  # 2
+            if held or name not in tx.wants:
+                tx.refuse(name, Reason.BACKING_OFF, message, until - tx.now)
+                tx.unwant(name, Reason.BACKING_OFF, message)
             return
-        case Stopped() | Failed() | Parked():
-            pass
+        case Parked() if record.park_request is not None:  # it will be stopped first
+            return
         case _:
-            return
+            pass
     share = record.config.gpu_memory
-    gpus = _place(turn, name, record, reserved)
-    if gpus is None:
-        turn.refuse(name, Reason.CANNOT_FIT, _cannot_fit(turn, record))
-        turn.wants.pop(name, None)
+    gpus = room.place(record, lambda gpu: _dear(tx, room.on(gpu)))
+    if gpus is None:  # 4
+        message = room.cannot_fit(record)
+        tx.refuse(name, Reason.CANNOT_FIT, message)
+        tx.unwant(name, Reason.CANNOT_FIT, message)
         return
-    if name not in turn.reservations:
-        turn.reservations[name] = Reservation(decided_at=turn.now)
-        way_back = turn.way_back(name)
-        if way_back is not None and way_back.process is Process.CHECKPOINT:
-            turn.effects.append(ReadAhead(name, record.config, gpus))
-    if _fits(_load(turn, name, share_now), reserved, gpus, share):
-        turn.update(name, gpus=gpus)
-        if (eviction := turn.way_back(name)) is not None:
-            turn.wake(name, eviction)
-        else:
-            turn.start(name)
+    if name not in tx.reservations:
+        tx.reserve(name, Reservation(decided_at=tx.now))
+    if room.fits_now(name, gpus, share):  # 5
+        _read_ahead(tx, name, gpus)
+        eviction = tx.way_back(name)
+        if room.may_come(gpus) or (eviction is not None and keeps_gpu(eviction)):
+            tx.put(replace(record, gpus=gpus))
+            if eviction is not None:
+                wake(tx, name, eviction)
+            else:
+                start(tx, name)
+            room.refresh(name)
+            return
+        room.comes_next(gpus)
+    elif room.could_fit(name, gpus, share):  # else 7
+        _read_ahead(tx, name, gpus)
+        if not room.fits_after(name, gpus, share):  # else 6
+            _make_room(tx, target, away, gpus, share, room)
+    if name not in tx.reservations:  # refused just now
         return
-    if not _fits(_load(turn, name, share_after), reserved, gpus, share):
-        _make_room(turn, target, gpus, share, reserved)
-    coming = _fits(_load(turn, name, share_after), reserved, gpus, share)
-    _restore_ahead(turn, name, gpus, coming=coming)
-    _add(reserved, gpus, share)
+    _restore_ahead(tx, name, gpus, coming=room.fits_after(name, gpus, share))
+    room.reserve(name, gpus, share)
+
+
+def _dear(tx: Transaction, names: Collection[str]) -> float:
+    """What it costs to send these models away: a kept one cannot leave; then those that move or
+    are in use, by their requests; idle ones cost the least."""
+    total = 0.0
+    for name in names:
+        record = tx.models[name]
+        if not stays_resident(record):
+            continue
+        if tx.is_kept(name):
+            return math.inf
+        requests = tx.demand(name).in_flight + tx.demand(name).waiting
+        total += requests + (1.0 if isinstance(record.phase, Serving) else 2.0)
+    return total
 
 
 def _make_room(
-    turn: Turn, target: Waiting, gpus: tuple[int, ...], share: float, reserved: Load
+    tx: Transaction,
+    target: Waiting,
+    away: list[Waiting],
+    gpus: GPUs,
+    share: float,
+    room: Room,
 ) -> None:
-    victims = _choose_victims(turn, target.model, gpus, share, reserved)
-    serving = [v for v in victims if isinstance(turn.models[v].phase, Serving)]
+    others = [n for n in room.neighbours(target.model, gpus) if n not in (target.model, tx.pinned)]
+    serving = [
+        _resident(tx, n)
+        for n in others
+        if isinstance(tx.models[n].phase, Serving) and not tx.is_kept(n)
+    ]
+    victims = room.victims(
+        target.model, gpus, share, tx.policy.victims(serving), _residues(tx, others)
+    )
+    if not victims:
+        _refuse_order(tx, target.model, gpus, share, room)  # 10
+        return
+    leave = [resident for resident in serving if resident.model in victims]
+    rivals = [one for one in away if _may_live_on(tx.models[one.model], gpus)]
     earliest = max(
-        (turn.policy.earliest(target, _resident(turn, v)) for v in serving), default=turn.now
+        (tx.policy.earliest(target, resident, rivals, tx.now) for resident in leave),
+        default=tx.now,
     )
-    if turn.now < earliest:
-        turn.wake_at(earliest)
+    if tx.now < earliest:  # 8
+        tx.wake_at(earliest)
         return
-    for victim, eviction in victims.items():
-        if victim in serving:
-            turn.drain(victim, eviction, target.model)
-        else:  # parked, and its residue is in the way
-            turn.stop(victim, f'room for model "{target.model}"', grace=True)
-    reservation = turn.reservations[target.model]
-    turn.reservations[target.model] = replace(
-        reservation, decided_at=turn.now, victims=(*reservation.victims, *victims)
+    left: list[str] = []
+    for victim, eviction in victims.items():  # 9
+        if isinstance(tx.models[victim].phase, Serving):
+            drain(tx, victim, rung_for(tx, victim, eviction), target.model)
+        elif room.may_leave(victim):
+            stop(tx, victim, f'room for model "{target.model}"', grace=True)
+        else:
+            continue
+        room.refresh(victim)
+        left.append(victim)
+    reservation = tx.reservations[target.model]
+    tx.reserve(
+        target.model,
+        replace(
+            reservation,
+            decided_at=reservation.decided_at if reservation.victims else tx.now,
+            victims=(*reservation.victims, *left),
+        ),
     )
 
 
-def _restore_ahead(turn: Turn, name: str, gpus: tuple[int, ...], *, coming: bool) -> None:
-    """While the room is ``coming``, not while its owner may still keep it: a restored engine takes
+def _refuse_order(tx: Transaction, name: str, gpus: GPUs, share: float, room: Room) -> None:
+    """No model can leave for it. An operator's order is refused at once where only those that stay
+    resident are in the way; requests wait on, since a pin may end."""
+    if name not in tx.wants or tx.demand(name).waiting:
+        return
+    others = sorted(room.neighbours(name, gpus) - {name})
+    kept = [n for n in others if isinstance(tx.models[n].phase, Serving) and tx.is_kept(n)]
+    if not kept or any(n not in kept and not _is_away(tx.models[n]) for n in others):
+        return  # what comes or goes now may make room later
+    if not room.victims(name, gpus, share, kept, _residues(tx, others)):
+        return
+    who = ", ".join(kept)
+    how = "stay" if len(kept) > 1 else "stays"
+    message = f"{who} {how} resident, pinned or by never_evict (llmux unpin {' '.join(kept)})"
+    tx.unwant(name, Reason.PINNED, message)
+    tx.forget_reservation(name)
+
+
+def _residues(tx: Transaction, names: list[str]) -> list[str]:
+    """Those of the models that are parked and hold GPU memory, longest parked first."""
+    parked = [
+        (record.phase.since, name)
+        for name in names
+        if isinstance((record := tx.models[name]).phase, Parked) and share_now(record) > ROUNDING
+    ]
+    return [name for _, name in sorted(parked)]
+
+
+def _read_ahead(tx: Transaction, name: str, gpus: GPUs) -> None:
+    """Order the image of a model that is next in the queue into the page cache, once."""
+    reservation = tx.reservations[name]
+    way_back = tx.way_back(name)
+    if reservation.read or way_back is None or way_back.process is not Process.CHECKPOINT:
+        return
+    tx.reserve(name, replace(reservation, read=True))
+    tx.emit(ReadAhead(name, tx.models[name].engine, gpus))
+
+
+def _restore_ahead(tx: Transaction, name: str, gpus: GPUs, *, coming: bool) -> None:
+    """Only while the room is ``coming``, not while its owner may keep it: a restored engine takes
     host memory."""
-    way_back = turn.way_back(name)
+    way_back = tx.way_back(name)
     if not coming or way_back is None or way_back.process is not Process.CHECKPOINT:
-        turn.drop_ahead(name)
+        tx.drop_ahead(name)
         return
-    reservation = turn.reservations[name]
+    reservation = tx.reservations[name]
     if reservation.ahead:
         return
-    turn.reservations[name] = replace(reservation, ahead=True)
-    into_ram = tuple(n for n, r in turn.models.items() if goes_into_ram(r))
-    deadline = turn.config.policy.request_timeout_secs
-    config = turn.models[name].config
-    turn.effects.append(RestoreAhead(name, config, gpus, into_ram, deadline))
+    tx.reserve(name, replace(reservation, ahead=True))
+    into_ram = tuple(n for n, r in tx.models.items() if goes_into_ram(r))
+    deadline = tx.config.policy.request_timeout_secs
+    config = tx.models[name].engine
+    tx.emit(RestoreAhead(name, config, gpus, into_ram, deadline))
 
 
-def _own_way(record: ModelRecord) -> Eviction:
-    """The model's own way of parking, or stop when that would leave its memory where it is."""
-    return record.eviction if frees_memory(record.config, record.eviction) else _stopped(record)
-
-
-def _stopped(record: ModelRecord) -> Eviction:
-    return Eviction(record.eviction.weights, Process.STOP)
-
-
-def _choose_victims(
-    turn: Turn, target: str, gpus: tuple[int, ...], share: float, reserved: Load
-) -> dict[str, Eviction]:
-    """The fewest, in the policy's order, whose going makes room, and how each is to go. Parked
-    residues may be in the way too: then nothing less than a stop helps. Empty: nothing helps."""
-    for how in (_own_way, _stopped):
-        chosen = _victims_going(turn, target, gpus, share, reserved, how)
-        if chosen:
-            return chosen
-    return {}
-
-
-def _victims_going(
-    turn: Turn,
-    target: str,
-    gpus: tuple[int, ...],
-    share: float,
-    reserved: Load,
-    how: Callable[[ModelRecord], Eviction],
-) -> dict[str, Eviction]:
-    load = _load(turn, target, share_after)
-    on_these = {
-        name: record
-        for name, record in turn.models.items()
-        if name not in (target, turn.pinned) and set(record.gpus) & set(gpus)
-    }
-    serving = [_resident(turn, n) for n, r in on_these.items() if isinstance(r.phase, Serving)]
-    residues = sorted(
-        (r.phase.since, n)
-        for n, r in on_these.items()
-        if isinstance(r.phase, Parked) and share_now(r) > ROUNDING
-    )
-    gains: dict[str, float] = {}
-    for name in [*turn.policy.victims(serving), *(n for _, n in residues)]:
-        if _fits(load, reserved, gpus, share):
-            break
-        record = turn.models[name]
-        is_serving = isinstance(record.phase, Serving)
-        kept = parked_share(record.config, how(record)) if is_serving else 0.0
-        gains[name] = share_after(record) - kept
-        _add(load, record.gpus, -gains[name])
-    if not _fits(load, reserved, gpus, share):
-        return {}
-    for name in list(gains):  # whoever turned out not to be needed stays
-        again = dict(load)
-        _add(again, turn.models[name].gpus, gains[name])
-        if _fits(again, reserved, gpus, share):
-            load = again
-            del gains[name]
-    return {name: how(turn.models[name]) for name in gains}
-
-
-def _add(load: Load, gpus: tuple[int, ...], share: float) -> None:
-    for gpu in gpus:
-        load[gpu] = load.get(gpu, 0.0) + share
-
-
-def _resident(turn: Turn, name: str) -> Resident:
-    record = turn.models[name]
+def _resident(tx: Transaction, name: str) -> Resident:
+    record = tx.models[name]
     assert isinstance(record.phase, Serving)
-    return Resident(name, record.phase.since, turn.view().in_flight(name), record.last_active)
-
-
-def _load(turn: Turn, without: str, share_of: Callable[[ModelRecord], float]) -> Load:
-    """Σ of shares per GPU over all models but ``without``."""
-    load: Load = {}
-    for name, record in turn.models.items():
-        if name == without:
-            continue
-        _add(load, record.gpus, share_of(record))
-    return load
-
-
-def _fits(load: Load, reserved: Load, gpus: tuple[int, ...], share: float) -> bool:
-    return all(
-        load.get(gpu, 0.0) + reserved.get(gpu, 0.0) + share <= 1.0 + ROUNDING for gpu in gpus
+    demand = tx.demand(name)
+    usage = tx.usage.get(name, UNUSED)
+    eviction = record.eviction
+    back = None if eviction.process is Process.STOP else eviction
+    return Resident(
+        name,
+        record.phase.since,
+        demand.in_flight + demand.waiting,  # those that waited have been granted
+        record.last_active,
+        tx.cost(name, leaving(eviction)),
+        tx.cost(name, coming(back)),
+        usage.rate_at(tx.now),
+        usage.service,
+        tx.config.gateway.max_in_flight,
+        record.config.priority,
     )
 
 
-def _place(turn: Turn, name: str, record: ModelRecord, reserved: Load) -> tuple[int, ...] | None:
-    """The GPUs it is to live on; None when this host does not have them."""
-    if isinstance(record.phase, Parked):
-        return record.gpus  # a parked engine cannot move
-    wanted = record.config.gpus
-    if isinstance(wanted, tuple):
-        fits_host = all(gpu < turn.base.gpu_count for gpu in wanted)
-        return wanted if fits_host else None
-    if wanted > turn.base.gpu_count:
-        return None
-    reservation_load = _load(turn, name, share_after)
-    by_load = sorted(
-        range(turn.base.gpu_count),
-        key=lambda gpu: (reservation_load.get(gpu, 0.0) + reserved.get(gpu, 0.0), gpu),
-    )
-    return tuple(sorted(by_load[:wanted]))
-
-
-def _cannot_fit(turn: Turn, record: ModelRecord) -> str:
-    wanted = record.config.gpus
-    text = f"GPUs {list(wanted)}" if isinstance(wanted, tuple) else f"{wanted} GPUs"
-    return (
-        f'model "{record.config.name}" wants {text}, but this host has {turn.base.gpu_count};'
-        " change `gpus` in its configuration"
-    )
-
-
-def _watch_for_stalls(turn: Turn) -> None:
-    """A busy engine from which no byte has come for too long is asked for a sign of life."""
-    state = turn.view()
-    for name, record in list(turn.models.items()):
-        limit = record.config.stall_timeout_secs
-        if not limit or record.epoch is None or record.probing or not state.in_flight(name):
-            continue
-        due = record.progress_at + limit
-        if turn.now >= due:
-            turn.suspect(name)
-        else:
-            turn.wake_at(due)
+def _may_live_on(record: ModelRecord, gpus: GPUs) -> bool:
+    wanted = record.gpus if isinstance(record.phase, Parked) else record.config.gpus
+    return isinstance(wanted, int) or bool(set(wanted) & set(gpus))

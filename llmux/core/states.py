@@ -24,21 +24,6 @@ class ModelState(StrEnum):
     FAILED = "failed"
 
 
-# Fixed numbers for metrics and stored files: never renumber, only add.
-NUMBERS: Final[Mapping[ModelState, int]] = MappingProxyType(
-    {
-        ModelState.STOPPED: 0,
-        ModelState.STARTING: 1,
-        ModelState.SERVING: 2,
-        ModelState.DRAINING: 3,
-        ModelState.PARKING: 4,
-        ModelState.PARKED: 5,
-        ModelState.WAKING: 6,
-        ModelState.STOPPING: 7,
-        ModelState.FAILED: 8,
-    }
-)
-
 _S = ModelState
 
 TRANSITIONS: Final[Mapping[ModelState, frozenset[ModelState]]] = MappingProxyType(
@@ -46,16 +31,19 @@ TRANSITIONS: Final[Mapping[ModelState, frozenset[ModelState]]] = MappingProxyTyp
         # waking: from an image on disk
         _S.STOPPED: frozenset({_S.STARTING, _S.WAKING}),
         # a start that failed is cleaned up by its own plan: down = failed, stuck = failed and held
-        _S.STARTING: frozenset({_S.SERVING, _S.FAILED}),
+        # stopping: the start is not wanted any more
+        _S.STARTING: frozenset({_S.SERVING, _S.STOPPING, _S.FAILED}),
         # stopping straight from serving: the engine died or hung, and its unit is cleaned up
         _S.SERVING: frozenset({_S.DRAINING, _S.STOPPING}),
-        # back to serving when nobody wants the room any more
+        # back to serving when the room is not wanted any more
         _S.DRAINING: frozenset({_S.SERVING, _S.PARKING, _S.STOPPING}),
         # stopped: the process axis was `stop`, or the ladder ended there
         _S.PARKING: frozenset({_S.PARKED, _S.STOPPED, _S.FAILED}),
-        _S.PARKED: frozenset({_S.WAKING, _S.STOPPING}),
-        # starting: the wake failed, was cleaned up, and the same waiters get a cold start
-        _S.WAKING: frozenset({_S.SERVING, _S.STARTING, _S.FAILED}),
+        # parking: further down the ladder, out of host memory
+        _S.PARKED: frozenset({_S.WAKING, _S.PARKING, _S.STOPPING}),
+        # starting: the wake failed, was cleaned up, and the same waiters get a cold start;
+        # stopped: as before, but the cold start has to wait for another model's transition
+        _S.WAKING: frozenset({_S.SERVING, _S.STARTING, _S.STOPPED, _S.FAILED}),
         _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED}),
         # stopping: a stuck engine is tried again
         _S.FAILED: frozenset({_S.STARTING, _S.WAKING, _S.STOPPED, _S.STOPPING}),

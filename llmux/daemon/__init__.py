@@ -4,15 +4,18 @@
 process on plain child processes, for laptops, demos and tests.
 """
 
-from llmux.daemon.embedded import serve
-from llmux.daemon.front import gateway
-from llmux.daemon.process import run, setup_logging
-from llmux.daemon.system import look_at_host, order, supervise
+from llmux.daemon.gateway import gateway
+from llmux.daemon.process import credentials_directory, run, setup_logging
+from llmux.daemon.serve import serve
+from llmux.daemon.supervise import look_at_host, order, supervise
+from llmux.daemon.supervisor import reload_needs
 
 __all__ = [
+    "credentials_directory",
     "gateway",
     "look_at_host",
     "order",
+    "reload_needs",
     "run",
     "serve",
     "setup_logging",

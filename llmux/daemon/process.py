@@ -1,4 +1,4 @@
-"""What every long-running process of llmux does alike: signals, logging, reload, who may ask."""
+"""What llmux's long-running processes share: signals, logging, reload, users and groups."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from llmux.daemon.supervisor import Supervisor
-from llmux.drivers import journald
+from llmux.drivers.systemd import journal as journald
 from llmux.errors import LlmuxError
 from llmux.ports import Notifier
-from llmux.runtime.warmup import warm_up
-from llmux.runtime.watchdog import tell_ready
+from llmux.runtime.control.warmup import warm_up
+from llmux.runtime.watchdog import announce_ready
 
 log = logging.getLogger("llmux")
 
 
 def setup_logging(verbose: bool) -> None:
     journald.setup_logging(verbose)
-    for name in ("sanic", "sanic.root", "sanic.server"):  # its banner says nothing to an operator
+    for name in ("sanic", "sanic.root", "sanic.server"):  # silence its banner
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -34,7 +34,7 @@ def stop_on_signals(stop: asyncio.Event) -> None:
 
 
 async def until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> None:
-    """Run the works until ``stop``; one that ends before it is an error and ends everything."""
+    """Run the works until ``stop``. A work that ends earlier is an error and ends the others."""
     tasks = [asyncio.create_task(work) for work in works]
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -48,7 +48,7 @@ async def until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> None:
 
 
 def run(main: Awaitable[None]) -> None:
-    """asyncio.run on uvloop."""
+    """Run ``main`` on uvloop."""
     import uvloop  # imported late: the CLI's other verbs start faster without it
 
     async def body() -> None:
@@ -62,8 +62,13 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def credentials_directory() -> str:
+    """The directory of the files that LoadCredential= names."""
+    return os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials")
+
+
 async def announce(supervisor: Supervisor, notifier: Notifier, stop: asyncio.Event) -> None:
-    await tell_ready(supervisor.loop, notifier)
+    await announce_ready(supervisor.loop, notifier)
     await warm(supervisor, stop)
 
 

@@ -1,4 +1,4 @@
-"""Who holds how much GPU memory: NVML, the ledger of pretended GPUs, or nobody knows."""
+"""GPU memory by process: from NVML, from the ledger of simulated GPUs, or unknown."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ import ctypes
 import json
 import logging
 import os
+import queue
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from llmux.drivers.process import read_stat
-from llmux.errors import DriverError, Unsupported
+from llmux.drivers.processes.process import read_stat
+from llmux.errors import DriverError, DriverTimeout, Unsupported
 from llmux.ports import GpuObserver, GpuProcess
 
 log = logging.getLogger(__name__)
 
 LEDGER_VARIABLE: Final = "LLMUX_GPU_LEDGER"
+LIBRARY_VARIABLE: Final = "LLMUX_LIBNVML"
+LIBRARY: Final = "libnvidia-ml.so.1"
 _NOT_AVAILABLE: Final = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE, e.g. under WSL
 _SUCCESS: Final = 0
 _INSUFFICIENT_SIZE: Final = 7
+# Seconds. A look takes milliseconds; what takes longer than this is in a driver that hangs.
+CALL_SECS: Final = 5.0
+START_SECS: Final = 15.0  # nvmlInit without persistence mode initialises every GPU
+CLOSE_SECS: Final = 1.0
+HANGS: Final = "does `nvidia-smi` answer? a GPU that fell off the bus needs a reboot"
 
 _T = TypeVar("_T")
 
@@ -32,6 +43,10 @@ class NoGpu:
     def available(self) -> bool:
         return False
 
+    @property
+    def blind(self) -> str | None:
+        return None
+
     async def gpu_count(self) -> int:
         return 0
 
@@ -39,6 +54,9 @@ class NoGpu:
         return ()
 
     async def totals(self) -> Mapping[int, int]:
+        return {}
+
+    async def used(self) -> Mapping[int, int]:
         return {}
 
     async def close(self) -> None:
@@ -63,23 +81,99 @@ class _Memory(ctypes.Structure):
     ]
 
 
+class _Caller:
+    """One thread of our own for calls that may never return: it is abandoned then, and until that
+    call returns every other fails at once. A daemon, so that it never keeps the process."""
+
+    def __init__(self, target: str, call_secs: float = CALL_SECS) -> None:
+        self._target = target
+        self._call_secs = call_secs
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._hangs_since: float | None = None
+        threading.Thread(target=self._work, name="llmux-nvml", daemon=True).start()
+
+    @property
+    def blind(self) -> str | None:
+        """Why calls fail now; None when they do not."""
+        if self._hangs_since is None:
+            return None
+        return f"a call has not returned for {time.monotonic() - self._hangs_since:.0f} s"
+
+    def submit(self, function: Callable[[], _T]) -> Future[_T]:
+        future: Future[_T] = Future()
+        self._calls.put((function, future))
+        return future
+
+    async def call(self, function: Callable[[], _T], deadline: float | None = None) -> _T:
+        """Raises DriverTimeout at the deadline, DriverError while a former call hangs."""
+        if (blind := self.blind) is not None:
+            raise DriverError("observe", self._target, blind, hint=HANGS)
+        deadline = self._call_secs if deadline is None else deadline
+        future = self.submit(function)
+        try:
+            async with asyncio.timeout(deadline):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            self._late(future)
+            text = f"no answer within {deadline:g} s"
+            raise DriverTimeout("observe", self._target, text, hint=HANGS) from None
+
+    def wait(self, function: Callable[[], _T], deadline: float) -> _T:
+        """The same without an event loop. Raises TimeoutError."""
+        future = self.submit(function)
+        try:
+            return future.result(deadline)
+        except TimeoutError:
+            self._late(future)
+            raise
+
+    def _late(self, future: Future[Any]) -> None:
+        log.error("NVML hangs: GPU memory cannot be seen (%s)", HANGS)
+        self._hangs_since = time.monotonic()
+        # cancelled by wrap_future; a marker behind it says when the thread is free again
+        self.submit(lambda: None).add_done_callback(self._back)
+
+    def _back(self, _: object) -> None:
+        self._hangs_since = None
+        log.warning("NVML answers again")
+
+    def _work(self) -> None:
+        while True:
+            function, future = self._calls.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001  # it belongs to the caller
+                future.set_exception(error)
+
+
 class NvmlObserver:
-    """NVML by ctypes, in a thread of its own: its calls take milliseconds, and the first a second.
+    """NVML by ctypes, in a thread of its own: its calls take milliseconds, the first a second, and
+    on a broken GPU for ever.
 
     Raises Unsupported when there is no libnvidia-ml.so.1 or it does not start. Pids are the host's.
     """
 
-    def __init__(self, library: str = "libnvidia-ml.so.1") -> None:
+    def __init__(self, library: str = LIBRARY, *, call_secs: float = CALL_SECS) -> None:
         try:
             self._nvml = ctypes.CDLL(library)
         except OSError as error:
             raise Unsupported("observe", "the GPUs", f"{library} is not here: {error}") from error
+        self._caller = _Caller("the GPUs", call_secs)
+        with suppress(TimeoutError):  # then it is blind until the call returns
+            self._caller.wait(self._start, START_SECS)
+
+    def _start(self) -> None:
         self._check(self._nvml.nvmlInit_v2(), "nvmlInit")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmux-nvml")
 
     @property
     def available(self) -> bool:
         return True
+
+    @property
+    def blind(self) -> str | None:
+        return self._caller.blind
 
     async def gpu_count(self) -> int:
         return await self._in_thread(self._count)
@@ -91,23 +185,21 @@ class NvmlObserver:
         return await self._in_thread(look)
 
     async def totals(self) -> Mapping[int, int]:
-        def look() -> dict[int, int]:
-            memory = _Memory()
-            found = {}
-            for gpu in range(self._count()):
-                code = self._nvml.nvmlDeviceGetMemoryInfo(self._device(gpu), ctypes.byref(memory))
-                self._check(code, "nvmlDeviceGetMemoryInfo")
-                found[gpu] = int(memory.total)
-            return found
+        return await self._in_thread(
+            lambda: {gpu: int(self._memory(gpu).total) for gpu in range(self._count())}
+        )
 
-        return await self._in_thread(look)
+    async def used(self) -> Mapping[int, int]:
+        return await self._in_thread(
+            lambda: {gpu: int(self._memory(gpu).used) for gpu in range(self._count())}
+        )
 
     async def close(self) -> None:
-        await self._in_thread(lambda: self._nvml.nvmlShutdown())
-        self._thread.shutdown(wait=False)
+        with suppress(DriverError):
+            await self._caller.call(lambda: self._nvml.nvmlShutdown(), CLOSE_SECS)
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return await self._caller.call(function)
 
     def _count(self) -> int:
         count = ctypes.c_uint()
@@ -120,6 +212,12 @@ class NvmlObserver:
         code = self._nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(gpu), ctypes.byref(device))
         self._check(code, f"nvmlDeviceGetHandleByIndex({gpu})")
         return device
+
+    def _memory(self, gpu: int) -> _Memory:
+        memory = _Memory()
+        code = self._nvml.nvmlDeviceGetMemoryInfo(self._device(gpu), ctypes.byref(memory))
+        self._check(code, "nvmlDeviceGetMemoryInfo")
+        return memory
 
     def _processes_of(self, gpu: int) -> list[GpuProcess]:
         call = getattr(self._nvml, "nvmlDeviceGetComputeRunningProcesses_v3", None)
@@ -135,9 +233,14 @@ class NvmlObserver:
                 break
             room = max(count.value, room) * 2
         self._check(code, "nvmlDeviceGetComputeRunningProcesses")
+        rows = [(int(row.pid), int(row.used)) for row in table[: count.value]]
+        unknown = sum(used == _NOT_AVAILABLE for _, used in rows)
+        if not unknown:
+            return [GpuProcess(gpu, pid, used) for pid, used in rows]
+        known = sum(used for _, used in rows if used != _NOT_AVAILABLE)
+        part = max(0, int(self._memory(gpu).used) - known) // unknown
         return [
-            GpuProcess(gpu, row.pid, 0 if row.used == _NOT_AVAILABLE else int(row.used))
-            for row in table[: count.value]
+            GpuProcess(gpu, pid, part if used == _NOT_AVAILABLE else used) for pid, used in rows
         ]
 
     def _check(self, code: int, call: str) -> None:
@@ -162,6 +265,10 @@ class LedgerObserver:
     def available(self) -> bool:
         return True
 
+    @property
+    def blind(self) -> str | None:
+        return None
+
     async def gpu_count(self) -> int:
         return len(self._read()["gpus"])
 
@@ -177,6 +284,12 @@ class LedgerObserver:
     async def totals(self) -> Mapping[int, int]:
         gpus = self._read()["gpus"]
         return {int(gpu): int(entry["capacity"]) for gpu, entry in sorted(gpus.items())}
+
+    async def used(self) -> Mapping[int, int]:
+        found = dict.fromkeys(await self.totals(), 0)
+        for process in await self.processes():
+            found[process.gpu] = found.get(process.gpu, 0) + process.used_bytes
+        return found
 
     async def close(self) -> None:
         """Nothing is held."""
@@ -194,11 +307,12 @@ class LedgerObserver:
 
 
 def find_gpu_observer() -> GpuObserver:
-    """The ledger that $LLMUX_GPU_LEDGER names, else NVML, else nothing."""
+    """The ledger that $LLMUX_GPU_LEDGER names, else NVML ($LLMUX_LIBNVML: a library of another name
+    or place), else nothing."""
     if path := os.environ.get(LEDGER_VARIABLE):
         return LedgerObserver(path)
     try:
-        return NvmlObserver()
+        return NvmlObserver(os.environ.get(LIBRARY_VARIABLE, LIBRARY))
     except Unsupported as error:
         log.debug("%s", error)
         return NoGpu()

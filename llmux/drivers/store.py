@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from llmux import typed_json
 from llmux.errors import StateFileError
+from llmux.small_files import read_small
 
 VERSION: Final = 1
+MAX_BYTES: Final = 16 * 1024 * 1024  # a thousand models take 1 MiB
 
 
 class FileStateStore:
@@ -26,8 +29,7 @@ class FileStateStore:
     def load(self) -> Mapping[str, Any]:
         """The document last saved, {} when there is none. Raises StateFileError."""
         try:
-            with open(self._path, encoding="utf-8") as file:
-                envelope = json.load(file)
+            envelope = typed_json.parse(read_small(self._path, MAX_BYTES))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""What the journal is told of single requests: what failed, with the request's id and its model.
+"""Journal entries about single requests: failures, with the request's id and its model.
 
-An overload fails thousands of requests alike: of one kind only a few lines are written in a while,
-and the next one says how many were left out. Texts that may quote what a client sent are not
-logged; the answer has them, and /metrics counts every request.
+An overload fails thousands of requests alike, so lines of one kind are rate-limited, and the next
+line says how many were suppressed. Texts that may quote the client's input are not logged; the
+response has them, and /metrics counts every request.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Callable, Container
 from typing import Any, Final
 
 from llmux.errors import Reason, Refused
-from llmux.gateway.problems import status_of
+from llmux.gateway.http.problems import status_of
 
 logger = logging.getLogger(__name__)
 
-BURST: Final = 5  # lines of one kind, which is a model and a reason …
-BURST_SECS: Final = 10.0  # … in this time
+BURST: Final = 5  # lines of one kind (model and reason) …
+BURST_SECS: Final = 10.0  # … per this interval
 MAX_TEXT: Final = 300
 
-# Expected by whoever set the limit or stopped the service: no warning.
+# Expected by the operator, who set the limit or stopped the service: no warning.
 _EXPECTED: Final = frozenset(
     {Reason.OVERLOADED, Reason.QUEUE_FULL, Reason.RATE_LIMITED, Reason.SHUTTING_DOWN}
 )
 
 
 class RequestLog:
-    """``known``: the configured models; other names are a client's words and not repeated."""
+    """``known``: the configured models; other names are client input and are not logged."""
 
     def __init__(self, clock: Callable[[], float], known: Container[str] = ()) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class RequestLog:
         self._kinds: dict[tuple[str, str], _Kind] = {}  # as many as models × reasons
 
     def refused(self, problem: Refused, *, request: bytes, model: str = "") -> None:
-        """The request was answered with this error, and with nothing else."""
+        """The request was answered with this error alone."""
         status = status_of(problem)
         level = logging.DEBUG
         if problem.reason in _EXPECTED:
@@ -46,12 +46,12 @@ class RequestLog:
         self._say(level, f"request refused with {status}", problem, request, model)
 
     def broken(self, problem: Refused, *, request: bytes, model: str) -> None:
-        """An answer that was begun ended with this error."""
+        """A response that had begun ended with this error."""
         level = logging.INFO if problem.reason in _EXPECTED else logging.WARNING
         self._say(level, "answer broken off", problem, request, model)
 
     def again(self, problem: Refused, *, request: bytes, model: str) -> None:
-        """No byte of an answer had come: the request waits for the next engine."""
+        """No byte of a response was received: the request waits for the next engine."""
         self._say(logging.INFO, "request waits again", problem, request, model)
 
     def _say(self, level: int, what: str, problem: Refused, request: bytes, model: str) -> None:
@@ -73,7 +73,7 @@ class RequestLog:
         )  # fmt: skip
 
     def _left_out(self, model: str, what: str) -> int | None:
-        """How many of this kind were left out before this line; None: leave out this one too."""
+        """How many lines of this kind were suppressed before this one; None: suppress this one."""
         kind = self._kinds.get((model, what))
         if kind is None:
             kind = self._kinds[model, what] = _Kind()
@@ -98,14 +98,14 @@ class _Kind:
 
 
 def _text(problem: Refused) -> str:
-    """In a line's words. What is wrong with a request itself may quote it, and is left out."""
+    """The text for the journal; empty for client errors, whose text may quote the request."""
     if status_of(problem) < 429:
         return ""
     return ": " + problem.message.partition("\n")[0][:MAX_TEXT]
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """The event loop's handler of errors nobody caught: as the loop's own, with the request."""
+    """The event loop's handler of uncaught exceptions: as the loop's own, with the request's id."""
     protocol = context.get("protocol")
     exchange = getattr(protocol, "exchange", None) or getattr(protocol, "sink", None)
     request = getattr(exchange, "request_id", None)

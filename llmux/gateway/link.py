@@ -1,8 +1,8 @@
-"""The worker's connection to the supervisor: hello, demand, grants, questions. Never gives up.
+"""The worker's connection to the supervisor: hello, demand, grants, verbs. Reconnects forever.
 
-The supervisor may go away at any time (restart, upgrade, crash). Nothing is queued for it then:
-what it must know (epochs held, demand) is said anew after every hello. Messages are handled in the
-order they arrive, each completely before the next is looked at.
+The supervisor may disappear at any time (restart, upgrade, crash). Nothing is queued for it then:
+epochs held and demand are sent again after every hello. Messages are handled in the order of their
+arrival, each completely before the next.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from llmux.errors import ControlError, Reason, Refused
-from llmux.gateway.problems import reason_of
-from llmux.protocol import MAX_LINE, Answer, Ask, Demand, Hello, Message, decode
+from llmux.gateway.http.problems import reason_of
+from llmux.protocol import MAX_ANSWER, Answer, Ask, Demand, Hello, Message, decode
 
 logger = logging.getLogger(__name__)
 
 COALESCE_SECS = 0.005  # at most one demand per model in this time
 PROGRESS_SECS = 1.0  # how often progress alone (no change of counts) is reported
+ALIVE_SECS = 5.0  # how often the supervisor is asked for a sign of life
 RECONNECT_FIRST_SECS = 0.02
 RECONNECT_MAX_SECS = 1.0
 
@@ -30,7 +31,7 @@ LinkTarget = str | Path | socket.socket
 
 
 class LinkDownError(Refused):
-    """The supervisor is not connected now."""
+    """The supervisor is not connected."""
 
     def __init__(self, message: str) -> None:
         super().__init__(
@@ -41,7 +42,7 @@ class LinkDownError(Refused):
 class _LineProtocol(asyncio.Protocol):
     def __init__(self, on_line: Callable[[bytes], None]) -> None:
         self._on_line = on_line
-        self._rest = b""
+        self._rest = bytearray()
         self.transport: asyncio.Transport | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -49,11 +50,16 @@ class _LineProtocol(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._on_line(line)
-        if len(self._rest) > MAX_LINE:
-            logger.error("the supervisor sent a line of more than %d bytes; reconnecting", MAX_LINE)
+        self._rest += data
+        if b"\n" in data:
+            *lines, rest = bytes(self._rest).split(b"\n")
+            self._rest = bytearray(rest)
+            for line in lines:
+                self._on_line(line)
+        if len(self._rest) > MAX_ANSWER:
+            logger.error(
+                "the supervisor sent a line of more than %d bytes; reconnecting", MAX_ANSWER
+            )
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -66,10 +72,11 @@ class _LineProtocol(asyncio.Protocol):
 
 
 class Link:
-    """``run`` keeps it up. ``attach`` gives the callbacks that say what to tell the supervisor."""
+    """``run`` keeps it connected. ``attach`` sets the callbacks that produce its messages."""
 
-    def __init__(self, target: LinkTarget) -> None:
+    def __init__(self, target: LinkTarget, *, alive_secs: float = ALIVE_SECS) -> None:
         self._target = target
+        self._alive_secs = alive_secs
         self._loop = asyncio.get_running_loop()
         self._protocol: _LineProtocol | None = None
         self._ids = itertools.count(1)
@@ -78,10 +85,11 @@ class Link:
         self._flush_handle: asyncio.TimerHandle | None = None
         self._flushed_at = -COALESCE_SECS
         self._progress_sent: dict[str, int] = {}
-        self.here = asyncio.Event()  # connected now …
-        self.away = asyncio.Event()  # … or not
+        self.here = asyncio.Event()  # set while connected
+        self.away = asyncio.Event()  # set while not connected
         self.away.set()
         self.connects = 0
+        self._heard_at = self._loop.time()
         self._hello: Callable[[], Hello] = lambda: Hello(role="gateway")
         self._demand: Callable[[str], Demand] = Demand
         self._active: Callable[[], list[str]] = list
@@ -97,7 +105,7 @@ class Link:
         on_message: Callable[[Message], None],
         greetings: Callable[[], Sequence[Message]] = tuple,
     ) -> None:
-        """``greetings`` are said after every hello."""
+        """``greetings`` are sent after every hello."""
         self._greetings = greetings
         self._hello, self._demand, self._active = hello, demand, active
         self._on_message = on_message
@@ -106,25 +114,31 @@ class Link:
     def up(self) -> bool:
         return self._protocol is not None
 
+    @property
+    def silent_secs(self) -> float:
+        """Since the last message of the supervisor, or since there is this link. One that lives
+        answers every ``ALIVE_SECS``; a connection alone is kept by one that is stopped, too."""
+        return self._loop.time() - self._heard_at
+
     # ---- staying connected ----------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Connect, stay, reconnect. Ends only when cancelled, or when a given socket is lost."""
+        """Connect, and reconnect when lost. Returns only when a socket passed in is lost."""
         delay = RECONNECT_FIRST_SECS
-        said = False
+        reported = False
         while True:
             try:
                 protocol = await self._connect()
             except OSError as error:
-                if not said:
+                if not reported:
                     logger.warning("cannot reach the supervisor at %s: %s; trying again",
                                    self._target, error.strerror or error)  # fmt: skip
-                    said = True
+                    reported = True
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_MAX_SECS)
                 continue
             delay = RECONNECT_FIRST_SECS
-            said = False
+            reported = False
             await self._stay(protocol)
             if isinstance(self._target, socket.socket):
                 return
@@ -144,7 +158,7 @@ class Link:
         self.here.set()
         self.away.clear()
         self.connects += 1
-        progress = self._loop.create_task(self._report_progress())
+        own = [self._loop.create_task(work()) for work in (self._report_progress, self._sound)]
         try:
             for message in (self._hello(), *self._greetings()):
                 self.send(message)
@@ -153,7 +167,8 @@ class Link:
             await asyncio.shield(protocol.lost)
             logger.warning("lost the supervisor; grants stay in use, reconnecting")
         finally:
-            progress.cancel()
+            for task in own:
+                task.cancel()
             self._protocol = None
             self.here.clear()
             self.away.set()
@@ -164,7 +179,7 @@ class Link:
                     future.set_exception(LinkDownError("the supervisor went away while asked"))
 
     async def gone_for(self, seconds: float) -> None:
-        """Returns when the supervisor has been away for so long at a stretch."""
+        """Returns when the supervisor has been away for ``seconds`` without interruption."""
         while True:
             await self.away.wait()
             try:
@@ -176,10 +191,11 @@ class Link:
     # ---- from the supervisor --------------------------------------------------------------------
 
     def _on_line(self, line: bytes) -> None:
+        self._heard_at = self._loop.time()
         try:
             message = decode(line)
         except ControlError as error:
-            # A newer supervisor may say more than we know; what we do know must still be heard.
+            # A newer supervisor may send types unknown here; the other messages must still work.
             logger.warning("%s", error)
             return
         if isinstance(message, Answer):
@@ -192,7 +208,7 @@ class Link:
     # ---- to the supervisor ----------------------------------------------------------------------
 
     def send(self, message: Message) -> bool:
-        """False when the supervisor is away: the message is dropped, see the module's text."""
+        """Returns False when the supervisor is away: the message is dropped (see the module)."""
         protocol = self._protocol
         if protocol is None or protocol.transport is None or protocol.transport.is_closing():
             return False
@@ -200,14 +216,14 @@ class Link:
         return True
 
     def demand_changed(self, model: str) -> None:
-        """Report soon: at once when nothing was reported lately, else with what else changes."""
+        """Report at once if nothing was reported lately, else together with other changes."""
         if model in self._dirty:
             return
         self._dirty[model] = None
         if self._flush_handle is not None:
             return
         due = self._flushed_at + COALESCE_SECS
-        # Never from inside the caller: it may be in the middle of a change.
+        # Never synchronously: the caller may be in the middle of a change.
         self._flush_handle = self._loop.call_at(max(due, self._loop.time()), self._flush)
 
     def _flush(self) -> None:
@@ -229,8 +245,13 @@ class Link:
                 if demand.progress != self._progress_sent.get(model):
                     self.demand_changed(model)
 
+    async def _sound(self) -> None:
+        while True:
+            await asyncio.sleep(self._alive_secs)
+            self.send(Ask(next(self._ids), "alive"))  # any answer will do
+
     async def ask(self, verb: str, args: dict[str, Any], timeout: float) -> Any:
-        """The result of a control verb. Raises Refused with the supervisor's reason and text."""
+        """Returns a control verb's result. Raises Refused with the supervisor's reason and text."""
         number = next(self._ids)
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._asked[number] = future

@@ -1,7 +1,7 @@
 """/metrics: this worker's numbers, the supervisor's, the other workers', and the engines' own.
 
-A scrape asks the supervisor once and each serving engine at most once in ``ENGINE_CACHE_SECS``. It
-never wakes a model, is in no count of requests, and is answered within its deadlines even when the
+A scrape asks the supervisor once and each serving engine at most once in two seconds. It never
+wakes a model, is in no count of requests, and is answered within its deadlines even when the
 supervisor or an engine is not there.
 """
 
@@ -9,54 +9,66 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import Any
 
 from llmux import metrics as m
 from llmux.errors import Refused
-from llmux.gateway.scrape import EngineSeries
-from llmux.metrics import Snapshot, Store
-
-if TYPE_CHECKING:
-    from llmux.gateway.gateway import Gateway
+from llmux.gateway.dispatch import Dispatch
+from llmux.gateway.engine_samples import merge
+from llmux.gateway.engine_series import EngineSeries
+from llmux.gateway.exposition import encode, negotiate
+from llmux.metrics import ProcessNumbers, Snapshot, Store
 
 logger = logging.getLogger(__name__)
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SUPERVISOR_SECS = 1.0
+TIMEOUT_HEADER = "x-prometheus-scrape-timeout-seconds"
 
 
-class Exposition:
-    """One per worker. ``worker`` is its name at the supervisor."""
+class MetricsPage:
+    """One per worker."""
 
-    def __init__(self, gateway: Gateway, worker: str) -> None:
-        self._gateway = gateway
-        self._worker = worker
-        self._engines = EngineSeries(gateway)
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._worker = dispatch.worker
+        self._engines = EngineSeries(dispatch)
+        self._process = ProcessNumbers()
 
-    async def text(self) -> str:
+    async def scrape(self, accept: str, timeout: str) -> tuple[bytes, str]:
+        """A page and its content type, in the format that an Accept header asks for. ``timeout`` is
+        what Prometheus says of its own: after it the page would be lost with all that is on it."""
         own = self.snapshot()
-        (remote, up), engines = await asyncio.gather(self._remote(own), self._engines.text())
+        remote_secs = min(SUPERVISOR_SECS, _seconds(timeout) / 2)
+        (remote, up), engines = await asyncio.gather(
+            self._remote(own, remote_secs), self._engines.read()
+        )
         store = Store()
         store.merge(own)
         for snapshot in remote.values():
             store.merge(snapshot)
         store.set(m.SUPERVISOR_UP, value=int(up))
-        return f"{store.render()}{engines}"
+        store.set(m.SUPERVISOR_SILENT, value=self._worker.link.silent_secs)
+        families, dropped = merge(engines)
+        for model, count in dropped.items():
+            store.set(m.ENGINE_SAMPLES_DROPPED, model, value=count)
+        form = negotiate(accept)
+        return await encode(chain(store.families(), families), form), form.content_type
 
-    async def _remote(self, own: Snapshot) -> tuple[dict[str, Any], bool]:
-        args = {"worker": self._worker, "snapshot": own}
+    async def _remote(self, own: Snapshot, seconds: float) -> tuple[dict[str, Any], bool]:
+        args = {"worker": self._worker.name, "snapshot": own}
         try:
-            return await self._gateway.link.ask("metrics", args, SUPERVISOR_SECS), True
+            return await self._worker.link.ask("metrics", args, seconds), True
         except Refused as problem:
             logger.debug("metrics without the supervisor's: %s", problem)
             return {}, False
 
     def snapshot(self) -> Snapshot:
         """What this worker alone knows."""
-        gateway = self._gateway
-        observer = gateway.observer
+        worker = self._worker
+        observer = worker.observer
         store = Store()
         for (model, code), count in observer.requests.items():
             store.add(m.REQUESTS, model, str(code), amount=count)
@@ -75,18 +87,30 @@ class Exposition:
             ):
                 if any(histogram.counts):
                     store.histogram(name, model).add(histogram.counts, histogram.sum)
-        for model in gateway.models:
+        for model in worker.models:
             store.add(m.IN_FLIGHT, model, amount=0)
             store.add(m.QUEUE_DEPTH, model, amount=0)
-        for line in gateway.admission.lines():
-            if line.model in gateway.models:
-                store.add(m.IN_FLIGHT, line.model, amount=line.in_flight)
-                store.add(m.QUEUE_DEPTH, line.model, amount=len(line.waiting))
-                store.add(m.CHUNKS, line.model, amount=line.progress)
-        store.set(m.CONNECTIONS, value=gateway.clients)
+            for counter_name in (m.BROKEN, m.ABANDONED, m.RETRIED):
+                store.add(counter_name, model, amount=0)  # else increase() misses the first one
+        for queue in worker.admission.queues():
+            if queue.model in worker.models:
+                store.add(m.IN_FLIGHT, queue.model, amount=queue.in_flight)
+                store.add(m.QUEUE_DEPTH, queue.model, amount=len(queue.waiting))
+                store.add(m.CHUNKS, queue.model, amount=queue.progress)
+        store.set(m.CONNECTIONS, value=worker.clients)
         store.set(m.WORKERS, value=1)
-        store.set(m.RECONNECTS, value=gateway.link.connects)
+        store.set(m.RECONNECTS, value=worker.link.connects)
+        self._process.read_into(store)
         return store.snapshot()
+
+
+def _seconds(timeout: str) -> float:
+    """The value of a ``TIMEOUT_HEADER``; infinity for none and for what is no number of seconds."""
+    try:
+        seconds = float(timeout)
+    except ValueError:
+        return math.inf
+    return seconds if seconds > 0 else math.inf
 
 
 # ---- the port of their own ----------------------------------------------------------------------
@@ -96,40 +120,49 @@ MAX_HEAD = 16 * 1024
 
 
 async def serve_metrics(
-    exposition: Exposition, sockets: Sequence[socket.socket]
+    page: MetricsPage, sockets: Sequence[socket.socket]
 ) -> list[asyncio.Server]:
-    """GET /metrics and nothing else, to whoever can connect; one request a connection."""
+    """GET /metrics and nothing else, for every client that can connect; one request a
+    connection."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(HEAD_SECS):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await _answer(exposition, head))
+                writer.write(await _answer(page, head))
                 await writer.drain()
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
             writer.transport.abort()
         except asyncio.LimitOverrunError:
-            writer.write(_response("431 Request Header Fields Too Large", ""))
+            writer.write(_response("431 Request Header Fields Too Large", b""))
         finally:
             writer.close()
 
     return [await asyncio.start_server(serve, sock=sock, limit=MAX_HEAD) for sock in sockets]
 
 
-async def _answer(exposition: Exposition, head: bytes) -> bytes:
-    method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
+async def _answer(page: MetricsPage, head: bytes) -> bytes:
+    first, *headers = head.split(b"\r\n")
+    method, _, rest = first.partition(b" ")
     path = rest.partition(b" ")[0].partition(b"?")[0]
     if path != b"/metrics":
-        return _response("404 Not Found", "only /metrics is here\n")
+        return _response("404 Not Found", b"only /metrics is here\n")
     if method not in (b"GET", b"HEAD"):
-        return _response("405 Method Not Allowed", "only GET\n", "allow: GET, HEAD\r\n")
-    whole = _response("200 OK", await exposition.text())
+        return _response("405 Method Not Allowed", b"only GET\n", "allow: GET, HEAD\r\n")
+    named = [header.partition(b":") for header in headers]
+    accept, timeout = (
+        b",".join(value for name, _, value in named if name.lower() == wanted).decode("latin-1")
+        for wanted in (b"accept", TIMEOUT_HEADER.encode())
+    )
+    body, content_type = await page.scrape(accept, timeout)
+    whole = _response("200 OK", body, content_type=content_type)
     return whole if method == b"GET" else whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
 
-def _response(status: str, body: str, extra: str = "") -> bytes:
-    data = body.encode()
+def _response(
+    status: str, body: bytes, extra: str = "", content_type: str = "text/plain; charset=utf-8"
+) -> bytes:
     return (
-        f"HTTP/1.1 {status}\r\ncontent-type: {CONTENT_TYPE}\r\ncontent-length: {len(data)}\r\n"
+        f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n"
         f"{extra}connection: close\r\n\r\n"
-    ).encode() + data
+    ).encode() + body

@@ -1,13 +1,14 @@
 """A gateway worker from start to stop: sockets, Sanic embedded in the caller's loop, READY, drain.
 
 The caller owns the loop, the signal handlers and the process; this module owns the listening
-sockets. Those that were handed in (systemd's socket activation or fd store) are used as they are
-and may be stored again through ``on_listen``.
+sockets. Sockets passed in (from systemd's fd store) are used as they are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import grp
 import logging
 import os
 import socket
@@ -15,30 +16,34 @@ import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from llmux.config.schema import Config
-from llmux.gateway.absence import AWAY_SECS, mind
-from llmux.gateway.app import App, build_app
-from llmux.gateway.departed import look_after
-from llmux.gateway.front import FrontProtocol
-from llmux.gateway.gateway import Gateway
+from llmux.gateway.admission.keys import LoadKeys
+from llmux.gateway.client.connection import ClientConnection
+from llmux.gateway.client.half_closed import check_half_closed
+from llmux.gateway.client.tls import Tls
+from llmux.gateway.control.app import App, build_app
+from llmux.gateway.dispatch import Dispatch
+from llmux.gateway.exchange.exchange import Exchange
 from llmux.gateway.journal import on_loop_error
-from llmux.gateway.keys import LoadKeys
 from llmux.gateway.link import Link, LinkTarget
-from llmux.gateway.metrics import serve_metrics
-from llmux.gateway.stopping import Patience, drain, fronts
-from llmux.gateway.tls import Tls
+from llmux.gateway.metrics import MetricsPage, serve_metrics
+from llmux.gateway.stopping import DrainLimits, Handover, connections, drain
+from llmux.gateway.supervisor import AWAY_SECS, Supervisor
+from llmux.gateway.ui.board import Board
+from llmux.gateway.ui.pages import add_ui_routes
+from llmux.gateway.worker import Worker
 from llmux.ports import Notifier
 
 logger = logging.getLogger(__name__)
 
-Reload = list[Callable[[], None]]  # filled by the worker with what a SIGHUP shall do
+Reload = list[Callable[[], None]]  # filled by the worker with the actions of a SIGHUP
 
-BACKLOG = 4096  # what waits here while a worker restarts; the kernel caps it at somaxconn
-WATCHDOG_BEATS = 3  # signs of life in the time after which somebody would act
-READY_SECS = 10.0  # a gateway without a supervisor is up too: it says what is wrong to who asks
-SWEEP_SECS = 1.0  # deadlines of client connections are coarse
+BACKLOG = 4096  # connections queued while a worker restarts; the kernel caps it at somaxconn
+WATCHDOG_BEATS = 3  # watchdog pings per watchdog interval
+READY_SECS = 10.0  # then ready without a supervisor too: requests get an error that says so
+SWEEP_SECS = 1.0  # resolution of client connections' deadlines
 
 
 async def serve_gateway(
@@ -50,9 +55,10 @@ async def serve_gateway(
     stop: asyncio.Event,
     worker: str | None = None,
     on_listen: Callable[[Sequence[socket.socket]], None] | None = None,
-    on_started: Callable[[Gateway], None] | None = None,
+    on_started: Callable[[Worker[Exchange]], None] | None = None,
     watchdog_secs: float | None = None,
-    patience: Patience | None = None,
+    drain_limits: DrainLimits | None = None,
+    handover: Handover | None = None,
     keys: LoadKeys | None = None,
     reload: Reload | None = None,
     metrics_sockets: Sequence[socket.socket] = (),
@@ -63,15 +69,20 @@ async def serve_gateway(
     """Serve until ``stop`` is set, then drain. Returns when every client connection is gone.
 
     ``link``: path of the supervisor's socket, or one end of a socket pair. ``on_listen`` gets the
-    listening sockets once (to keep them in the fd store); ``on_started`` the Gateway, when ready:
-    the supervisor was reached, or ``ready_secs`` have passed. When it has been away for
-    ``away_secs`` nobody waits for a model any more.
+    listening sockets once (to keep them in the fd store), ``on_started`` the worker when it is
+    ready: the supervisor was reached, or ``ready_secs`` have passed. After ``away_secs`` without
+    the supervisor, requests that would have to wait are refused.
     """
-    listeners = list(sockets) or bind_all(config.listen_addresses())
-    supervisor = Link(link)
+    listeners = list(sockets) or bind_all(config.listen_addresses(), access_of(config))
+    connection = Link(link)
     name = worker or f"gateway-{os.getpid()}"
-    gateway = Gateway(config, supervisor, worker=name, keys=keys)
-    app = build_app(config, gateway, supervisor)
+    state: Worker[Exchange] = Worker(config, connection, name=name, keys=keys)
+    dispatch = Dispatch(state)
+    metrics = MetricsPage(dispatch)
+    supervisor = Supervisor(dispatch, metrics.snapshot)
+    app = build_app(config, dispatch, metrics)
+    if config.gateway.ui:
+        add_ui_routes(app, Board(state), keys=state.guard is not None)
     servers: list[Any] = []
     metrics_servers: list[asyncio.Server] = []
     background: list[asyncio.Task[None]] = []
@@ -79,47 +90,54 @@ async def serve_gateway(
     loop.set_exception_handler(on_loop_error)
     secured = None if tls is None else Tls(*tls)
     if reload is not None:
-        reload += [part.reload for part in (gateway.guard, secured) if part is not None]
+        reload += [part.reload for part in (state.guard, secured) if part is not None]
     try:
-        background.append(loop.create_task(supervisor.run()))
-        background.append(loop.create_task(mind(gateway, away_secs)))
+        background += map(loop.create_task, (connection.run(), supervisor.watch(away_secs)))
         servers = await _listen(app, listeners, secured.context if secured else None)
-        metrics_servers += await serve_metrics(gateway.exposition, metrics_sockets)
-        background.append(loop.create_task(_sweep(gateway, servers, notifier, watchdog_secs)))
+        metrics_servers += await serve_metrics(metrics, metrics_sockets)
+        background.append(loop.create_task(_sweep(state, servers, notifier, watchdog_secs)))
         if on_listen is not None:
             on_listen(listeners)
         where = ", ".join(describe_socket(listener) for listener in listeners)
         logger.info("Gateway listening on %s", where)
-        await _first_contact(supervisor, stop, ready_secs)
-        if not stop.is_set():
-            if notifier is not None:
-                notifier.ready()
-                notifier.status(f"listening on {where}")
-            if on_started is not None:
-                on_started(gateway)
-            await stop.wait()
-        if notifier is not None:
-            notifier.stopping()
-        await drain(gateway, servers, patience or Patience())
+        await _first_contact(connection, stop, ready_secs)
+        await _until(stop, state, f"listening on {where}", notifier, on_started)
+        _stop_listening(metrics_servers)
+        await drain(dispatch, servers, drain_limits or DrainLimits(), handover)
     finally:
-        for server in metrics_servers:
-            server.close()
-        await _close(app, gateway, servers, background)
+        await _close(app, dispatch, servers, metrics_servers, background)
 
 
 # ---- sockets ------------------------------------------------------------------------------------
 
 
-def bind_all(addresses: Sequence[str]) -> list[socket.socket]:
+class Access(NamedTuple):
+    """Who may connect to a unix socket: its mode, and its group if it is not ours."""
+
+    mode: int = 0o660
+    group: str | None = None
+
+
+OURS: Final = Access()
+
+
+def access_of(config: Config) -> Access:
+    return Access(int(config.gateway.socket_mode, 8), config.gateway.socket_group)
+
+
+def bind_all(addresses: Sequence[str], access: Access = OURS) -> list[socket.socket]:
     """Listening sockets for ``host:port`` and ``unix:/path``; an OSError names the address."""
     bound: list[socket.socket] = []
     try:
         for address in addresses:
             try:
-                bound.append(_bind(address))
+                bound.append(_bind(address, access))
             except (OSError, ValueError) as error:
                 cause = error.strerror or str(error) if isinstance(error, OSError) else str(error)
                 number = error.errno if isinstance(error, OSError) else None
+                if number == errno.EADDRINUSE:
+                    port = address.rpartition(":")[2]
+                    cause += f" (who has it: ss -ltnp 'sport = :{port}')"
                 raise OSError(number, f"cannot listen on {address}: {cause}") from error
     except OSError:
         for listener in bound:
@@ -128,9 +146,9 @@ def bind_all(addresses: Sequence[str]) -> list[socket.socket]:
     return bound
 
 
-def _bind(address: str) -> socket.socket:
+def _bind(address: str, access: Access) -> socket.socket:
     if address.startswith("unix:"):
-        return _bind_unix(Path(address.removeprefix("unix:")))
+        return _bind_unix(Path(address.removeprefix("unix:")), access)
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
     family, kind, protocol, _, name = socket.getaddrinfo(
@@ -150,12 +168,17 @@ def _bind(address: str) -> socket.socket:
     return listener
 
 
-def _bind_unix(path: Path) -> socket.socket:
+def _bind_unix(path: Path, access: Access) -> socket.socket:
+    group = -1 if access.group is None else _gid_of(access.group)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.is_socket() and not _somebody_listens(path):
+        if path.is_socket() and not _is_listening(path):
             path.unlink()
         listener.bind(str(path))
+        # Until it listens no one can connect, whatever the umask left open.
+        if group != -1:
+            os.chown(path, -1, group)
+        path.chmod(access.mode)
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError:
@@ -164,7 +187,14 @@ def _bind_unix(path: Path) -> socket.socket:
     return listener
 
 
-def _somebody_listens(path: Path) -> bool:
+def _gid_of(group: str) -> int:
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise OSError(errno.ENOENT, f"there is no group {group} (gateway.socket_group)") from None
+
+
+def _is_listening(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
@@ -193,10 +223,10 @@ async def _listen(
         server = await app.create_server(
             sock=listener,
             ssl=None if listener.family == socket.AF_UNIX else context,
-            protocol=FrontProtocol,
+            protocol=ClientConnection,
             backlog=BACKLOG,
             return_asyncio_server=True,
-            # Else connections are accepted before startup() has run.
+            # Otherwise connections are accepted before startup() has run.
             asyncio_server_kwargs={"start_serving": False},
         )
         assert server is not None, "create_server returns a server when asked for one"
@@ -210,46 +240,78 @@ async def _listen(
     return servers
 
 
-async def _first_contact(link: Link, stop: asyncio.Event, patience: float) -> None:
-    """Until the supervisor is there, or the stop, or no longer."""
+async def _until(
+    stop: asyncio.Event,
+    worker: Worker[Exchange],
+    status: str,
+    notifier: Notifier | None,
+    on_started: Callable[[Worker[Exchange]], None] | None,
+) -> None:
+    """Report the start, wait for ``stop``, report that."""
+    if not stop.is_set():
+        if notifier is not None:
+            notifier.ready()
+            notifier.status(status)
+        if on_started is not None:
+            on_started(worker)
+        await stop.wait()
+    if notifier is not None:
+        notifier.stopping()
+
+
+async def _first_contact(link: Link, stop: asyncio.Event, timeout: float) -> None:
+    """Wait for the supervisor, for ``stop`` or for ``timeout``."""
     loop = asyncio.get_running_loop()
     waits = [loop.create_task(link.here.wait()), loop.create_task(stop.wait())]
     try:
-        await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for wait in waits:
             wait.cancel()
 
 
 async def _sweep(
-    gateway: Gateway, servers: Sequence[Any], notifier: Notifier | None, watchdog_secs: float | None
+    worker: Worker[Any],
+    servers: Sequence[Any],
+    notifier: Notifier | None,
+    watchdog_secs: float | None,
 ) -> None:
-    """Once a second: connections whose deadline passed; and the watchdog, which is thereby fed
-    exactly as long as the loop turns."""
+    """Once a second: expire connections whose deadline passed, and ping the watchdog, which is thus
+    fed exactly as long as the loop turns."""
     interval = (
         SWEEP_SECS if watchdog_secs is None else min(SWEEP_SECS, watchdog_secs / WATCHDOG_BEATS)
     )
     while True:
         if notifier is not None and watchdog_secs is not None:
             notifier.watchdog()
-        now = gateway.clock()
-        for front in fronts(servers):
-            if 0.0 < front.deadline < now:
-                front.expire()
+        now = worker.clock()
+        for client in connections(servers):
+            if 0.0 < client.deadline < now:
+                client.expire()
             else:
-                look_after(front, now)
+                check_half_closed(client, now)
         await asyncio.sleep(interval)
 
 
+def _stop_listening(servers: Sequence[asyncio.Server]) -> None:
+    for server in servers:
+        server.close()
+
+
 async def _close(
-    app: App, gateway: Gateway, servers: Sequence[Any], background: Sequence[asyncio.Task[None]]
+    app: App,
+    dispatch: Dispatch,
+    servers: Sequence[Any],
+    metrics_servers: Sequence[asyncio.Server],
+    background: Sequence[asyncio.Task[None]],
 ) -> None:
+    _stop_listening(metrics_servers)
     for server in servers:
         if server.is_serving():
             server.close()
-    gateway.close()
-    for front in fronts(servers):
-        front.abort()
+    dispatch.close()
+    for client in connections(servers):
+        client.abort()
     for task in background:
         task.cancel()
     with suppress(asyncio.CancelledError):
@@ -257,4 +319,4 @@ async def _close(
     if servers:
         await servers[0].before_stop()
         await servers[0].after_stop()
-    app.__class__.unregister_app(app)  # Sanic keeps every app by name for ever
+    app.__class__.unregister_app(app)  # Sanic keeps every app in a global table

@@ -1,8 +1,12 @@
-"""Several gateway workers on the same listening sockets, forked by a parent that only minds them.
+"""Several gateway workers on the same listening sockets, forked by a parent that supervises them.
 
-The parent has no event loop and touches no request. Each worker holds one end of a socket pair:
-what it would tell systemd goes through it, and its end tells a worker that the parent is gone.
-A worker that dies, or whose loop stands still, is replaced; its clients' requests end with it.
+The parent has no event loop and touches no request. Each worker holds one end of a socket pair: its
+notifications for systemd go through it, and its EOF means that the parent is gone. A worker that
+dies, or whose loop stalls, is replaced; its clients' requests end with it.
+
+A parent that systemd restarts ends at once, and its workers serve on, new connections too, until
+the next parent's workers are up: that one sends them HAND_OVER, and they drain beside it. In a stop
+that is no restart, workers of former parents end with those of this one.
 """
 
 from __future__ import annotations
@@ -16,38 +20,40 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from llmux.ports import Notifier
 
 logger = logging.getLogger(__name__)
 
-HANG_SECS: Final = 20.0  # a worker that does not say for so long that its loop turns is killed …
-BEATS: Final = 20  # … which it says as many times in that time
-STOP_SECS: Final = 50.0  # longer than a worker's drain, shorter than systemd's patience
-BEAT_SECS: Final = 1.0  # how often the parent looks after them and feeds systemd's watchdog
-FIRST_DELAY_SECS: Final = 0.1  # before a worker is replaced; doubles while they die at once
+HANG_SECS: Final = 20.0  # a worker that sends no watchdog ping for this time is killed …
+BEATS: Final = 20  # … of which it sends this many per HANG_SECS
+STOP_SECS: Final = 50.0  # longer than a worker's drain, shorter than TimeoutStopSec
+BEAT_SECS: Final = 1.0  # how often the parent checks the workers and pings systemd's watchdog
+FIRST_DELAY_SECS: Final = 0.1  # before a worker is replaced; doubles while workers die young
 MAX_DELAY_SECS: Final = 5.0
 YOUNG_SECS: Final = 2.0
+
+HAND_OVER: Final = signal.SIGUSR2
 
 READY: Final = b"R"
 ALIVE: Final = b"W"
 
 
 class WorkerNotifier:
-    """Notifier of a worker: tells the parent. ``life`` becomes readable when that is gone."""
+    """A worker's Notifier: reports to the parent. ``life`` becomes readable when that is gone."""
 
     def __init__(self, life: socket.socket) -> None:
         self.life = life
 
     def ready(self) -> None:
-        self._tell(READY)
+        self._send(READY)
 
     def watchdog(self) -> None:
-        self._tell(ALIVE)
+        self._send(ALIVE)
 
     def status(self, text: str) -> None:
-        """The parent says something for all of them."""
+        """Ignored: the parent's status covers all workers."""
 
     def reloading(self) -> None:
         """As ``status``."""
@@ -55,9 +61,16 @@ class WorkerNotifier:
     def stopping(self) -> None:
         """As ``status``."""
 
-    def _tell(self, word: bytes) -> None:
+    def _send(self, word: bytes) -> None:
         with suppress(OSError):
             self.life.send(word)
+
+
+class Unit(Protocol):
+    """What the parent asks of the unit that it runs in."""
+
+    def is_replaced(self) -> bool: ...
+    def others(self) -> list[int]: ...
 
 
 Work = Callable[[WorkerNotifier], None]  # one worker from start to stop
@@ -75,25 +88,28 @@ class _Worker:
 
 @dataclass(slots=True)
 class Parent:
-    """``work`` is one worker from start to stop: it says ``watchdog`` to its notifier ``BEATS``
-    times in ``hang_secs``, from its start on. ``run`` returns when a stop was asked for and every
+    """``work`` is one worker from start to stop: it calls its notifier's ``watchdog`` ``BEATS``
+    times per ``hang_secs``, from its start on. ``run`` returns when a stop was requested and every
     worker has ended."""
 
     count: int
     work: Work
     notifier: Notifier
+    unit: Unit
     hang_secs: float = HANG_SECS
     _workers: dict[int, _Worker] = field(default_factory=dict)  # by number
     _due: dict[int, float] = field(default_factory=dict)  # number → when to start it
     _delay: float = FIRST_DELAY_SECS
     _selector: selectors.DefaultSelector = field(default_factory=selectors.DefaultSelector)
     _stop_by: float | None = None
-    _told_ready: bool = False
+    _handed_over: bool = False
+    _reported_ready: bool = False
 
     def run(self) -> None:
         signals, wakeup = socket.socketpair()
         for sock in (signals, wakeup):
             sock.setblocking(False)
+        signal.signal(HAND_OVER, signal.SIG_IGN)  # for a worker that has no handler yet
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
         former = {number: signal.signal(number, lambda *_: None) for number in numbers}
         former_fd = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
@@ -101,7 +117,9 @@ class Parent:
         try:
             now = time.monotonic()
             self._due = dict.fromkeys(range(1, self.count + 1), now)
-            while self._stop_by is None or self._workers:
+            while not self._handed_over and (
+                self._stop_by is None or self._workers or self._former()
+            ):
                 self._turn(signals)
         finally:
             signal.set_wakeup_fd(former_fd)
@@ -125,7 +143,7 @@ class Parent:
                     self._signalled(number)
             else:
                 self._heard(key.data)
-        self._look_after(time.monotonic())
+        self._check(time.monotonic())
         self.notifier.watchdog()
 
     # ---- workers --------------------------------------------------------------------------------
@@ -144,7 +162,7 @@ class Parent:
         self._selector.register(ours, selectors.EVENT_READ, worker)
 
     def _be_worker(self, life: socket.socket) -> None:
-        """Never returns: the parent's stack is not the worker's."""
+        """Never returns: a worker must not unwind the parent's stack."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -156,8 +174,8 @@ class Parent:
             life.setblocking(False)
             self.work(WorkerNotifier(life))
             status = 0
-        except BaseException:  # told here, once; a traceback must not unwind into the parent's code
-            logger.exception("a gateway worker ends")
+        except BaseException:  # must not unwind into the parent's code
+            logger.exception("a gateway worker failed")
         finally:
             logging.shutdown()
             os._exit(status)
@@ -170,7 +188,7 @@ class Parent:
         except OSError:
             words = b""
         if not words:
-            self._selector.unregister(worker.sock)  # it ends; SIGCHLD follows
+            self._selector.unregister(worker.sock)  # it is exiting; SIGCHLD follows
             return
         worker.heard = time.monotonic()
         if READY in words and not worker.ready:
@@ -178,11 +196,12 @@ class Parent:
             self._delay = FIRST_DELAY_SECS
             up = sum(one.ready for one in self._workers.values())
             self.notifier.status(f"{up} of {self.count} workers are up")
-            if up == self.count and not self._told_ready:
-                self._told_ready = True
+            if up == self.count and not self._reported_ready:
+                self._reported_ready = True
                 self.notifier.ready()
+                _send(HAND_OVER, self._former())
 
-    def _look_after(self, now: float) -> None:
+    def _check(self, now: float) -> None:
         for worker in list(self._workers.values()):
             pid, status = os.waitpid(worker.pid, os.WNOHANG)
             if pid:
@@ -193,7 +212,8 @@ class Parent:
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.heard = now
         if self._stop_by is not None and now > self._stop_by:
-            self._tell_all(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)
+            _send(signal.SIGKILL, self._former())
 
     def _ended(self, worker: _Worker, status: int, now: float) -> None:
         del self._workers[worker.number]
@@ -213,14 +233,29 @@ class Parent:
 
     def _signalled(self, number: int) -> None:
         if number in (signal.SIGTERM, signal.SIGINT) and self._stop_by is None:
-            self._stop_by = time.monotonic() + STOP_SECS
-            self._due.clear()
             self.notifier.stopping()
-            self._tell_all(signal.SIGTERM)
+            self._due.clear()
+            if self.unit.is_replaced():
+                logger.info("restart: %d workers serve on until the next gateway is up",
+                            len(self._workers))  # fmt: skip
+                self._handed_over = True
+                return
+            self._stop_by = time.monotonic() + STOP_SECS
+            self._signal_all(signal.SIGTERM)
+            _send(signal.SIGTERM, self._former())
         elif number == signal.SIGHUP:
-            self._tell_all(signal.SIGHUP)
+            self._signal_all(signal.SIGHUP)
 
-    def _tell_all(self, number: int) -> None:
-        for worker in self._workers.values():
-            with suppress(ProcessLookupError):
-                os.kill(worker.pid, number)
+    def _signal_all(self, number: int) -> None:
+        _send(number, [worker.pid for worker in self._workers.values()])
+
+    def _former(self) -> list[int]:
+        """Workers that former parents left."""
+        own = {worker.pid for worker in self._workers.values()}
+        return [pid for pid in self.unit.others() if pid not in own]
+
+
+def _send(number: int, pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -9,8 +9,8 @@ from llmux.core.effects import SwitchFinished
 from llmux.core.events import Tick
 from llmux.core.records import State
 from llmux.ports import Notifier
+from llmux.runtime.control.status import one_line
 from llmux.runtime.loop import Loop
-from llmux.runtime.status import one_line
 
 log = logging.getLogger("llmux")
 
@@ -18,7 +18,7 @@ GATEWAY_SECS = 5.0  # a gateway starts in 0.3 s, on a busy machine in 2; its lon
 
 
 class StatusLine:
-    """Tells systemd the active models whenever they change."""
+    """Sends systemd the active models whenever they change."""
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
@@ -34,7 +34,7 @@ class StatusLine:
         pass
 
 
-async def tell_ready(loop: Loop, notifier: Notifier) -> None:
+async def announce_ready(loop: Loop, notifier: Notifier) -> None:
     """READY once a request can be served, which takes a gateway. One that cannot start does not
     keep operators from the supervisor, so the wait for it is short."""
     try:

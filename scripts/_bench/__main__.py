@@ -7,7 +7,18 @@ import importlib
 import signal
 import sys
 
-SUBCOMMANDS = ("switch", "park", "proxy", "overload", "scrape")
+SUBCOMMANDS = (
+    "switch",
+    "park",
+    "proxy",
+    "overload",
+    "scrape",
+    "decide",
+    "many",
+    "policy",
+    "ui",
+    "idle",
+)
 
 
 def main() -> int:

@@ -16,14 +16,13 @@ import sys
 import time
 
 sys.path.insert(0, "/usr/lib/llmux")
-sys.path.insert(1, str(pathlib.Path(__file__).parent))
+sys.path.insert(1, str(pathlib.Path(__file__).parents[1]))
 sys.dont_write_bytecode = True
 
-import turns  # noqa: E402
-
-from llmux.drivers import criu_amx, criu_cli, criu_host, criu_shm  # noqa: E402
-from llmux.drivers.criu_tree import SHM  # noqa: E402
-from llmux.drivers.images_manifest import load_manifest  # noqa: E402
+from _bench import turns  # noqa: E402
+from llmux.drivers.criu import amx, command, host, shm  # noqa: E402
+from llmux.drivers.criu.tree import SHM  # noqa: E402
+from llmux.drivers.images.manifest import load_manifest  # noqa: E402
 
 UNIT = "bare-restore.scope"
 WORK = "/var/tmp/bare-restore"
@@ -33,13 +32,14 @@ def restore(image: str, model: str, socket: str) -> dict[str, object]:
     manifest = load_manifest(image)
     shutil.rmtree(WORK, ignore_errors=True)
     os.makedirs(f"{WORK}/no-plugins", mode=0o700)
-    criu_host.put_right(manifest)
-    criu_host.clear_sockets(manifest)
-    made = criu_shm.put_back(manifest.shm, image)
+    host.put_right(manifest)
+    host.clear_sockets(manifest)
+    made = shm.put_back(manifest.shm, image)
     criu = shutil.which("criu") or "criu"
-    argv = criu_cli.restore_arguments(criu, image, WORK, f"{WORK}/no-plugins")
-    if criu_amx.is_needed():
-        argv = criu_amx.wrapped(argv)
+    argv = command.restore_arguments(criu, image, WORK, f"{WORK}/no-plugins")
+    argv.remove("--leave-stopped")  # for a comparison that a bare restore does not make
+    if amx.is_needed():
+        argv = amx.wrapped(argv)
     try:
         began = time.monotonic()
         subprocess.run(["systemd-run", "--quiet", "--scope", f"--unit={UNIT}", *argv], check=True)
@@ -60,7 +60,7 @@ def restore(image: str, model: str, socket: str) -> dict[str, object]:
         for process in manifest.processes:
             while os.path.exists(f"/proc/{process.pid}"):
                 time.sleep(0.001)  # init reaps it, without telling us
-        criu_shm.remove(made, SHM)
+        shm.remove(made, SHM)
 
 
 def main(image: str, count: str, model: str, socket: str) -> int:

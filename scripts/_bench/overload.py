@@ -10,7 +10,7 @@ request for the same model that was sent after it and was accepted: what a clien
 that had sent its request again and again without a pause. (It is an upper bound of how early a
 single later attempt can be answered, and no promise that one later attempt is accepted: while the
 overload lasts most are not.) The error of a Retry-After is its distance from that, as a share of
-it. Requests turned away so late that nobody after them was accepted have no real wait and are
+it. Requests turned away so late that no later one was accepted have no real wait and are
 counted apart. Memory is the anonymous memory of the one process that is supervisor and gateway, and
 flat means: in the last third of the time not more than 5 % above its median in the second.
 """

@@ -20,6 +20,7 @@ from typing import Any
 from _lab import host
 from _lab.guest import Guest
 
+from _bench import first_eviction
 from _bench.engines import IMAGES, MODELS, NO_RELEASE, Engines, configuration
 from _bench.switch import machine
 from _bench.turns import Turn
@@ -27,11 +28,15 @@ from _bench.turns import Turn
 HELP = "cold start, dump, restore and image of the real vLLM on the CPU (root: runs in a guest)"
 # An image is measured with KV caches of these sizes as well: next to none, and four times as much.
 KV_CACHES = {"16 MiB": 16 << 20, "4 GiB": 4 << 30}
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--cycles", type=int, default=10, help="restores of each of two models")
+    parser.add_argument(
+        "--first-eviction", action="store_true", help="measure only what the next model waits for"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,28 +48,61 @@ def run(arguments: argparse.Namespace) -> int:
     with Guest.up(debs=[build_package()], with_vllm=True) as guest:
         engines = Engines(guest)
         load = os.getloadavg()[0]
+        if arguments.first_eviction:
+            return write(
+                {"first_eviction": first_eviction.measure(engines), **about(load)}, arguments
+            )
         engines.begin("retain+checkpoint")
         turns, bare = engines.cycles(arguments.cycles)
         images = {model: engines.image(model) for model in MODELS}
+        by_pages = with_huge_pages(engines, len(bare))
         solid = without_holes(engines, len(bare))
         by_cache = {
             name: with_kv_cache(engines, size, len(bare)) for name, size in KV_CACHES.items()
         }
+        first = first_eviction.measure(engines)
     document = {
         **figures(turns, bare, solid, images),
+        "first_eviction": first,
+        "bare_criu_restore_by_huge_pages_s": by_pages,
         "cycles": arguments.cycles,
         "images_by_kv_cache": by_cache,
         "images_by_kv_cache_note": NO_RELEASE,
+        **about(load),
+    }
+    return write(document, arguments)
+
+
+def about(load: float) -> dict[str, Any]:
+    return {
         "load_average_before": load,
         "load_average_after": os.getloadavg()[0],
         "method": " ".join((__doc__ or "").split()),
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def write(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     print_table(document)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(document, indent=2) + "\n")
     return 0
+
+
+def with_huge_pages(engines: Engines, count: int) -> dict[str, float]:
+    """The same restores with the kernel's setting for transparent huge pages changed, in turns:
+    with `madvise`, which distributions have, CRIU faults pages of 4 KiB."""
+    before = HUGE_PAGES.read_text().partition("[")[2].partition("]")[0]
+    seconds: dict[str, list[float]] = {"madvise": [], "always": []}
+    try:
+        for _ in range(max(1, count // 2)):
+            for setting, found in seconds.items():
+                HUGE_PAGES.write_text(setting)
+                found += (one["criu_s"] for one in engines.bare_restores(1))
+    finally:
+        HUGE_PAGES.write_text(before)
+    return {setting: median(found) for setting, found in seconds.items()}
 
 
 def without_holes(engines: Engines, count: int) -> list[dict[str, Any]]:
@@ -129,7 +167,7 @@ def figures(
 def print_table(document: dict[str, Any]) -> None:
     """The figures for people; how they were made is in the JSON."""
     for key, value in document.items():
-        if key == "wake_steps_s":
+        if key in ("wake_steps_s", "first_eviction", "bare_criu_restore_by_huge_pages_s"):
             shown = ", ".join(f"{name} {seconds:.3f}" for name, seconds in value.items())
         elif key == "images_by_kv_cache":
             shown = "; ".join(

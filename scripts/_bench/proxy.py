@@ -1,7 +1,7 @@
 """The gateway beside nginx and LiteLLM's proxy: what each adds between clients and one engine.
 
-The engine is a stub that costs next to nothing (proxy_stub.c), the clients are one light program
-(proxy_load.c). Proxies run on one CPU, engine and clients on another; every proxy is started anew
+The engine is a stub that costs next to nothing (proxies/stub.c), the clients are one light program
+(proxies/load.c). Proxies run on one CPU, engine and clients on another; every proxy is started anew
 in every round, the rounds interleave them, and figures are medians of the rounds. CPU is the
 scheduler's account of the proxy's processes, divided by what they relayed. Added latency is the
 proxied one minus that of the same clients at the engine itself in the same round. Streams are
@@ -27,9 +27,9 @@ from typing import Any
 
 from _lab import host
 
-from _bench import proxy_subjects as subjects
-from _bench.proxy_report import document, print_table
-from _bench.proxy_subjects import LOAD_CPU, MODEL, Engine, Start, Subject
+from _bench.proxies import subjects
+from _bench.proxies.report import document, print_table
+from _bench.proxies.subjects import LOAD_CPU, MODEL, Engine, Start, Subject
 
 HELP = "the gateway beside nginx and LiteLLM: CPU, latency, throughput, memory (two CPUs)"
 STARTS: dict[str, Start] = {
@@ -101,7 +101,7 @@ def measured(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Load:
-    """The clients, at one address; see proxy_load.c for the commands."""
+    """The clients, at one address; see proxies/load.c for the commands."""
 
     def __init__(self, program: str, address: str) -> None:
         self._child = subprocess.Popen(
@@ -139,7 +139,7 @@ class Bench:
     def __init__(self, directory: pathlib.Path, arguments: argparse.Namespace) -> None:
         self._directory = directory
         self._arguments = arguments
-        self._load = subjects.compiled("proxy_load", directory)
+        self._load = subjects.compiled("load", directory)
 
     def _with(self, name: str, work: Callable[[Subject, Engine], dict[str, Any]]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=self._directory) as own:

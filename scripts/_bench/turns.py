@@ -84,6 +84,8 @@ def complete(connection: http.client.HTTPConnection, model: str) -> Turn:
         return turn
     done = False
     for line in response:
+        if line.startswith(b":"):
+            continue  # a comment: a sign of life
         data = line.decode().strip().removeprefix("data: ")
         if data == "[DONE]":
             done = True

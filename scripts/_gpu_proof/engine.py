@@ -1,15 +1,19 @@
 """An engine for the proof: vLLM's HTTP control API over real GPU tensors (or pretended ones).
 
-``engine.py --uds PATH [--gib N] [--cache-gib N] [--seed S] [--fake DIRECTORY]``. One process; every
-connection is closed after its answer, so that CRIU finds only the listening socket.
+``engine.py --uds PATH [--gib N] [--cache-gib N] [--seed S] [--with EXTRA] [--fake DIR]``. Every
+connection is closed after its answer, so that CRIU finds only the listening socket. EXTRA ``nccl``
+adds a communicator; ``parent`` and ``cuinit`` make the engine the child of a process that asked
+NVML, or called cuInit, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import socketserver
+import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -25,7 +29,7 @@ TAGS = ("weights", "kv_cache")
 
 
 class Engine:
-    """The backend and what is awake of it."""
+    """The backend and which of its parts are awake."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -144,19 +148,35 @@ class Server(socketserver.UnixStreamServer):
     request_queue_size = 64
 
 
+def be_parent(extra: str) -> int:
+    """Look at the GPUs as an API server does, then wait for the engine as a child."""
+    if extra == "cuinit":
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
+    else:
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        import torch
+
+        torch.cuda.is_available()
+    argv = [word for word in sys.argv if word not in ("--with", extra)]
+    return subprocess.run([sys.executable, *argv]).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", required=True)
     parser.add_argument("--gib", type=float, default=8.0)
     parser.add_argument("--cache-gib", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--with", dest="extra", default="")
     parser.add_argument("--fake", type=Path)
     asked = parser.parse_args()
+    if asked.extra in ("parent", "cuinit"):
+        sys.exit(be_parent(asked.extra))
     backend: Backend
     if asked.fake:
         backend = FakeBackend(asked.fake, asked.gib, asked.cache_gib, asked.seed)
     else:
-        backend = TorchBackend(asked.gib, asked.cache_gib, asked.seed)
+        backend = TorchBackend(asked.gib, asked.cache_gib, asked.seed, nccl=asked.extra == "nccl")
     Handler.engine = Engine(backend)
     os.umask(0o077)
     with Server(asked.uds, Handler) as server:

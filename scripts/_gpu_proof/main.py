@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from _gpu_proof import report
-from _gpu_proof.client import Client, Engine, ProofError
-from _gpu_proof.host import Criu, FakeMemory, Freezer, NotHere, find_memory
-from _gpu_proof.matrix import ROWS, Bench, Row, run_row
-from llmux.drivers import launcher
-from llmux.drivers.cuda import LIBRARY, CudaDriver
-from llmux.drivers.cuda_cli import CudaCheckpointTool
-from llmux.errors import DriverError
+from _gpu_proof import carry, report
+from _gpu_proof.bench import Bench, Budget, Engine, OutOfBudgetError, environment
+from _gpu_proof.client import ProofError
+from _gpu_proof.evidence import Evidence
+from _gpu_proof.matrix import ROWS, Row, run_row
+from _gpu_proof.memory import Memory, PretendedMemory, find_memory
+from _gpu_proof.units import ProofUnits, find_cgroup
+from llmux.drivers.criu.driver import Criu
+from llmux.drivers.cuda.driver import LIBRARY, CudaDriver
+from llmux.drivers.cuda.tool import CudaCheckpointTool
+from llmux.drivers.images.store import ImageStore
+from llmux.drivers.processes.freezer import CgroupFreezer
+from llmux.drivers.processes.run import run
+from llmux.errors import DriverError, Unsupported
 from llmux.ports import DeviceCheckpointer
 
 ROOT = Path(__file__).resolve().parents[2]
-STARTUP_SECS = 1800.0
+TORCH_SECS = 60.0
 # Another batch shape after a wake moves vLLM's bfloat16 log-probs a little; its words must stay.
 VLLM_TOLERANCE = 0.05
 # What makes vLLM's processes checkpointable: no forked CUDA, no io_uring, no other network.
@@ -41,17 +45,37 @@ VLLM_ENV = {
     "USE_LIBUV": "0",
     "NO_COLOR": "1",
 }
+# What the proof's engine has besides its weights and cache, and the rows that it is measured with:
+# each of these may be what a driver cannot checkpoint, so each has an engine of its own.
+VARIANTS = {
+    "nccl": "a single-rank NCCL communicator",
+    "parent": "a parent process that only asked torch about GPUs (NVML)",
+    "cuinit": "a parent process that called cuInit without a context",
+}
+VARIANT_ROWS = (("retain", "cuda_suspend"), ("retain", "checkpoint"))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu-proof", description=__doc__)
-    parser.add_argument("--gib", type=float, default=8.0, help="weights of the PyTorch engine")
+    parser.add_argument("--gib", type=float, default=4.0, help="weights of the PyTorch engine")
     parser.add_argument("--cache-gib", type=float, default=1.0, help="its KV cache")
     parser.add_argument("--gpu", type=int, default=0, help="index as nvidia-smi counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--rows", default="", help="only these: retain+freeze,discard+checkpoint")
     parser.add_argument(
         "--images", type=Path, help="directory for CRIU images (default: temporary)"
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="SECS", help="end after that long; best rows come first"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep logs, maps, open files and results there"
+    )
+    parser.add_argument(
+        "--carry", type=Path, metavar="DIR", help="collect CRIU for a host without network, and end"
+    )
+    parser.add_argument(
+        "--variants", default=",".join(VARIANTS), help="engines with something more; '' for none"
     )
     parser.add_argument("--criu", default="criu")
     parser.add_argument("--cuda-checkpoint", metavar="PATH", help="the tool in place of libcuda")
@@ -72,49 +96,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return asked
 
 
-def engine_environment(gpu: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi counts
-        "CUDA_VISIBLE_DEVICES": str(gpu),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # reproducible, as PyTorch's documentation asks
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-
-
-def proof_engine(asked: argparse.Namespace, work: Path, fake: Path | None) -> Engine:
+def proof_engine(
+    asked: argparse.Namespace, work: Path, units: ProofUnits, fake: Path | None, extra: str
+) -> Engine:
     script = Path(__file__).with_name("engine.py")
-    uds = work / "proof.sock"
     python = sys.executable if fake else asked.python
-    argv = [python, str(script), "--uds", str(uds), "--gib", str(asked.gib)]
+    argv = [shutil.which(python) or python, str(script), "--gib", str(asked.gib)]
     argv += ["--cache-gib", str(asked.cache_gib), *(["--fake", str(fake)] if fake else [])]
-    client = Client(uds, "proof")
-    return Engine(argv, engine_environment(asked.gpu), client, work / "proof.log", STARTUP_SECS)
+    argv += ["--with", extra] if extra else []
+    return Engine(argv, environment(asked.gpu), work, units, f"proof{extra}")
 
 
-def vllm_engine(asked: argparse.Namespace, work: Path) -> Engine:
-    uds = work / "vllm.sock"
-    argv = [asked.vllm, "serve", asked.vllm_model, "--uds", str(uds), "--enable-sleep-mode"]
+def vllm_engine(asked: argparse.Namespace, work: Path, units: ProofUnits) -> Engine:
+    program = shutil.which(asked.vllm) or asked.vllm
+    argv = [program, "serve", asked.vllm_model, "--enable-sleep-mode"]
     argv += ["--served-model-name", "proof", *asked.vllm_arg]
-    env = {**engine_environment(asked.gpu), **VLLM_ENV, "VLLM_RPC_BASE_PATH": str(work)}
-    return Engine(argv, env, Client(uds, "proof"), work / "vllm.log", STARTUP_SECS)
+    env = {**environment(asked.gpu), **VLLM_ENV, "VLLM_RPC_BASE_PATH": str(work)}
+    return Engine(argv, env, work, units, "vllm")
 
 
-def need_torch(python: str) -> str:
+async def need_torch(python: str) -> str:
     """PyTorch's version, when it sees a GPU. Asked in a process of its own: no context in ours."""
     code = "import torch; assert torch.cuda.is_available(), 'sees no GPU'; print(torch.__version__)"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise NotHere(f"PyTorch: {lines[-1] if lines else 'failed'}")
+    done = await run([python, "-c", code], TORCH_SECS)
+    if done.code != 0:
+        raise Unsupported("use", "PyTorch", done.excerpt or f"status {done.code}")
     return done.stdout.strip()
-
-
-def deny_io_uring() -> None:
-    """In vLLM's process before it starts: CRIU cannot dump the ring that libuv opens."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, without which no filter may be set
-    launcher.deny_io_uring(libc)
 
 
 def make_fake(work: Path) -> tuple[Path, str]:
@@ -126,104 +133,132 @@ def make_fake(work: Path) -> tuple[Path, str]:
     return fake.directory, str(fake.library)
 
 
-def probe_cuda(driver: DeviceCheckpointer, runner: asyncio.Runner) -> DeviceCheckpointer | str:
-    try:
-        runner.run(driver.suspend([], 60.0))
-    except DriverError as error:
-        return str(error)
-    return driver
+class Proof:
+    """One run: the rows so far, shown and kept as soon as they are known."""
 
+    def __init__(self, asked: argparse.Namespace, work: Path) -> None:
+        self._asked = asked
+        self._work = work
+        self._images = asked.images or work / "images"
+        self._budget = Budget(asked.budget)
+        self._evidence = Evidence(asked.out)
+        self.rows: list[Row] = []
+        self.facts: dict[str, str] = {"kernel": platform.release()}
 
-def run_engine(
-    name: str, engine: Engine, asked: argparse.Namespace, parts: dict[str, object], rows: list[Row]
-) -> None:
-    """All rows on one engine; each is shown as soon as it is known."""
-    bench = Bench(name=name, engine=engine, **parts)  # type: ignore[arg-type]
-    try:
+    async def measure(self) -> None:
+        fake, library = make_fake(self._work) if self._asked.fake else (None, LIBRARY)
+        name = "pretended" if fake else "PyTorch"
+        memory: Memory
         try:
-            started = bench.fresh()
-            print(f"{name}: cold start {started:.1f} s", file=sys.stderr)
-        except (ProofError, OSError) as error:
-            why = f"the engine does not start: {error}"
-            rows += [Row(name, w, p, outcome="failed", why=why) for w, p in asked.rows]
+            memory = PretendedMemory(fake) if fake else await find_memory(self._asked.gpu)
+            self.facts["GPU"] = await memory.describe()
+            self.facts["memory read by"] = memory.name
+            if not fake:
+                self.facts["PyTorch"] = await need_torch(self._asked.python)
+        except DriverError as error:
+            self.facts["GPU"] = f"not measured: {error}"
+            self._unmeasured(name, str(error), self._asked.rows)
             return
-        for weights, process in asked.rows:
-            row = run_row(bench, weights, process)
-            rows.append(row)
-            print(f"{name}: {weights}+{process}: {row.outcome} {row.why}", file=sys.stderr)
-    finally:
-        engine.kill()
+        tool = self._asked.cuda_checkpoint
+        driver = CudaCheckpointTool(tool) if tool else CudaDriver(library)
+        try:
+            await self._engines(name, fake, memory, driver)
+        finally:
+            await driver.close()
 
+    async def _engines(
+        self, name: str, fake: Path | None, memory: Memory, driver: DeviceCheckpointer
+    ) -> None:
+        place = find_cgroup()
+        units = ProofUnits(place)
+        store = ImageStore(str(self._images))
+        root = place[0] if place else "/sys/fs/cgroup"
+        criu = Criu(units, store, str(self._images), criu_path=self._asked.criu, cgroup_root=root)
+        freezer = CgroupFreezer(root)
+        baseline = await memory.used_mib()
+        self.facts["GPU MiB used by others"] = str(baseline)
 
-def attempt(make: type, *arguments: object) -> object:
-    try:
-        return make(*arguments)
-    except NotHere as error:
-        return str(error)
+        def bench(name: str, engine: Engine, tolerance: float = 0.0) -> Bench:
+            return Bench(
+                name, engine, memory, baseline, driver, criu, store, freezer, self._budget,
+                self._evidence, self._images, tolerance, fake is not None,
+            )  # fmt: skip
 
+        engine = proof_engine(self._asked, self._work, units, fake, "")
+        await self._run(bench(name, engine), self._asked.rows)
+        if fake:
+            note = "pretended engine and driver: no number here says anything about a GPU"
+            self.facts["note"] = note
+        else:
+            for extra in filter(None, self._asked.variants.split(",")):
+                engine = proof_engine(self._asked, self._work, units, None, extra)
+                await self._run(bench(f"{name} with {extra}", engine), VARIANT_ROWS)
+            await self._vllm(units, bench)
+        await freezer.close()
 
-def unmeasured(name: str, why: str, asked: argparse.Namespace) -> list[Row]:
-    return [Row(name, w, p, outcome="not measured", why=why) for w, p in asked.rows]
+    async def _vllm(self, units: ProofUnits, bench: Callable[[str, Engine, float], Bench]) -> None:
+        asked = self._asked
+        if shutil.which(asked.vllm) is None:
+            self._unmeasured("vLLM", f"{asked.vllm} is not installed", asked.rows)
+        elif not asked.vllm_model:
+            self._unmeasured("vLLM", "no --vllm-model was given", asked.rows)
+        else:
+            try:
+                self.facts["vLLM"] = importlib.metadata.version("vllm")
+            except importlib.metadata.PackageNotFoundError:
+                self.facts["vLLM"] = asked.vllm
+            engine = vllm_engine(asked, self._work, units)
+            await self._run(bench("vLLM", engine, VLLM_TOLERANCE), asked.rows)
 
+    async def _run(self, bench: Bench, rows: Sequence[tuple[str, str]]) -> None:
+        try:
+            try:
+                started = await bench.ensure_running()
+                self._say(f"{bench.name}: cold start {started:.1f} s")
+            except OutOfBudgetError as error:
+                self._unmeasured(bench.name, str(error), rows)
+                return
+            except (ProofError, DriverError, TimeoutError, OSError) as error:
+                why = f"the engine does not start: {str(error) or 'not healthy in time'}"
+                self._add([Row(bench.name, w, p, outcome="failed", why=why) for w, p in rows])
+                return
+            for weights, process in rows:
+                row = await run_row(bench, weights, process)
+                self._evidence.keep_logs(f"{bench.name}-{row.name}", [bench.images])
+                self._add([row])
+                self._say(f"{bench.name}: {row.name}: {row.outcome} {row.why}")
+        finally:
+            await bench.engine.kill()
+            self._evidence.keep_logs(bench.name, [self._work])
 
-def measure(
-    asked: argparse.Namespace, work: Path, stack: ExitStack
-) -> tuple[list[Row], dict[str, str]]:
-    facts = {"kernel": platform.release()}
-    rows: list[Row] = []
-    fake, library = make_fake(work) if asked.fake else (None, LIBRARY)
-    name = "pretended" if fake else "PyTorch"
-    try:
-        memory = FakeMemory(fake) if fake else find_memory(asked.gpu)
-        facts["GPU"] = memory.describe()
-        facts["memory read by"] = memory.name
-        if not fake:
-            facts["PyTorch"] = need_torch(asked.python)
-    except NotHere as error:
-        facts["GPU"] = f"not measured: {error}"
-        return unmeasured(name, str(error), asked), facts
-    runner = stack.enter_context(asyncio.Runner())
-    driver = (
-        CudaCheckpointTool(asked.cuda_checkpoint) if asked.cuda_checkpoint else CudaDriver(library)
-    )
-    stack.callback(lambda: runner.run(driver.close()))
-    freezer = attempt(Freezer)
-    if isinstance(freezer, Freezer):
-        stack.callback(freezer.close)
-    parts: dict[str, object] = {
-        "memory": memory,
-        "baseline_mib": memory.used_mib(),
-        "cuda": probe_cuda(driver, runner),
-        "criu": attempt(Criu, asked.criu, asked.images or work / "images"),
-        "freezer": freezer,
-        "runner": runner,
-    }
-    facts["GPU MiB used by others"] = str(parts["baseline_mib"])
-    run_engine(name, proof_engine(asked, work, fake), asked, parts, rows)
-    if asked.fake:
-        facts["note"] = "pretended engine and driver: no number here says anything about a GPU"
-        return rows, facts
-    if shutil.which(asked.vllm) is None:
-        return rows + unmeasured("vLLM", f"{asked.vllm} is not installed", asked), facts
-    if not asked.vllm_model:
-        return rows + unmeasured("vLLM", "no --vllm-model was given", asked), facts
-    try:
-        facts["vLLM"] = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        facts["vLLM"] = asked.vllm
-    parts |= {"preexec": deny_io_uring, "tolerance": VLLM_TOLERANCE}
-    run_engine("vLLM", vllm_engine(asked, work), asked, parts, rows)
-    return rows, facts
+    def _unmeasured(self, name: str, why: str, rows: Sequence[tuple[str, str]]) -> None:
+        self._add([Row(name, w, p, outcome="not measured", why=why) for w, p in rows])
+
+    def _add(self, rows: list[Row]) -> None:
+        self.rows += rows
+        self._evidence.results(report.document(self.rows, self.facts))
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     asked = parse(sys.argv[1:] if argv is None else argv)
-    with tempfile.TemporaryDirectory(prefix="gpu-proof-") as directory, ExitStack() as stack:
-        work = Path(directory)
-        rows, facts = measure(asked, work, stack)
-    print(report.table(rows))
+    if asked.carry is not None:
+        return carry.collect(asked.carry)
+    # Not below a directory of others: an image is trusted by who owns the path to it.
+    with tempfile.TemporaryDirectory(prefix="gpu-proof-", dir=_work_parent()) as directory:
+        proof = Proof(asked, Path(directory))
+        asyncio.run(proof.measure())
+    print(report.table(proof.rows))
     print()
-    print(report.remarks(rows, facts))
+    print(report.remarks(proof.rows, proof.facts))
     if asked.json:
-        report.write_json(asked.json, rows, facts)
-    return report.exit_status(rows)
+        report.write_json(asked.json, proof.rows, proof.facts)
+    return report.exit_status(proof.rows)
+
+
+def _work_parent() -> str:
+    """/var/tmp rather than /tmp, which may be a tmpfs: images take gigabytes."""
+    return os.environ.get("TMPDIR", "/var/tmp")  # the directory below it is private

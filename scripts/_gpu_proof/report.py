@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from _gpu_proof.matrix import Row
 
@@ -65,9 +66,12 @@ def remarks(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def document(rows: Sequence[Row], facts: Mapping[str, str]) -> dict[str, Any]:
+    return {"facts": dict(facts), "rows": [row.as_json() for row in rows]}
+
+
 def write_json(path: Path, rows: Sequence[Row], facts: Mapping[str, str]) -> None:
-    document = {"facts": dict(facts), "rows": [row.as_json() for row in rows]}
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.write_text(json.dumps(document(rows, facts), indent=2) + "\n")
 
 
 def exit_status(rows: Sequence[Row]) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 GIB = 1 << 30
 WIDTH = 4096
 VOCABULARY = 4096
+PINNED_ELEMENTS = GIB // 4  # one GiB of float32
 POSITIONS = 64  # of one prompt and its answer; every cached prompt takes so many rows of the cache
 
 
@@ -48,7 +49,9 @@ class TorchBackend:
     use_deterministic_algorithms: it imports the whole compiler, and would only check this.)
     """
 
-    def __init__(self, weights_gib: float, cache_gib: float, seed: int) -> None:
+    def __init__(
+        self, weights_gib: float, cache_gib: float, seed: int, *, nccl: bool = False
+    ) -> None:
         import torch
 
         self._torch = torch
@@ -66,6 +69,7 @@ class TorchBackend:
         self.wake_weights()
         self.reload_weights()
         self.wake_cache()
+        self._extras = Extras(torch, self._device, nccl=nccl)
 
     def wake_weights(self) -> None:
         torch = self._torch
@@ -128,7 +132,7 @@ class TorchBackend:
                 tokens.append(best)
                 probabilities.append(float(scores[best]))
                 token, offset = best, offset + 1
-            return tokens, probabilities
+            return tokens, [*probabilities, self._extras.value()]
 
     def _step(self, start: int, offset: int, token: int) -> Any:
         """The state of one position, from its token and the mean of those cached before it."""
@@ -143,6 +147,37 @@ class TorchBackend:
             state = state * torch.rsqrt(state.float().pow(2).mean() + 1e-6).bfloat16()
         self._cache[start + offset] = state
         return state
+
+
+class Extras:
+    """What engines hold besides tensors, each used in every answer: a captured CUDA graph, pinned
+    host memory, and a communicator if asked for."""
+
+    def __init__(self, torch: Any, device: Any, *, nccl: bool) -> None:
+        self._torch = torch
+        self._pinned = torch.arange(PINNED_ELEMENTS, dtype=torch.float32).pin_memory()
+        self._input = torch.ones((WIDTH, WIDTH), device=device)
+        self._nccl = nccl
+        if nccl:
+            store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
+            torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # as torch's documentation of graphs asks: warm up first
+            self._output = self._input.sum(dim=0)
+        side.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = self._input.sum(dim=0)
+
+    def value(self) -> float:
+        """The same number as long as graph, pinned memory and communicator work."""
+        torch = self._torch
+        self._graph.replay()
+        total = self._output.sum() + self._pinned[-1024:].to(self._output.device).sum()
+        if self._nccl:
+            torch.distributed.all_reduce(total)
+        torch.cuda.synchronize()
+        return float(total)
 
 
 class FakeBackend:

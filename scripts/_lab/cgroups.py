@@ -8,7 +8,7 @@ Where v1 has the cpu controller a guest's systemd cannot use it, so that CPUWeig
 is void and every session is a scheduling group of its own (autogroup). Beside a vLLM on the CPU,
 whose threads spin with sched_yield(2), another group of equal weight then waits for a processor for
 up to 20 s (kernel 6.18, 2 processors); with ten times the weight, or without groups, for 0.2 s. So
-a guest's processes are one group, of a tenth of the weight of whoever talks to them.
+a guest's processes are one group, of a tenth of the weight of the programs that talk to them.
 """
 
 from __future__ import annotations

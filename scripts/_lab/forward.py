@@ -27,7 +27,7 @@ def forwarded(pid1: int, port: int) -> Iterator[int]:
         program = [sys.executable, "-I", os.path.abspath(__file__), str(port)]
         # only the network is the guest's: its mounts have no such interpreter
         process = subprocess.Popen(
-            ["nsenter", "-t", str(pid1), "-n", "--", *program], stdin=listener
+            ["nsenter", "-t", str(pid1), "-n", "--", *program], stdin=listener.fileno()
         )
         try:
             yield listener.getsockname()[1]

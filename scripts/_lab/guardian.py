@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def tell(fd: int, text: str) -> None:
-    with contextlib.suppress(OSError):  # the starter is gone: nobody wants to know any more
+    with contextlib.suppress(OSError):  # the starter is gone: no reader is left
         os.write(fd, text.encode() + b"\n")
 
 
@@ -133,7 +133,7 @@ def supervise(spec: dict[str, Any], directory: pathlib.Path) -> None:
                 return
             if fd == ready_fd:
                 if not (directory / "facts.json").exists():
-                    return  # nobody will ever know of this guest
+                    return  # no command knows of this guest
                 poll.unregister(ready_fd)
             elif fd == notify.fileno():
                 if b"READY=1" in notify.recv(65536).split(b"\n"):

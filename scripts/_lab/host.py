@@ -248,3 +248,17 @@ def apt_proxy_options() -> list[str]:
         if matched:
             options.append(f'{key} "{matched[1]}"')
     return options
+
+
+def environment(name: str, requirements: Sequence[str]) -> pathlib.Path:
+    """A virtual environment of this interpreter with these packages, in the cache, made once."""
+    key = hashlib.sha256(repr((requirements, sys.version)).encode()).hexdigest()[:12]
+    target = cache_dir() / f"{name}-{key}"
+    with locked(target.with_suffix(".lock"), f"the environment of {name}"):
+        if not (target / "complete").exists():
+            say(f"making the environment of {name} in {target} (once)")
+            pip = [str(target / "bin/python"), "-m", "pip", "--disable-pip-version-check"]
+            run_logged([sys.executable, "-m", "venv", "--clear", str(target)], what="venv")
+            run_logged([*pip, "install", "--no-input", *requirements], what=f"installing {name}")
+            (target / "complete").touch()
+    return target

@@ -1,8 +1,8 @@
 """Root file systems for the guests, built once by mmdebstrap into the cache.
 
 The cache key is a hash of the recipe, so changing a package list here builds a new image and leaves
-the old one to whoever still runs from it. An image is complete or absent: it is built under another
-name and renamed.
+the old one to the guests that still run from it. An image is complete or absent: it is built under
+another name and renamed.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmux.drivers.direct import DirectUnits
-from llmux.drivers.engine import VllmEngine
-from llmux.drivers.freezer import CgroupFreezer
-from llmux.drivers.memory import World
-from llmux.drivers.memory_engine import MemoryEngine
-from llmux.drivers.memory_units import MemoryFreezer, MemoryUnits
+from llmux.drivers.engine.vllm import VllmEngine
+from llmux.drivers.processes.children import DirectUnits
+from llmux.drivers.processes.freezer import CgroupFreezer
 from llmux.ports import Engine, Freezer, LaunchSpec, UnitHandle, UnitManager
 from llmux.protocol import Address
+from tests.twins.engine import MemoryEngine
+from tests.twins.units import MemoryFreezer, MemoryUnits
+from tests.twins.world import World
 
 IN_GUEST = os.environ.get("LLMUX_IN_GUEST") == "1"
 UNIT_RIGS = ["memory", "direct", *(["systemd"] if IN_GUEST else [])]
@@ -72,7 +72,7 @@ async def units_rig(kind: str, directory: Path) -> AsyncIterator[UnitsRig]:
     if kind == "direct":
         units = DirectUnits()
     else:
-        from llmux.drivers.systemd import SystemdUnits
+        from llmux.drivers.systemd.units import SystemdUnits
 
         units = SystemdUnits()
     freezer = CgroupFreezer()
@@ -86,7 +86,7 @@ async def units_rig(kind: str, directory: Path) -> AsyncIterator[UnitsRig]:
 
 
 class Exits:
-    """Collects what watch() tells."""
+    """Collects the calls of watch()."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[UnitHandle, str]] = []

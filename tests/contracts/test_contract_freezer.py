@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rigs import DEADLINE, FREEZER_RIGS, Exits, units_rig
 
-from llmux.drivers.freezer import CgroupFreezer
+from llmux.drivers.processes.freezer import CgroupFreezer
 from llmux.errors import FreezeFailed, Unsupported
 from llmux.ports import UnitHandle
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.memory import World
-from llmux.drivers.memory_units import MemoryOutput
-from llmux.drivers.output import KEEP_LINES, EngineFiles
-from llmux.drivers.process import start_ticks
+from llmux.drivers.engine.output import KEEP_LINES, EngineFiles
+from llmux.drivers.processes.process import start_ticks
 from llmux.ports import EngineOutput, UnitHandle
+from tests.twins.units import MemoryOutput
+from tests.twins.world import World
 
 Say = Callable[[str], None]
 
@@ -79,6 +79,14 @@ class TestEngineOutput:
             assert output.tail("alpha", 1) == ["line 29"]
 
         with_output(kind, tmp_path, body)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    assert EngineFiles(str(tmp_path)).shortage() is None
+    assert EngineFiles(str(tmp_path / "not yet")).shortage() is None
+    said = EngineFiles("/proc").shortage()  # a file system without a free byte
+    assert said is not None
+    assert said.startswith("the disk of /proc is full")
 
 
 class TestTheFiles:
@@ -151,6 +159,53 @@ class TestTheFiles:
 
         seen = self.follow(tmp_path, script)
         assert seen == ["red end", "100%|###|", "\ufffd\ufffd", "unfinished"]
+
+    def test_a_progress_bar_is_seen_before_its_line_ends(self, tmp_path: Path) -> None:
+        seen: list[tuple[str, str]] = []
+
+        def script(output: EngineFiles, path: str) -> None:
+            output.on_progress = lambda model, text: seen.append((model, text))
+            output.attach(handle_of())
+            self.append(path, b"no bar yet")
+            output.tail("alpha")
+            self.append(path, b"\r 12%| 8/67\r 13%| 9/67")
+            output.tail("alpha")
+
+        self.follow(tmp_path, script)
+        assert seen == [("alpha", " 13%| 9/67")]
+
+    def test_what_a_former_engine_said_is_read_back_by_another_supervisor(
+        self, tmp_path: Path
+    ) -> None:
+        def engine(word: str, ticks: int) -> Callable[[EngineFiles, str], None]:
+            def script(output: EngineFiles, path: str) -> None:
+                output.attach(handle_of(ticks=ticks))
+                self.append(path, f"{word}\nof {word}\n".encode())
+                output.tail("alpha")
+
+            return script
+
+        def look(output: EngineFiles, _: str) -> None:
+            assert output.tail("alpha") == ["second", "of second"]
+            assert output.previous("alpha") == ["first", "of first"]
+            assert output.previous("alpha", 1) == ["of first"]
+            assert output.previous("beta") == [] == output.tail("beta")
+
+        self.follow(tmp_path, engine("first", 1))
+        self.follow(tmp_path, engine("second", 2))
+        self.follow(tmp_path, look)
+        assert not (tmp_path / "beta").exists(), "looking makes nothing"
+
+    def test_a_file_that_was_cut_has_no_former_part(self, tmp_path: Path) -> None:
+        def script(output: EngineFiles, path: str) -> None:
+            for ticks in (1, 2):
+                output.attach(handle_of(ticks=ticks))
+                self.append(path, b"line\n")
+                output.tail("alpha")
+            os.truncate(path, 0)
+            assert output.previous("alpha") == []
+
+        self.follow(tmp_path, script)
 
     def test_a_huge_line_comes_in_pieces_and_does_not_stay_in_memory(self, tmp_path: Path) -> None:
         def script(output: EngineFiles, path: str) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.memory_disk import MemoryStore
 from llmux.drivers.store import VERSION, FileStateStore
 from llmux.errors import StateFileError
 from llmux.ports import StateStore
+from tests.twins.disk import MemoryStore
 
 
 @pytest.fixture(params=["memory", "file"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from rigs import DEADLINE, UNIT_RIGS, Exits, turns, units_rig
 
-from llmux.drivers.process import start_ticks
+from llmux.drivers.processes.process import start_ticks
 from llmux.errors import UnitFailed
+from llmux.ports import EngineUser
 
 # Leaves a daemon behind that is in no session, group or parent's care and ignores SIGTERM.
 DAEMON = """
@@ -32,6 +35,16 @@ class TestUnitManager:
                 assert handle.pid in await rig.units.pids(handle)
                 if rig.real:
                     assert start_ticks(handle.pid) == handle.start_ticks
+
+        asyncio.run(body())
+
+    def test_its_host_memory_is_seen_while_it_lives(self, kind: str, tmp_path: Path) -> None:
+        async def body() -> None:
+            async with units_rig(kind, tmp_path) as rig:
+                handle = await rig.units.start(rig.spec(), DEADLINE)
+                assert 0 < await rig.units.memory_bytes(handle) < 2**40
+                await rig.units.kill(handle, DEADLINE)
+                assert await rig.units.memory_bytes(handle) == 0
 
         asyncio.run(body())
 
@@ -151,14 +164,32 @@ class TestRealProcesses:
 
         asyncio.run(body())
 
-    def test_an_unknown_user_is_named(self, kind: str, tmp_path: Path) -> None:
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+    def test_it_is_exactly_the_user_that_was_given(self, kind: str, tmp_path: Path) -> None:
         async def body() -> None:
             async with units_rig(kind, tmp_path) as rig:
-                import dataclasses
-
-                spec = dataclasses.replace(rig.spec(), user="nobody-of-that-name")
-                with pytest.raises(UnitFailed, match="nobody-of-that-name"):
-                    await rig.units.start(spec, DEADLINE)
+                # What is in none of pytest's directories, which are closed to others.
+                with tempfile.TemporaryDirectory(prefix="llmux-user-") as place:
+                    os.chmod(place, 0o711)
+                    home = f"{place}/cache/alpha"
+                    user = EngineUser("llmux-x", 61000, 61000, home, (61001,), f"{home}/tmp")
+                    script = (
+                        'id -u; id -g; id -G; stat -c %u:%a "$0" "$0/tmp";'
+                        " grep CapBnd /proc/self/status; read x < $1"
+                    )
+                    gate = f"{place}/gate"  # the watch is there before its end
+                    os.mkfifo(gate)
+                    os.chmod(gate, 0o666)
+                    argv = ("/bin/sh", "-c", script, home, gate)
+                    spec = dataclasses.replace(rig.spec(argv=argv), user=user)
+                    handle = await rig.units.start(spec, DEADLINE)
+                    exits = Exits()
+                    rig.units.watch(handle, exits)
+                    await asyncio.to_thread(Path(gate).write_text, "go\n")
+                    await exits.next()
+                    said = (await asyncio.to_thread(Path(spec.stdout).read_text)).split()
+                    assert said[:6] == ["61000"] * 3 + ["61001", "61000:700", "61000:700"]
+                    assert said[6:] == ["CapBnd:", "0" * 16]
 
         asyncio.run(body())
 

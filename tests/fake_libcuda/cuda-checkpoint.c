@@ -53,7 +53,8 @@ int main(int argc, char **argv)
 		{ "timeout", 1, NULL, 't' },	 { "get-state", 0, NULL, 's' },
 		{ "get-restore-tid", 0, NULL, 'r' }, { NULL, 0, NULL, 0 },
 	};
-	static const char *const states[] = { "running", "locked", "checkpointed", "failed" };
+	static const char *const states[] = { "running",	"locked", "checkpointed",
+					"failed",	"checkpointing", "restoring" };
 	const char *action = NULL, *timeout = NULL;
 	char path[PATH_MAX];
 	int option, pid = 0, ask = 0, code, value = -1;

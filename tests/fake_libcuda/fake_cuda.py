@@ -52,7 +52,7 @@ class FakeCuda:
     def __init__(self, directory: Path, *defines: str) -> None:
         self.directory = directory
         self.proc = directory / "proc"
-        for name in ("procs", "faults", "proc"):
+        for name in ("procs", "faults", "modes", "proc"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self.library = directory / "libcuda.so.1"
         shutil.copy(build(*defines), self.library)
@@ -61,6 +61,7 @@ class FakeCuda:
 
     def add(self, pid: int, state: int | None = 0, *, ticks: int = 1, maps: str = "") -> None:
         """A process; ``state`` None means one without CUDA."""
+        (self.proc / "pretended").touch()
         entry = self.proc / str(pid)
         entry.mkdir(exist_ok=True)
         numbers = " ".join(["0"] * 18)
@@ -72,6 +73,22 @@ class FakeCuda:
     def end(self, pid: int) -> None:
         shutil.rmtree(self.proc / str(pid))
         (self.directory / "procs" / str(pid)).unlink(missing_ok=True)
+
+    def mode(self, word: str, pid: int | None = None) -> None:
+        """What the driver does with this process, or with all: see libcuda.c."""
+        (self.directory / "modes" / str(pid or "all")).write_text(word + "\n")
+
+    def hung_hosts(self) -> list[int]:
+        """Processes that ended while restored and running: on a real host nothing goes on then."""
+        dead = [path.name for path in (self.directory / "restored").glob("*")]
+        hung = [int(name) for name in dead if not self._is_alive(int(name))]
+        path = self.directory / "host_hung"
+        return [*map(int, path.read_text().split() if path.exists() else ()), *hung]
+
+    def _is_alive(self, pid: int) -> bool:
+        if (self.proc / "pretended").exists():
+            return (self.proc / str(pid)).exists()
+        return Path(f"/proc/{pid}").exists()
 
     def state(self, pid: int) -> int:
         return int((self.directory / "procs" / str(pid)).read_text())
@@ -91,14 +108,14 @@ class FakeCuda:
         return fifo
 
     def heal(self) -> None:
-        """No more faults; calls already hanging go on hanging."""
+        """No more faults; calls already hanging stay."""
         for path in (self.directory / "faults").iterdir():
             if not path.name.endswith(".fifo"):
                 path.unlink()
 
     @staticmethod
     def release(fifo: Path) -> None:
-        """Lets one hanging call go on; blocks until there is one."""
+        """Releases one hanging call; blocks until there is one."""
         with fifo.open("wb"):
             pass
 

@@ -7,9 +7,21 @@
  * DIR/faults/CALL or DIR/faults/CALL.PID is a fault to order:
  *   fail CODE          return CODE, state unchanged
  *   fail CODE STATE    return CODE, state set to STATE
- *   hang               block until somebody opens and closes the FIFO beside it (FAULT.fifo), then go on
+ *   hang               block until the FIFO beside it (FAULT.fifo) is opened and closed, then continue
  *   die                the calling process ends at once
  *   lie                return 0, change nothing
+ *
+ * DIR/modes/PID or DIR/modes/all, a word: what real drivers do (facts with the number of the report)
+ *   cuinit_only        cuInit without a context: there is a restore thread, lock says NOT_INITIALIZED
+ *   nvml_only          asked NVML and nothing else: no restore thread
+ *   final_oom          the first restore runs out of memory, for good: then restore says
+ *                      OPERATING_SYSTEM (304) and unlock ILLEGAL_STATE (cuda-checkpoint#44)
+ *   lock_kills         the lock kills its process and says 304 (cuda-checkpoint#58)
+ *   one_at_a_time      any call waits while another process is locked (cuda-checkpoint#30)
+ *   busy               the state is CHECKPOINTING (4) or RESTORING (5), CUDA 13.4, until asked again
+ *
+ * DIR/restored/PID: restored and running. Such a process must be suspended again before it ends, or
+ * the host hangs (seen with 580): DIR/host_hung gets a line "PID" then.
  *
  * DIR/hook, when it is there and executable, is run as "hook checkpoint PID" and "hook restore PID"
  * before the state changes: it moves the memory. When it fails the call returns OUT_OF_MEMORY (2).
@@ -18,17 +30,22 @@
  * process INVALID_VALUE (1), no cuInit before NOT_INITIALIZED (3).
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, ILLEGAL_STATE = 401 };
-enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2, FAILED = 3 };
+enum { OPERATING_SYSTEM = 304 };
+enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2, FAILED = 3, CHECKPOINTING = 4, RESTORING = 5 };
 
 static int initialised;
 
@@ -94,7 +111,7 @@ static void note(const char *call, int pid)
 	close(fd);
 }
 
-/* 1: the call is over, with *code; 0: go on as if nothing were wrong. */
+/* 1: the call is over, with *code; 0: continue normally. */
 static int fault(const char *call, int pid, int *code)
 {
 	char path[PATH_MAX], fifo[PATH_MAX + 8], line[128], byte;
@@ -124,6 +141,129 @@ static int fault(const char *call, int pid, int *code)
 	return count >= 1;
 }
 
+static int has_mode(int pid, const char *wanted)
+{
+	char path[PATH_MAX], line[64];
+
+	path_of(path, "modes/%d", pid);
+	if (read_line(path, line, sizeof line)) {
+		path_of(path, "modes/all");
+		if (read_line(path, line, sizeof line)) return 0;
+	}
+	line[strcspn(line, "\n")] = 0;
+	return !strcmp(line, wanted);
+}
+
+static void set_mode(int pid, const char *mode)
+{
+	char path[PATH_MAX];
+	FILE *file;
+
+	path_of(path, "modes/%d", pid);
+	file = fopen(path, "we");
+	if (!file) abort();
+	fprintf(file, "%s\n", mode);
+	fclose(file);
+}
+
+/* Tests with pretended pids keep them in DIR/proc; others mean real ones. */
+static int is_alive(int pid)
+{
+	char path[PATH_MAX];
+
+	path_of(path, "proc/%d", pid);
+	if (!access(path, F_OK)) return 1;
+	path_of(path, "proc/pretended");
+	return access(path, F_OK) && !kill(pid, 0);
+}
+
+static void end_process(int pid)
+{
+	char path[PATH_MAX], gone[PATH_MAX];
+
+	path_of(path, "proc/%d", pid);
+	path_of(gone, "proc/%d.gone", pid);
+	if (rename(path, gone)) kill(pid, SIGSEGV);
+	path_of(path, "procs/%d", pid);
+	unlink(path);
+}
+
+/* Records those that died while restored and running. */
+static void note_deaths(void)
+{
+	char path[PATH_MAX];
+	struct dirent *entry;
+	DIR *directory;
+	FILE *file;
+	int pid;
+
+	path_of(path, "restored");
+	directory = opendir(path);
+	while (directory && (entry = readdir(directory))) {
+		pid = atoi(entry->d_name);
+		if (pid <= 0 || is_alive(pid)) continue;
+		path_of(path, "host_hung");
+		file = fopen(path, "ae");
+		if (!file) abort();
+		fprintf(file, "%d\n", pid);
+		fclose(file);
+		path_of(path, "restored/%d", pid);
+		unlink(path);
+	}
+	if (directory) closedir(directory);
+}
+
+static void mark_restored(int pid, int restored)
+{
+	char path[PATH_MAX];
+	int fd;
+
+	path_of(path, "restored");
+	mkdir(path, 0700);
+	path_of(path, "restored/%d", pid);
+	if (!restored) {
+		unlink(path);
+		return;
+	}
+	fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+	if (fd >= 0) close(fd);
+}
+
+static int other_is_locked(int pid)
+{
+	char path[PATH_MAX];
+	struct dirent *entry;
+	DIR *directory;
+	int other, held = 0;
+
+	path_of(path, "procs");
+	directory = opendir(path);
+	while (directory && (entry = readdir(directory))) {
+		other = atoi(entry->d_name);
+		if (other > 0 && other != pid && get_state(other) == LOCKED) held = 1;
+	}
+	if (directory) closedir(directory);
+	return held;
+}
+
+/* Returns a descriptor that keeps other calls out until it is closed: between the look at the others
+ * and the change of state none of them may change, else two are locked and wait for each other. */
+static int wait_for_others(int pid)
+{
+	char path[PATH_MAX];
+	int turn;
+
+	path_of(path, "turn");
+	while (has_mode(pid, "one_at_a_time")) {
+		turn = open(path, O_RDONLY | O_CREAT | O_CLOEXEC, 0600);
+		if (turn < 0 || flock(turn, LOCK_EX)) abort();
+		if (!other_is_locked(pid)) return turn;
+		close(turn);
+		usleep(1000);
+	}
+	return -1;
+}
+
 static int move_memory(const char *call, int pid)
 {
 	char path[PATH_MAX], command[PATH_MAX + 64];
@@ -135,18 +275,41 @@ static int move_memory(const char *call, int pid)
 	return system(command);
 }
 
-static int step(const char *call, int pid, int from, int to)
+static int act(const char *call, int pid, int from, int to)
 {
 	int code, state;
 
-	if (!initialised) return NOT_INITIALIZED;
 	if (fault(call, pid, &code)) return code;
 	state = get_state(pid);
 	if (state < 0) return INVALID_VALUE;
+	if (has_mode(pid, "cuinit_only")) return NOT_INITIALIZED;
+	if (has_mode(pid, "lock_kills") && to == LOCKED && from == RUNNING) {
+		end_process(pid);
+		return OPERATING_SYSTEM;
+	}
+	if (has_mode(pid, "lost")) return to == LOCKED ? OPERATING_SYSTEM : ILLEGAL_STATE;
 	if (state != from) return ILLEGAL_STATE;
+	if (has_mode(pid, "final_oom") && from == CHECKPOINTED) {
+		set_mode(pid, "lost");
+		return OUT_OF_MEMORY;
+	}
 	if (move_memory(call, pid)) return OUT_OF_MEMORY;
 	set_state(pid, to);
+	if (to == CHECKPOINTED) mark_restored(pid, 0);
+	if (from == CHECKPOINTED) mark_restored(pid, 1);
 	return OK;
+}
+
+static int step(const char *call, int pid, int from, int to)
+{
+	int code, turn;
+
+	if (!initialised) return NOT_INITIALIZED;
+	note_deaths();
+	turn = wait_for_others(pid);
+	code = act(call, pid, from, to);
+	if (turn >= 0) close(turn);
+	return code;
 }
 
 int cuInit(unsigned flags)
@@ -201,7 +364,7 @@ int cuCheckpointProcessGetRestoreThreadId(int pid, int *tid)
 
 	if (!initialised) return NOT_INITIALIZED;
 	if (fault("restore_tid", pid, &code)) return code;
-	if (get_state(pid) < 0) return INVALID_VALUE;
+	if (get_state(pid) < 0 || has_mode(pid, "nvml_only")) return INVALID_VALUE;
 	*tid = pid;
 	return OK;
 }
@@ -215,6 +378,10 @@ int cuCheckpointProcessGetState(int pid, int *state)
 	now = get_state(pid);
 	/* As the driver does: a process without CUDA counts as running (facts: dynamo's cuda.go). */
 	*state = now < 0 ? RUNNING : now;
+	if (has_mode(pid, "busy")) {
+		*state = now == CHECKPOINTED ? RESTORING : CHECKPOINTING;
+		set_mode(pid, "ready");
+	}
 	return OK;
 }
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llmux.errors import Reason, Refused
-from llmux.gateway.admission import SUSPECT_SECS, Admission
-from llmux.gateway.tickets import Lease, Stage, Ticket
+from llmux.gateway.admission.admission import SUSPECT_SECS, Admission
+from llmux.gateway.admission.queue import Lease, Stage, Ticket
+from llmux.gateway.admission.suspects import MAX_DEATHS
 from llmux.protocol import Address
 
 MODELS = ("a", "b")
@@ -30,7 +31,7 @@ class Gateway(RuleBasedStateMachine):
         self.epochs = 0
         self.tickets: list[Ticket] = []
         self.answers: Counter[Ticket] = Counter()
-        self.drained: list[Lease] = []
+        self.drained: list[Lease[Ticket]] = []
         self.closed = False
         self.admission = Admission(
             clock=lambda: self.now,
@@ -42,7 +43,7 @@ class Gateway(RuleBasedStateMachine):
             on_room=self.check_admitted,
         )
 
-    def on_idle(self, lease: Lease) -> None:
+    def on_idle(self, lease: Lease[Ticket]) -> None:
         assert lease.revoked
         assert not lease.in_flight
         if self.admission.forget(lease):
@@ -112,7 +113,9 @@ class Gateway(RuleBasedStateMachine):
     @precondition(lambda self: self.in_stage(Stage.IN_FLIGHT))
     @rule(data=st.data())
     def first_byte(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.in_stage(Stage.IN_FLIGHT))).repeatable = False
+        ticket = data.draw(st.sampled_from(self.in_stage(Stage.IN_FLIGHT)))
+        self.admission.answered(ticket)
+        assert (ticket.repeatable, ticket.deaths) == (False, 0)
 
     # ---- the supervisor -------------------------------------------------------------------------
 
@@ -144,17 +147,23 @@ class Gateway(RuleBasedStateMachine):
         self.fail(self.on(held))
         assert held in self.drained
 
-    def on(self, lease: Lease) -> list[Ticket]:
+    def on(self, lease: Lease[Ticket]) -> list[Ticket]:
         """In one order: that of a set is another in every run, and no failure could be repeated."""
         return [ticket for ticket in self.tickets if ticket in lease.in_flight]
 
     def fail(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
-            may = ticket.repeatable and not ticket.retried and not self.closed
-            assert self.admission.wait_again(ticket) is may
+            lease = ticket.lease
+            assert lease is not None
+            may = self.admission.wait_again(ticket)
+            assert ticket.repeatable or not may
+            assert not (self.closed and may)
             if may:
+                assert ticket.deaths <= MAX_DEATHS
                 self.check_admitted(self.admission.admit_waiting(ticket.model))
             else:
+                bad = lease.culprit is ticket or ticket.deaths > MAX_DEATHS
+                assert bad or self.closed or not ticket.repeatable
                 self.admission.leave(ticket)
                 self.answers[ticket] += 1
 
@@ -201,7 +210,9 @@ class Gateway(RuleBasedStateMachine):
             held = self.admission.held(model)
             if held is not None and held.suspect_until is None:
                 assert (demand.waiting, demand.in_flight) == (0, len(waiting) + in_flight)
-                assert not waiting or len(held.in_flight) == MAX_IN_FLIGHT
+                full = len(held.in_flight) == MAX_IN_FLIGHT
+                assert full or all(ticket.deaths for ticket in waiting)
+                assert full or not waiting or held.queue.trial
                 continue
             assert (demand.waiting, demand.in_flight) == (len(waiting), in_flight)
             if waiting:
@@ -213,6 +224,11 @@ class Gateway(RuleBasedStateMachine):
         for ticket in self.in_stage(Stage.WAITING):
             assert wake_at is not None
             assert wake_at <= ticket.deadline
+        for queue in self.admission.queues():
+            for ticket in queue.trial:
+                assert (ticket.stage, ticket.deaths > 0) == (Stage.IN_FLIGHT, True)
+                assert wake_at is not None
+                assert wake_at <= queue.trial_ends
         for model in MODELS:
             held = self.admission.held(model)
             if held is not None and held.suspect_until is not None:

@@ -9,6 +9,8 @@ nothing moves any more.
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -47,19 +49,37 @@ from llmux.core.events import (
     DemandChanged,
     EngineExited,
     Event,
+    GpuReleased,
     ImageKnown,
+    KeepAliveSet,
     LoadAsked,
+    MemoryPressure,
     ModeSet,
     OperationFinished,
     ParkAsked,
+    PinSet,
     ProbeFinished,
+    ResidueSeen,
     Tick,
     WorkerDrained,
     WorkerJoined,
     WorkerLeft,
 )
 from llmux.core.plans import Outcome
-from llmux.core.records import ROUNDING, Failed, Parked, Serving, State, Stopped, share_now
+from llmux.core.records import (
+    ROUNDING,
+    Draining,
+    Failed,
+    Parked,
+    Serving,
+    Starting,
+    State,
+    Stopped,
+    Stopping,
+    is_resident,
+    keeps_gpu,
+    share_now,
+)
 from llmux.core.reducer import initial, reduce
 from llmux.core.states import MOVING
 
@@ -73,6 +93,21 @@ EVICTIONS = [
     Eviction(Weights.RETAIN, Process.KEEP_RUNNING),
     Eviction(Weights.OFFLOAD, Process.CHECKPOINT),
     Eviction(Weights.DISCARD, Process.CHECKPOINT),
+    Eviction(Weights.DISCARD, Process.CUDA_SUSPEND),
+]
+EXAMPLES = int(os.environ.get("LLMUX_CORE_EXAMPLES", "60"))  # raise it for a long search
+
+
+LADDERS = [
+    (),
+    (),
+    (Eviction(Weights.RETAIN, Process.STOP),),
+    (
+        Eviction(Weights.OFFLOAD, Process.FREEZE),
+        Eviction(Weights.DISCARD, Process.CHECKPOINT),
+        Eviction(Weights.RETAIN, Process.STOP),
+    ),
+    (Eviction(Weights.OFFLOAD, Process.CHECKPOINT),),
 ]
 
 
@@ -95,6 +130,12 @@ class World:
         return self.lines.setdefault(model, Line())
 
 
+def moves(effect: RunPlan) -> bool:
+    """Does the operation change what is on the GPU? Thaw and freeze do not."""
+    eviction = effect.plan.eviction
+    return effect.plan.kind in ("start", "stop") or eviction is None or not keeps_gpu(eviction)
+
+
 class Core(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -103,9 +144,12 @@ class Core(RuleBasedStateMachine):
         self.workers: dict[str, World] = {}
         self.outbox: list[Event] = []  # events the world owes the core
         self.running: dict[str, RunPlan] = {}
+        self.released: set[int] = set()  # operations whose model is off its GPUs already
         self.probes: list[Probe] = []
+        self.died = ""  # the model whose engine's end is being handled
         self.ahead: set[str] = set()  # models with an engine restored ahead
         self.state: State = initial(Config(), gpu_count=1, epoch_prefix="t")
+        self.former = self.state
 
     @initialize(
         gpu_count=st.integers(1, 3),
@@ -115,6 +159,12 @@ class Core(RuleBasedStateMachine):
         min_active=st.sampled_from([0.0, 5.0]),
         drain=st.booleans(),
         kind=st.sampled_from(PolicyType),
+        idle=st.sampled_from([0.0, 0.0, 20.0]),
+        kept=st.sets(st.sampled_from(MODELS), max_size=1),
+        priorities=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+        ladders=st.lists(st.sampled_from(LADDERS), min_size=4, max_size=4),
+        budget=st.sampled_from([None, 2, 5]),
+        exclusive=st.sampled_from([(), (), (("a", "b"),), (("a", "c"), ("b", "c", "d"))]),
     )
     def configure(
         self,
@@ -125,38 +175,72 @@ class Core(RuleBasedStateMachine):
         min_active: float,
         drain: bool,
         kind: PolicyType,
+        idle: float,
+        kept: set[str],
+        priorities: list[int],
+        ladders: list[tuple[Eviction, ...]],
+        budget: int | None,
+        exclusive: tuple[tuple[str, ...], ...],
     ) -> None:
         models = {
             name: ModelConfig(
-                name, "m", gpu_memory=share, gpus=where, eviction=eviction, canary=False
+                name,
+                "m",
+                gpu_memory=share,
+                gpus=where,
+                eviction=eviction,
+                canary=False,
+                priority=priority,
+                never_evict=name in kept,
+                ladder=ladder,
             )
-            for name, share, where, eviction in zip(MODELS, shares, gpus, evictions, strict=True)
+            for name, share, where, eviction, priority, ladder in zip(
+                MODELS, shares, gpus, evictions, priorities, ladders, strict=True
+            )
         }
         policy = PolicyConfig(
-            policy_type=kind, min_active_secs=min_active, drain_before_switch=drain
+            policy_type=kind,
+            min_active_secs=min_active,
+            drain_before_switch=drain,
+            idle_timeout_secs=idle,
+            parked_max_bytes=budget,
         )
         self.models = models
-        config = Config(models=MappingProxyType(models), policy=policy)
+        config = Config(models=MappingProxyType(models), policy=policy, exclusive=exclusive)
         self.state = initial(config, gpu_count=gpu_count, epoch_prefix="t")
         self.join("w0")
 
     # ---- the machinery --------------------------------------------------------------------------
 
     def happen(self, event: Event) -> None:
+        self.former = self.state
         self.state, effects = reduce(self.state, event, self.now)
+        for model in [m for m in self.running if self.is_given_up(m)]:
+            del self.running[model]  # the executor cancels it, should it still run
         for effect in effects:
             self.perform(effect)
+
+    def is_given_up(self, model: str) -> bool:
+        """Has the core ended the operation under way, as one that hangs or a start in the way?"""
+        before, after = self.former.models[model], self.state.models.get(model)
+        op = getattr(before.phase, "op", None)
+        if op is None or after is None or getattr(after.phase, "op", None) == op:
+            return False
+        start_ended = isinstance(before.phase, Starting) and isinstance(after.phase, Stopping)
+        return start_ended or self.now >= before.overdue_at
 
     def perform(self, effect: Effect) -> None:
         match effect:
             case RunPlan():
                 assert effect.model not in self.running, "two operations at once"
+                self.assert_its_gpus_are_quiet(effect)
                 self.running[effect.model] = effect
                 if effect.plan.restores:
                     self.ahead.discard(effect.model)
                 assert effect.model not in self.ahead, "an operation on an engine restored ahead"
-                if effect.plan.name == "park":
+                if effect.plan.kind == "park":
                     self.assert_idle(effect.model)
+                    self.assert_nothing_else_moves(effect.model)
             case Probe():
                 self.probes.append(effect)
             case RestoreAhead(model):
@@ -191,6 +275,31 @@ class Core(RuleBasedStateMachine):
             case _:
                 pass
 
+    def assert_its_gpus_are_quiet(self, effect: RunPlan) -> None:
+        """One memory transition per GPU at a time; only the end of an engine that died or could
+        not be killed does not wait, nor the end of a start that is under way already."""
+        if not moves(effect):
+            return
+        phase = self.former.models[effect.model].phase
+        died = effect.model == self.died or isinstance(phase, (Failed, Starting))
+        if effect.plan.kind == "stop" and died:
+            return
+        for name, other in self.running.items():
+            if other.op in self.released:
+                continue
+            shared = set(other.gpus) & set(effect.gpus)
+            assert not (shared and moves(other)), f"{effect.model} moves beside {name} on {shared}"
+
+    def assert_nothing_else_moves(self, model: str) -> None:
+        """A parked engine goes down its ladder only while no model moves: a switch comes first."""
+        if not isinstance(self.former.models[model].phase, Parked):
+            return
+        record = self.state.models[model]
+        assert record.phase.state in MOVING
+        others = {name: r.state for name, r in self.state.models.items() if name != model}
+        assert not MOVING & set(others.values()), (model, others)
+        assert not self.state.waiting(model), f"{model} is waited for"
+
     def assert_idle(self, model: str) -> None:
         record = self.state.models[model]
         for world in self.workers.values():
@@ -208,10 +317,14 @@ class Core(RuleBasedStateMachine):
 
     def report(self, worker: str, model: str) -> None:
         line = self.workers[worker].line(model)
-        age = None if line.oldest is None else self.now - line.oldest
         self.outbox.append(
             DemandChanged(
-                worker, model, line.waiting, age, sum(line.in_flight.values()), line.progress
+                worker,
+                model,
+                line.waiting,
+                line.oldest,
+                sum(line.in_flight.values()),
+                line.progress,
             )
         )
 
@@ -278,8 +391,31 @@ class Core(RuleBasedStateMachine):
         effect = self.running.pop(model)
         result = {"success": effect.plan.success, "down": Outcome.DOWN, "stuck": Outcome.STUCK}
         self.tell_of_an_image(effect, result[outcome])
-        self.happen(OperationFinished(model, effect.op, result[outcome], "because"))
+        used = 2 if result[outcome] is Outcome.PARKED else None
+        self.happen(
+            OperationFinished(model, effect.op, result[outcome], "because", host_bytes=used)
+        )
         self.deliver()
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(plan.plan.dumps for plan in self.running.values()))
+    def gpu_is_released(self, data: st.DataObject) -> None:
+        """Its CUDA state is in host memory; the image is still being written."""
+        dumping = sorted(name for name, effect in self.running.items() if effect.plan.dumps)
+        model = data.draw(st.sampled_from(dumping))
+        self.released.add(self.running[model].op)
+        self.happen(GpuReleased(model, self.running[model].op))
+        self.deliver()
+
+    @rule(data=st.data(), share=st.sampled_from([0.01, 0.1, 0.5, 1.0]))
+    @precondition(lambda self: any(e.plan.kind == "park" for e in self.running.values()))
+    def a_residue_is_seen(self, data: st.DataObject, share: float) -> None:
+        """Of a model that sleeps now: more than was assumed, or less."""
+        parking = sorted(n for n, effect in self.running.items() if effect.plan.kind == "park")
+        model = data.draw(st.sampled_from(parking))
+        if self.running[model].op not in self.released:
+            self.happen(ResidueSeen(model, self.running[model].op, share))
+            self.deliver()
 
     def tell_of_an_image(self, effect: RunPlan, outcome: Outcome) -> None:
         eviction = effect.plan.eviction
@@ -302,15 +438,19 @@ class Core(RuleBasedStateMachine):
         if isinstance(phase, (Stopped, Failed)):
             return
         if isinstance(phase, Parked) and phase.eviction.process is Process.CHECKPOINT:
-            return  # it has no process; the end of one restored ahead is nobody's business here
+            return  # it has no process; the end of one restored ahead is not looked at here
+        self.died = model
         self.happen(EngineExited(model, "exit status 1"))
+        self.died = ""
         self.deliver()
 
     @rule(ok=st.booleans())
     @precondition(lambda self: bool(self.probes))
     def probe_ends(self, ok: bool) -> None:
         probe = self.probes.pop()
+        self.died = probe.model
         self.happen(ProbeFinished(probe.model, probe.epoch, None if ok else "silence"))
+        self.died = ""
         self.deliver()
 
     @rule(worker=st.sampled_from(["w0", "w1"]))
@@ -340,6 +480,21 @@ class Core(RuleBasedStateMachine):
         self.happen(ModeSet(manual, pinned if manual else None))
         self.deliver()
 
+    @rule(model=st.sampled_from(MODELS), seconds=st.sampled_from([None, 20.0, math.inf]))
+    def operator_pins(self, model: str, seconds: float | None) -> None:
+        self.happen(PinSet(model, None if seconds is None else self.now + seconds))
+        self.deliver()
+
+    @rule(model=st.sampled_from(MODELS), seconds=st.sampled_from([0.0, 10.0, math.inf]))
+    def request_says_keep_alive(self, model: str, seconds: float) -> None:
+        self.happen(KeepAliveSet(model, seconds))
+        self.deliver()
+
+    @rule(short=st.booleans())
+    def memory_runs_short(self, short: bool) -> None:
+        self.happen(MemoryPressure(short))
+        self.deliver()
+
     @rule(gone=st.sampled_from([None, *MODELS]))
     def configuration_is_reloaded(self, gone: str | None) -> None:
         """Perhaps without one of the models, which then comes back by the next reload."""
@@ -357,6 +512,27 @@ class Core(RuleBasedStateMachine):
                 share_now(record) for record in self.state.models.values() if gpu in record.gpus
             )
             assert load <= 1.0 + 10 * ROUNDING, f"GPU {gpu} holds {load}"
+
+    @invariant()
+    def of_an_exclusive_group_one_is_resident(self) -> None:
+        for group in self.state.config.exclusive:
+            records = [self.state.models[name] for name in group if name in self.state.models]
+            # one that cannot be killed stays where it is, also when it was parked
+            held = [r.config.name for r in records if isinstance(r.phase, Failed)]
+            here = [r.config.name for r in records if is_resident(r)]
+            here = [name for name in here if name not in held]
+            assert len(here) <= 1, here
+
+    @invariant()
+    def a_kept_model_is_drained_for_no_other(self) -> None:
+        for name, record in self.state.models.items():
+            phase, before = record.phase, self.former.models.get(name)
+            if not isinstance(phase, Draining) or phase.wanted_by is None or before is None:
+                continue
+            if isinstance(before.phase, Serving) and before.config.never_evict:
+                raise AssertionError(f"{name} is never to be evicted")
+            if isinstance(before.phase, Serving):
+                assert self.former.pins.get(name, 0.0) <= self.now, f"{name} is pinned"
 
     @invariant()
     def only_what_waits_for_room_is_restored_ahead(self) -> None:
@@ -383,6 +559,10 @@ class Core(RuleBasedStateMachine):
     def teardown(self) -> None:
         """When nothing goes wrong any more everyone who waits is answered and all comes to rest."""
         self.happen(ModeSet(False, None))
+        for model in MODELS:
+            self.happen(PinSet(model, None))
+        free = {m: replace(c, never_evict=False) for m, c in self.state.config.models.items()}
+        self.happen(ConfigChanged(replace(self.state.config, models=MappingProxyType(free))))
         self.deliver()
         for _ in range(200):
             for model in sorted(self.running):
@@ -409,4 +589,4 @@ class Core(RuleBasedStateMachine):
 
 
 TestCore = Core.TestCase
-TestCore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCore.settings = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None)

@@ -65,6 +65,7 @@ def test_licences_of_all_vendored_code_are_stated() -> None:
 
 @pytest.mark.parametrize(
     "script", ["packaging/debian/postinst", "packaging/debian/prerm", "packaging/debian/postrm",
+               "packaging/completions/llmux", "scripts/manual",
                "scripts/build-deb", "scripts/demo", "scripts/test", "scripts/_env.sh", ".ci/run"],
 )  # fmt: skip
 def test_shell_scripts_pass_shellcheck(script: str) -> None:
@@ -133,6 +134,7 @@ class TestBuiltPackage:
             "/usr/lib/systemd/system/llmux.service",
             "/usr/lib/systemd/system/llmux-gateway.service",
             "/usr/lib/systemd/system/llmux.slice",
+            "/usr/lib/systemd/system/llmux-engines.target",
             "/usr/lib/sysusers.d/llmux.conf",
             "/usr/lib/tmpfiles.d/llmux.conf",
             "/etc/llmux/config.yaml",
@@ -179,9 +181,11 @@ class TestBuiltPackage:
 
     def test_upgrade_restarts_the_services_and_never_the_slice(self, package: Path) -> None:
         (restart,) = [
-            line for line in control_file(package, "postinst").splitlines() if "restart " in line
+            line
+            for line in control_file(package, "postinst").splitlines()
+            if "deb-systemd-invoke" in line
         ]
-        assert "try-restart 'llmux-gateway.service' 'llmux.service' " in restart
+        assert "try-restart llmux-gateway.service llmux.service " in restart
         # Everything in the slice requires it: restarted with them it would end every engine.
         assert "slice" not in restart
 
@@ -193,4 +197,76 @@ class TestBuiltPackage:
     def test_first_installation_starts_nothing(self, package: Path) -> None:
         postinst = control_file(package, "postinst")
         assert not re.search(r"deb-systemd-invoke (start|restart)", postinst)
-        assert 'if [ -n "$2" ]; then\n\t\t\tdeb-systemd-invoke try-restart' in postinst
+        condition = next(line for line in postinst.splitlines() if '[ -n "$2" ]' in line)
+        assert postinst.index(condition) < postinst.index("deb-systemd-invoke try-restart")
+
+    def test_an_upgrade_checks_the_configuration_before_it_restarts(self, package: Path) -> None:
+        steps = ["if problems=$(llmux check", "deb-systemd-invoke try-restart", "not restarted"]
+        postinst = control_file(package, "postinst")
+        assert sorted(steps, key=postinst.index) == steps
+
+    def test_an_upgrade_stops_nothing(self, package: Path, tmp_path: Path) -> None:
+        for name in ("deb-systemd-invoke", "systemctl", "py3clean"):
+            (tmp_path / name).write_text(f'#!/bin/sh\necho "$0 $*" >>{tmp_path}/called\n')
+            (tmp_path / name).chmod(0o755)
+        script = tmp_path / "prerm"
+        script.write_text(control_file(package, "prerm"))
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run(["sh", script, "upgrade", "9.9.9"], check=True, env=env)
+        called = tmp_path / "called"
+        assert not called.exists() or "systemctl" not in called.read_text()
+
+    def test_documents_are_in_the_package(self, members: dict[str, tarfile.TarInfo]) -> None:
+        names = {name.lstrip("/") for name in members}
+        for name in (
+            "usr/share/man/man1/llmux.1.gz", "usr/share/man/man8/llmux.8.gz",
+            "usr/share/man/man5/llmux.yaml.5.gz", "usr/share/doc/llmux/changelog.gz",
+            "usr/share/doc/llmux/examples/two-models.yaml",
+            "usr/share/bash-completion/completions/llmux",
+        ):  # fmt: skip
+            assert name in names, name
+        assert names & {f"usr/share/doc/llmux/README.md{ending}" for ending in ("", ".gz")}
+
+    def test_a_repository_that_apt_trusts(self, package: Path, tmp_path: Path) -> None:
+        """Two versions are in it; apt's state is in a directory of this test."""
+        repository = tmp_path / "repository"
+        for more in ([], ["--version", "9.9.9"]):
+            subprocess.run(
+                [TREE / "scripts/build-deb", "--repo", repository, *more],
+                capture_output=True, timeout=280, check=True,
+            )  # fmt: skip
+        sources = tmp_path / "sources"
+        sources.mkdir()
+        (sources / "llmux.sources").write_text((repository / "llmux.sources").read_text())
+        options = {
+            "Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": sources,
+            "Dir::Etc::trusted": "/dev/null", "Dir::Etc::trustedparts": tmp_path / "none",
+            "Dir::State": tmp_path, "Dir::Cache": tmp_path, "APT::Sandbox::User": "root",
+        }  # fmt: skip
+        words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        (tmp_path / "lists/partial").mkdir(parents=True)
+
+        def apt(*verb: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([*verb, *words], capture_output=True, text=True, check=False)
+
+        update = apt("apt-get", "update")
+        assert update.returncode == 0 and "W:" not in update.stderr, update.stderr
+        versions = apt("apt-cache", "madison", "llmux").stdout
+        assert "9.9.9" in versions and llmux.__version__ in versions
+        index = repository / "Packages"
+        index.write_text(index.read_text().replace("Description: many", "Description: other"))
+        (repository / "Packages.gz").unlink()
+        (tmp_path / "lists").rename(tmp_path / "before")
+        (tmp_path / "lists/partial").mkdir(parents=True)
+        assert apt("apt-get", "update").returncode != 0, "what is not signed is not believed"
+
+    def test_a_second_build_gives_the_same_bytes(self, package: Path, tmp_path: Path) -> None:
+        """At another time, in another directory, under another umask and in another time zone."""
+        for wheels in package.parents[1].glob("wheels-*"):
+            (tmp_path / "deb").mkdir(exist_ok=True)
+            (tmp_path / "deb" / wheels.name).symlink_to(wheels)
+        command = f"umask 077; TZ=Asia/Tokyo LLMUX_CACHE={tmp_path} {TREE}/scripts/build-deb"
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, timeout=280, check=True
+        )
+        assert Path(done.stdout.splitlines()[-1]).read_bytes() == package.read_bytes()

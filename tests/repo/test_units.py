@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmux.gateway import workers
-from llmux.gateway.stopping import ABORT_SECS, Patience
+from llmux.gateway.stopping import ABORT_SECS, DrainLimits
 
 UNITS = Path(__file__).resolve().parents[2] / "units"
 SYSTEM_UNITS = Path("/usr/lib/systemd/system")
@@ -80,10 +80,10 @@ def test_supervisor_keeps_the_capabilities_that_criu_and_cuda_need() -> None:
 
 def test_a_stop_of_the_gateway_is_over_before_systemd_kills() -> None:
     (timeout,) = values("llmux-gateway.service", "TimeoutStopSec")
-    worker = Patience().secs + ABORT_SECS
+    worker = DrainLimits().secs + ABORT_SECS
     assert worker + 10 <= workers.STOP_SECS <= float(timeout) - 5
     text = (UNITS / "llmux-gateway.service").read_text()
-    assert f"get {Patience().secs:.0f} s" in text
+    assert f"get {DrainLimits().secs:.0f} s" in text
     (watchdog,) = values("llmux-gateway.service", "WatchdogSec")
     assert float(watchdog) >= workers.BEAT_SECS * 5
 
@@ -95,7 +95,12 @@ def test_services_restart_without_end_but_not_on_a_bad_configuration(service: st
     assert values(service, "RestartPreventExitStatus") == ["78"]
     assert values(service, "Type") == ["notify"]
     assert values(service, "WatchdogSec")
-    assert int(values(service, "FileDescriptorStoreMax")[0]) > 0
+
+
+def test_only_the_gateway_keeps_descriptors() -> None:
+    """Its listening sockets. The supervisor has none to keep: engines write into files."""
+    assert int(values("llmux-gateway.service", "FileDescriptorStoreMax")[0]) > 0
+    assert "FileDescriptorStoreMax" not in keys("llmux.service")
 
 
 @pytest.mark.parametrize("service", ["llmux.service", "llmux-gateway.service"])
@@ -107,7 +112,7 @@ def test_neither_service_can_take_the_other_or_an_engine_down(service: str) -> N
 
 
 def test_one_command_starts_both_and_one_stops_everything() -> None:
-    assert values("llmux.service", "Wants") == ["llmux-gateway.service"]
+    assert values("llmux.service", "Wants") == ["llmux-gateway.service", "llmux-engines.target"]
     assert values("llmux.service", "WantedBy") == ["multi-user.target"]
     for service in ("llmux.service", "llmux-gateway.service"):
         assert values(service, "Slice") == ["llmux.slice"]
@@ -116,7 +121,8 @@ def test_one_command_starts_both_and_one_stops_everything() -> None:
 def test_state_is_roots_alone_and_nothing_is_removed_at_stop() -> None:
     assert values("llmux.service", "StateDirectoryMode") == ["0700"]
     # Engines that go on running have their sockets in /run/llmux: it is no RuntimeDirectory=.
-    assert "RuntimeDirectory" not in keys("llmux.service") | keys("llmux-gateway.service")
+    assert "RuntimeDirectory" not in keys("llmux.service")
+    assert values("llmux-gateway.service", "RuntimeDirectory") == ["llmux-gateway"]
     assert "d /run/llmux 0751 root llmux -" in (UNITS / "llmux.tmpfiles").read_text()
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from _bench import proxy_report, proxy_subjects  # noqa: E402  # found through the line above
+from _bench.proxies import report, subjects  # noqa: E402  # found through the line above
 from _bench.proxy import Load  # noqa: E402
 from _lab import host  # noqa: E402
 
@@ -22,8 +22,8 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 def test_clients_and_engine_count_what_passes_between_them(tmp_path: Path) -> None:
-    program = proxy_subjects.compiled("proxy_load", tmp_path)
-    with proxy_subjects.engine(tmp_path) as engine, Load(program, engine.path) as load:
+    program = subjects.compiled("load", tmp_path)
+    with subjects.engine(tmp_path) as engine, Load(program, engine.path) as load:
         assert load.ask("short 4 300")["count"] == 300
         assert load.ask("first 3")["count"] == 3
         for arrival in ("spread", "together"):
@@ -31,13 +31,13 @@ def test_clients_and_engine_count_what_passes_between_them(tmp_path: Path) -> No
             seen = load.ask("measure 0.2")
             assert seen["count"] > 0
             assert 0 <= seen["p50_us"] <= seen["p99_us"] <= seen["max_us"]
-        assert proxy_subjects.cpu_seconds(engine.pid) > 0
+        assert subjects.cpu_seconds(engine.pid) > 0
 
 
 @needs_compiler
 def test_clients_report_an_engine_that_ends(tmp_path: Path) -> None:
-    program = proxy_subjects.compiled("proxy_load", tmp_path)
-    with proxy_subjects.engine(tmp_path) as engine:
+    program = subjects.compiled("load", tmp_path)
+    with subjects.engine(tmp_path) as engine:
         load = Load(program, engine.path)
         load.ask("streams 2 1")
     with load, pytest.raises(host.LabError, match="a connection ended"):
@@ -56,7 +56,7 @@ def test_added_latency_is_of_the_same_round_and_ratios_are_of_pairs() -> None:
         {"direct": one(1, 30, 1), "nginx": one(20, 50, 20_000), "llmux": one(28, 150, 8_000)},
     ]
     memory = {name: {"bytes_per_stream": 8192.0} for name in ("nginx", "llmux")}
-    document = proxy_report.document(rounds, memory, {"requests": 10, "bytes": 2 << 20})
+    document = report.document(rounds, memory, {"requests": 10, "bytes": 2 << 20})
     llmux = document["proxies"]["llmux"]
     assert llmux["spread"]["added_p50_us"] == 110
     assert llmux["spread"]["to_nginx"] == pytest.approx(1.3)

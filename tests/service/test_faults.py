@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
-from daemon_harness import GIB, SECONDS, Daemon, in_background
+from daemon_harness import AT_ONCE, GIB, SECONDS, Daemon, in_background
 from ledger import find_start_time
 
 
@@ -17,7 +18,7 @@ def another_model_works_afterwards(daemon: Daemon) -> Iterator[None]:
     answer = daemon.chat("other")
     assert answer.status == 200, answer.body
     assert answer.text.startswith("other:")
-    assert answer.seconds < 5
+    assert answer.seconds < AT_ONCE
     assert set(daemon.memory()) <= {"other", *daemon.models}
 
 
@@ -46,7 +47,7 @@ def test_a_start_that_dies_is_a_503_with_the_engine_s_last_lines(daemon: Daemon)
     assert answer.headers["retry-after"] == "30"
     assert "exit status 3" in answer.message
     assert answer.message.endswith("no such weights")
-    assert answer.seconds < 5
+    assert answer.seconds < AT_ONCE
 
 
 def test_after_a_failed_start_the_model_backs_off_and_an_operator_overrides(
@@ -57,7 +58,7 @@ def test_after_a_failed_start_the_model_backs_off_and_an_operator_overrides(
     assert daemon.chat("alpha").code == "model_start_failed"
     again = daemon.chat("alpha")
     assert (again.status, again.code) == (503, "model_backing_off")
-    assert again.seconds < 1
+    assert again.seconds < AT_ONCE
     assert 25 <= int(again.headers["retry-after"]) <= 30
     assert 25 <= daemon.model("alpha")["retry_in_secs"] <= 30
     refused = daemon.ask("wake", model="alpha")
@@ -75,7 +76,7 @@ def test_a_start_that_dies_after_a_while_is_a_503_as_soon_as_it_died(daemon: Dae
     answer = daemon.chat("alpha")
     assert (answer.status, answer.code) == (503, "model_start_failed")
     assert "half way" in answer.message
-    assert 0.5 < answer.seconds < 5
+    assert 0.5 < answer.seconds < AT_ONCE
 
 
 def test_an_engine_that_never_gets_healthy_is_a_503_at_the_start_up_timeout(
@@ -86,7 +87,7 @@ def test_an_engine_that_never_gets_healthy_is_a_503_at_the_start_up_timeout(
     answer = daemon.chat("alpha")
     assert (answer.status, answer.code) == (503, "model_start_failed")
     assert "/health did not say 200 within 1s" in answer.message
-    assert 1 < answer.seconds < 5
+    assert 1 < answer.seconds < AT_ONCE
     assert daemon.memory() == {}
     assert daemon.model("alpha")["pid"] is None
 
@@ -119,7 +120,7 @@ def test_a_program_that_does_not_exist_is_a_503_that_names_it(daemon: Daemon) ->
     answer = daemon.chat("alpha")
     assert (answer.status, answer.code) == (503, "model_start_failed")
     assert "llmux-no-such-program" in answer.message
-    assert answer.seconds < 2
+    assert answer.seconds < AT_ONCE
 
 
 # ---- serving ------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def test_an_engine_that_dies_mid_stream_ends_the_stream_with_an_error_event(
     daemon.order("alpha")
     answer = daemon.chat("alpha")  # the first crash is answered by a start
     assert answer.status == 200, answer.body
-    assert answer.seconds < 5
+    assert answer.seconds < AT_ONCE
 
 
 def test_an_engine_that_dies_before_the_first_byte_costs_a_request_only_time(
@@ -154,6 +155,27 @@ def test_an_engine_that_dies_before_the_first_byte_costs_a_request_only_time(
     answer = waiting.result(SECONDS)
     assert answer.status == 200, answer.body
     assert answer.text.startswith("alpha:")
+
+
+def test_a_request_that_kills_its_engine_is_answered_alone(daemon: Daemon) -> None:
+    with_alpha(daemon)
+    daemon.load("alpha")
+    daemon.order("alpha", ttft_secs=30)
+    prompts = ["one", "two", "poison", "four", "five"]
+    began = []
+    # One after the other: the newest is tried first, so that two wait when poison's turn comes.
+    for prompt in prompts:
+        began.append(in_background(partial(daemon.chat, "alpha", prompt)))
+        daemon.until(lambda: daemon.model("alpha")["in_flight"] == len(began))
+    mark = daemon.log.mark()
+    daemon.order("alpha", die_on_prompt="poison")
+    os.kill(daemon.model("alpha")["pid"], 9)
+    answers = [request.result(SECONDS) for request in began]
+    told = [(answer.status, answer.code if answer.status != 200 else "") for answer in answers]
+    assert told == [(200, ""), (200, ""), (502, "engine_died"), (200, ""), (200, "")]
+    assert "2 engines died with this request" in answers[2].message
+    starts = [line for line in daemon.log.since(mark) if "Starting alpha cold" in line]
+    assert len(starts) == 2  # after the first death, and after the one that named the request
 
 
 def test_an_engine_whose_core_dies_is_replaced(daemon: Daemon) -> None:
@@ -175,10 +197,13 @@ def test_an_engine_that_crashes_again_and_again_backs_off(daemon: Daemon) -> Non
     with_alpha(daemon)
     daemon.load("alpha")
     daemon.order("alpha", die_mid_stream=2)
+    mark = daemon.log.mark()
     for _ in range(2):
         with daemon.stream("alpha") as stream:
             stream.rest()
         assert stream.errors, stream.events
+    # A request that reached the dead engine would be repeated, for which it would be started again.
+    daemon.log.wait("alpha: stopping → failed", since=mark)
     answer = daemon.chat("alpha")
     assert (answer.status, answer.code) in [(503, "model_backing_off"), (503, "model_start_failed")]
     assert "engine d" in answer.message  # died, or does not answer: whichever is seen first
@@ -197,8 +222,9 @@ def test_a_hung_engine_that_says_it_is_healthy_is_replaced(
     daemon.log.wait("alpha: serving → stopping", since=mark)
     daemon.order("alpha")
     answer = stuck.result(SECONDS)
-    assert answer.status == 200, answer.body  # nothing of an answer had been sent: it was repeated
-    assert 1 < answer.seconds < 8
+    # not repeated: the next engine might hang on it, too
+    assert (answer.status, answer.code) == (502, "engine_died"), answer.body
+    assert daemon.chat("alpha").status == 200
 
 
 def test_a_hung_engine_ends_its_streams_with_an_error_event(daemon: Daemon) -> None:
@@ -240,7 +266,7 @@ def test_an_engine_that_cannot_sleep_is_stopped_and_the_other_served(daemon: Dae
     daemon.order("alpha", sleep_error=True)
     answer = daemon.chat("other")
     assert answer.status == 200
-    assert answer.seconds < 5
+    assert answer.seconds < AT_ONCE
     assert daemon.model("alpha")["state"] == "stopped"
     assert set(daemon.memory()) == {"other"}
 
@@ -249,7 +275,7 @@ def test_a_sleep_that_fails_once_is_tried_again(daemon: Daemon) -> None:
     with_alpha(daemon)
     daemon.load("alpha")
     daemon.order("alpha", sleep_error=1)
-    assert daemon.chat("other").seconds < 5
+    assert daemon.chat("other").seconds < AT_ONCE
     assert daemon.model("alpha")["state"] == "parked"
 
 
@@ -259,7 +285,7 @@ def test_a_sleep_that_takes_too_long_ends_in_a_stop(daemon: Daemon) -> None:
     daemon.order("alpha", slow_sleep_secs=60)
     answer = daemon.chat("other")
     assert answer.status == 200
-    assert answer.seconds < 6  # the time-out, then SIGTERM's grace
+    assert answer.seconds < AT_ONCE  # the time-out, then SIGTERM's grace
     assert daemon.model("alpha")["state"] == "stopped"
 
 
@@ -269,7 +295,7 @@ def test_an_engine_that_dies_going_to_sleep_makes_room_all_the_same(daemon: Daem
     daemon.order("alpha", die_on="sleep")
     answer = daemon.chat("other")
     assert answer.status == 200
-    assert answer.seconds < 5
+    assert answer.seconds < AT_ONCE
     assert daemon.model("alpha")["state"] == "stopped"
 
 
@@ -279,7 +305,7 @@ def test_memory_that_a_sleeping_engine_keeps_is_found_out_and_freed(daemon: Daem
     daemon.order("alpha", leak_on_sleep=True)
     answer = daemon.chat("other")
     assert answer.status == 200
-    assert answer.seconds < 8  # the release is not seen, then the stop
+    assert answer.seconds < AT_ONCE  # the release is not seen, then the stop
     assert daemon.model("alpha")["state"] == "stopped"
     assert set(daemon.memory()) == {"other"}
 
@@ -290,7 +316,7 @@ def test_an_engine_that_refuses_sigterm_is_killed_after_its_grace(daemon: Daemon
     daemon.load("alpha")
     answer = daemon.chat("other")
     assert answer.status == 200
-    assert 0.5 < answer.seconds < 5
+    assert 0.5 < answer.seconds < AT_ONCE
     assert set(daemon.memory()) == {"other"}
 
 
@@ -311,7 +337,7 @@ def test_a_child_that_outlives_its_engine_does_not_keep_the_gpu(
         os.kill(daemon.model("alpha")["pid"], 9)
     answer = daemon.chat("other")
     assert answer.status == 200
-    assert answer.seconds < 5
+    assert answer.seconds < AT_ONCE
     assert set(daemon.memory()) == {"other"}
     assert find_start_time(orphan) is None
 
@@ -324,7 +350,7 @@ def test_a_wake_that_fails_twice_is_tried_again(daemon: Daemon) -> None:
     daemon.order("alpha", wake_error=2)
     answer = daemon.chat("alpha")
     assert answer.status == 200
-    assert answer.seconds < 5
+    assert answer.seconds < AT_ONCE
     assert daemon.model("alpha")["pid"] == pid
 
 
@@ -347,7 +373,7 @@ def test_a_wake_that_fails_becomes_a_cold_start_within_the_same_wait(
     answer = daemon.chat("alpha")
     assert answer.status == 200, answer.body
     assert answer.text == right
-    assert answer.seconds < 6
+    assert answer.seconds < AT_ONCE
     assert daemon.model("alpha")["pid"] != pid
 
 
@@ -364,7 +390,7 @@ def test_a_slow_wake_within_its_time_is_waited_for(daemon: Daemon) -> None:
     daemon.order("alpha", slow_wake_secs=0.4)
     answer = daemon.chat("alpha")
     assert answer.status == 200
-    assert 0.4 < answer.seconds < 4
+    assert 0.4 < answer.seconds < AT_ONCE
     assert daemon.model("alpha")["pid"] == pid
 
 

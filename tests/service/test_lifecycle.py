@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemon_harness import SECONDS, Daemon, Start, in_background, wait_gone
+
+from llmux.cli.client import ask
 
 # ---- warm-up ------------------------------------------------------------------------------------
 
@@ -83,6 +86,15 @@ def test_a_reload_refuses_those_who_wait_for_a_removed_model(daemon: Daemon) -> 
     daemon.reload()
     answer = waiting.result(SECONDS)
     assert (answer.status, answer.code) == (404, "model_not_found")
+
+
+def test_the_journal_says_what_a_reload_could_not_put_in_force(start_daemon: Start) -> None:
+    daemon = start_daemon({"alpha": {}})
+    mark = daemon.log.mark()
+    daemon.top = {"port": 3500, "gpu_count": 2}
+    daemon.reload()
+    daemon.log.wait("not in force before `systemctl restart llmux-gateway`: port", since=mark)
+    daemon.log.wait("not in force before `systemctl restart llmux`: gpu_count", since=mark)
 
 
 def test_a_bad_file_leaves_the_running_configuration_in_force(daemon: Daemon) -> None:
@@ -164,3 +176,50 @@ def test_a_bad_configuration_ends_the_start_with_78_and_names_every_problem(
 def test_what_needs_systemd_is_refused_with_what_is_missing(start_daemon: Start) -> None:
     with pytest.raises(AssertionError, match=r"models\.alpha\.eviction"):
         start_daemon({"alpha": {"eviction": "retain+freeze"}})
+
+
+def order(daemon: Daemon, verb: str, **args: Any) -> Any:
+    """By the control socket, as the command line asks."""
+    (path,) = daemon.directory.glob("llmux-*/control.sock")
+    return ask(str(path), verb, args)
+
+
+def test_changed_arguments_mark_a_running_engine_and_a_restart_applies_them(
+    daemon: Daemon,
+) -> None:
+    daemon.set_models({"alpha": {}, "other": {}})
+    daemon.load("alpha")
+    before = daemon.model("alpha")
+    assert before["stale"] is False
+    mark = daemon.log.mark()
+    daemon.set_models({"alpha": {"extra_args": ["--max-model-len", "2048"]}, "other": {}})
+    daemon.log.wait("until `llmux restart alpha`", since=mark)
+    now = daemon.model("alpha")
+    assert (now["stale"], now["pid"]) == (True, before["pid"])
+    daemon.until(lambda: daemon.listed_as("alpha").get("stale") is True)
+    assert order(daemon, "restart", stale=True)["restarted"] == ["alpha"]
+    after = daemon.model("alpha")
+    assert (after["state"], after["stale"]) == ("serving", False)
+    assert after["pid"] != before["pid"]
+    assert order(daemon, "restart", stale=True)["restarted"] == []
+
+
+def test_the_top_level_command_takes_effect_on_reload(daemon: Daemon) -> None:
+    daemon.top["vllm_command"] = ["/bin/false"]
+    daemon.set_models({"fresh": {}})
+    assert daemon.chat("fresh").status == 503
+    del daemon.top["vllm_command"]
+    daemon.set_models({"fresh": {}, "other": {}}, backoff_secs=0.01)
+    assert order(daemon, "load", model="fresh")
+    assert daemon.chat("fresh").status == 200
+
+
+def test_a_dry_reload_says_what_would_change_and_changes_nothing(daemon: Daemon) -> None:
+    daemon.set_models({"alpha": {}})
+    daemon.models = {"alpha": {"stop_grace_secs": 3}, "beta": {}}
+    daemon.write_config()
+    result = order(daemon, "reload", dry_run=True)
+    assert (result["added"], result["changed"]) == (["beta"], ["alpha"])
+    assert set(daemon.status()["models"]) == {"alpha"}
+    daemon.reload()
+    daemon.until(lambda: daemon.listed() == {"alpha", "beta"})

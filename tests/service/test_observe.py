@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from daemon_harness import Daemon, Start, in_background
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 OFFLOAD = {"weights": "offload", "process": "keep_running"}
 TWO: dict[str, dict[str, Any]] = {
     "alpha": {"eviction": OFFLOAD},
@@ -153,7 +155,8 @@ def test_running_and_unload(two: Daemon) -> None:
     assert running == {"alpha": "parked", "beta": "ready"}
     assert two.request("POST", "/unload", {"model": "alpha"}).json()["models"] == ["alpha"]
     assert two.model("alpha")["state"] == "stopped"
-    assert "beta" in two.request("GET", "/unload").json()["models"]
+    assert two.request("GET", "/unload").status == 403, "a change of state, without an admin key"
+    assert "beta" in two.request("POST", "/unload").json()["models"]
     assert two.request("GET", "/running").json() == {"running": []}
     assert two.memory() == {}
 
@@ -284,6 +287,47 @@ def test_engines_own_series_come_along_and_wake_nobody(two: Daemon) -> None:
     assert "/metrics" not in found
 
 
+def test_an_engine_that_writes_nonsense_does_not_hide_the_others(
+    start_daemon: Start, tmp_path: Path
+) -> None:
+    """Prometheus refuses a whole page for one line that it cannot read."""
+    nonsense = tmp_path / "nonsense.txt"
+    nonsense.write_text(
+        'vllm:bad{ 1 2 3 nonsense\nvllm:good{a="\\"} 1\n# TYPE vllm:good what\n\x00'
+    )
+    both = {"gpu_memory": 0.4, "extra_args": ["--gpu-memory-utilization", "0.4"]}
+    evil = both | {"env": {"STANDIN_METRICS_FILE": str(nonsense)}}
+    daemon = start_daemon({"evil": evil, "fair": both})
+    daemon.load("evil")
+    daemon.load("fair")
+    found = samples(daemon)
+    assert {labels["model"] for labels, _ in found["vllm:num_requests_running"]} == {"evil", "fair"}
+    assert "vllm:bad" not in found
+    assert value(found, "llmux_engine_samples_dropped", model="evil") == 2
+    assert value(found, "llmux_engine_samples_dropped", model="fair") == 0
+
+
+def test_openmetrics_for_a_client_that_asks(two: Daemon) -> None:
+    two.load("alpha")
+    with two.connection() as connection:
+        connection.request("GET", "/metrics", headers={"accept": OPENMETRICS})
+        answer = connection.getresponse()
+        text = answer.read().decode()
+    assert answer.getheader("content-type", "").startswith(OPENMETRICS)
+    found = {family.name: family for family in openmetrics(text)}  # type: ignore[no-untyped-call]
+    assert found["llmux_supervisor_connections"].type == "counter"
+    assert found["vllm:num_requests_running"].samples[0].labels["model"] == "alpha"
+
+
+def test_memory_of_gateway_and_supervisor(two: Daemon) -> None:
+    """One process in this mode, so both say the same."""
+    found = samples(two)
+    for prefix in ("", "llmux_supervisor_"):
+        assert value(found, f"{prefix}process_resident_memory_bytes") > 10 << 20
+        assert value(found, f"{prefix}process_cpu_seconds_total") > 0
+        assert value(found, f"{prefix}process_open_fds") > 10
+
+
 def test_metrics_have_a_port_of_their_own(start_daemon: Start, tmp_path: Path) -> None:
     path = str(tmp_path / "m.sock")
     gateway = {"listen": [f"unix:{tmp_path}/h.sock"], "metrics_listen": [f"unix:{path}"]}
@@ -291,6 +335,11 @@ def test_metrics_have_a_port_of_their_own(start_daemon: Start, tmp_path: Path) -
     daemon.http = path
     answer = daemon.request("GET", "/metrics")
     assert answer.status == 200 and b"llmux_build_info" in answer.body
+    with daemon.connection() as connection:
+        connection.request("GET", "/metrics?all", headers={"Accept": OPENMETRICS})
+        openly = connection.getresponse()
+        assert openly.read().endswith(b"# EOF\n")
+    assert openly.getheader("content-type", "").startswith(OPENMETRICS)
     assert daemon.request("GET", "/control/status").status == 404
     assert daemon.request("POST", "/metrics").status == 405
     daemon.http = f"{tmp_path}/h.sock"
@@ -322,3 +371,22 @@ def test_one_line_a_transition_and_never_a_prompt(daemon: Daemon) -> None:
         "zwei: stopped → starting",
         "zwei: starting → serving",
     ]
+
+
+# ---- names with slashes --------------------------------------------------------------------------
+
+SLASHED = "org/Alpha-1.5"
+
+
+@pytest.mark.parametrize("path", [SLASHED, SLASHED.replace("/", "%2F")])
+def test_a_name_with_a_slash_is_a_name_as_any_other(daemon: Daemon, path: str) -> None:
+    daemon.set_models({SLASHED: {"eviction": OFFLOAD}} | daemon.models)
+    assert daemon.chat(SLASHED).status == 200
+    assert daemon.request("GET", f"/upstream/{path}/health").status == 200
+    told = daemon.request("GET", f"/v1/models/{path}")
+    assert (told.status, told.json()["id"]) == (200, SLASHED)
+    logs = daemon.request("GET", f"/logs/{path}?lines=3")
+    assert (logs.status, bool(logs.body.strip())) == (200, True)
+    assert daemon.request("POST", f"/unload?model={path}").status == 200
+    assert daemon.model(SLASHED)["process_state"] == "not_started"
+    assert value(samples(daemon), "llmux_model_state", model=SLASHED, state="stopped") == 1

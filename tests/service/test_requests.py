@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from daemon_harness import Daemon, Start, in_background
+from daemon_harness import AT_ONCE, Daemon, Start, in_background
 
 CHAT = "/v1/chat/completions"
 
@@ -24,7 +24,7 @@ def test_a_request_that_cannot_be_right_is_refused_at_once(
     answer = daemon.request("POST", CHAT, body)
     assert (answer.status, answer.code) == (status, code)
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    assert answer.seconds < 1
+    assert answer.seconds < AT_ONCE
 
 
 def test_every_inference_route_reaches_the_engine(daemon: Daemon) -> None:
@@ -89,7 +89,7 @@ def test_a_pinned_model_stays_and_manual_mode_refuses_the_rest(daemon: Daemon) -
     assert daemon.chat("alpha").status == 200
     refused = daemon.chat("beta")
     assert (refused.status, refused.code) == (503, "manual_mode")
-    assert refused.seconds < 1
+    assert refused.seconds < AT_ONCE
     assert daemon.ask("unpin").status == 200
     assert daemon.chat("beta").status == 200
 
@@ -121,5 +121,5 @@ def test_who_waits_too_long_gets_a_504(start_daemon: Start) -> None:
     daemon.order("alpha", startup_secs=60)
     answer = daemon.chat("alpha")
     assert (answer.status, answer.code) == (504, "wait_expired")
-    assert 0.3 <= answer.seconds < 2
+    assert 0.3 <= answer.seconds < AT_ONCE
     assert "request_timeout_secs" in answer.message

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway.gateway_harness import (
+from gateway_harness import (
     MODELS,
     Client,
     EngineRequest,
@@ -34,17 +34,26 @@ from gateway.gateway_harness import (
 from llmux.core.events import DemandChanged, Event, WorkerJoined, WorkerLeft
 from llmux.gateway.workers import HANG_SECS
 from llmux.protocol import Ask, Catalog, Demand, Grant, ModelInfo
-from llmux.runtime.hub import Hub
+from llmux.runtime.control.socket import ControlSocket
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = """
-import os, sys
+import os, pathlib, sys
 from llmux import daemon
 if "TEST_LISTENER" in os.environ:  # as systemd's fd store hands it out
     os.dup2(int(os.environ["TEST_LISTENER"]), 3)
     os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
 hang_secs = float(os.environ["TEST_HANG_SECS"])
-daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3], hang_secs=hang_secs)
+class Unit:  # former workers are in the file, whose name says whether systemd restarts the unit
+    folder = pathlib.Path(sys.argv[1]).parent
+    def is_replaced(self):
+        return (self.folder / "restarted").exists()
+    def others(self):
+        files = [self.folder / "restarted", self.folder / "stopped"]
+        pids = [pid for file in files if file.exists() for pid in file.read_text().split()]
+        return [int(pid) for pid in pids if os.path.exists(f"/proc/{pid}")]
+daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3], hang_secs=hang_secs,
+               orphan_secs=float(os.environ["TEST_ORPHAN_SECS"]), unit=Unit())
 """
 
 
@@ -56,6 +65,7 @@ class Front:
     link: str
     listener: socket.socket | None = None  # kept for it, as by systemd
     hang_secs: float = HANG_SECS
+    orphan_secs: float = 100.0
     clients: list[Client] = field(default_factory=list)
     process: asyncio.subprocess.Process = field(init=False)
 
@@ -63,6 +73,7 @@ class Front:
         env = dict(os.environ) | {
             "NOTIFY_SOCKET": str(self.directory / "notify.sock"),
             "TEST_HANG_SECS": str(self.hang_secs),
+            "TEST_ORPHAN_SECS": str(self.orphan_secs),
         }
         for variable in ("WATCHDOG_USEC", "LISTEN_FDS"):
             env.pop(variable, None)
@@ -110,6 +121,7 @@ async def front(
     link: str | None = None,
     kept: bool = False,
     hang_secs: float = HANG_SECS,
+    orphan_secs: float = 100.0,
     **gateway: Any,
 ) -> AsyncIterator[Front]:
     with tempfile.TemporaryDirectory(prefix="lxw") as name:
@@ -132,8 +144,9 @@ async def front(
             listener.bind(f"{directory}/http.sock")
             listener.listen()
         running = Front(
-            supervisor, directory, notified, link or supervisor.path, listener, hang_secs
-        )
+            supervisor, directory, notified, link or supervisor.path, listener, hang_secs,
+            orphan_secs,
+        )  # fmt: skip
         await running.start()
         try:
             yield running
@@ -159,7 +172,9 @@ class RealHub:
         self._news = asyncio.Event()
         infos = [ModelInfo(name, "serving") for name in models]
         self.models = models
-        self.hub = Hub(post=self._posted, ask=self._answer, catalog=lambda: Catalog.of(infos))
+        self.hub = ControlSocket(
+            post=self._posted, ask=self._answer, catalog=lambda: Catalog.of(infos)
+        )
         self._grants: list[Grant] = []
 
     def _posted(self, event: Event) -> None:
@@ -188,7 +203,8 @@ class RealHub:
             await soon(self._news.wait())
 
     async def joined(self, number: int) -> list[str]:
-        return [event.worker for event in await self.happened(number, WorkerJoined)]  # type: ignore[attr-defined]
+        found = await self.happened(number, WorkerJoined)
+        return [event.worker for event in found if isinstance(event, WorkerJoined)]
 
     async def in_flight(self, number: int) -> dict[str, int]:
         """What every worker has in flight, once it is so many in all."""
@@ -324,13 +340,110 @@ async def is_whole(client: Client, *, headed: bool = True) -> bool:
 
 
 @in_loop
-async def test_workers_end_when_their_parent_is_killed() -> None:
-    async with front(2) as gateway:
+async def test_workers_whose_parent_is_killed_end_when_no_other_comes() -> None:
+    async with front(2, orphan_secs=0.1) as gateway:
         await gateway.told("READY=1")
         gateway.process.kill()
         await soon(gateway.process.wait())
         for pid in gateway.pids():
             await gone(pid)
+
+
+@pytest.mark.parametrize("how", ["restart", "crash"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_restart_is_noticed_by_no_client(workers: int, how: str) -> None:
+    """Between the end of one parent and the next one's start new connections are served too; the
+    former workers then accept nothing, finish their streams, and end."""
+
+    @in_loop
+    async def run() -> None:
+        release = asyncio.Event()
+
+        async def slow(request: EngineRequest) -> None:
+            request.start_stream()
+            request.event("one")
+            await release.wait()
+            request.event("two")
+            request.end_stream()
+
+        async with hub_and_front(workers, kept=True) as (hub, gateway):
+            engine = StubEngine(slow, path=str(gateway.directory / "engine.sock"))
+            await engine.start()
+            hub.grant(engine)
+            clients = [await streaming(gateway) for _ in range(4)]
+            idle = await healthy(gateway)
+            former = hub.pids()
+            restarted = gateway.directory / "restarted"
+            restarted.write_text("\n".join(map(str, former)))
+            if how == "restart":
+                gateway.process.terminate()
+            else:
+                gateway.process.kill()
+            await soon(gateway.process.wait())
+            between = await healthy(gateway)
+
+            await gateway.start()
+            await gateway.told("READY=1")
+            await hub.joined(2 * workers)
+            clients.append(await streaming(gateway))
+            # a connection that was idle is not closed under the client's next request
+            for client in (idle, between):
+                await soon(asked_until_it_closes(client))
+            release.set()
+            for client in clients:
+                assert await is_whole(client)
+                client.leave()
+            for pid in former:
+                await gone(pid)
+            restarted.unlink()
+            await engine.stop()
+
+    run()
+
+
+async def asked_until_it_closes(client: Client) -> None:
+    """The former worker hears of the hand-over a moment after the next parent is ready."""
+    connection = ""
+    while connection != "close":
+        client.send("/health", method="GET")
+        answer = await client.answer()
+        assert answer.status == 200
+        connection = answer.headers["connection"]
+
+
+async def streaming(gateway: Front) -> Client:
+    client = await gateway.client()
+    client.chat(stream=True)
+    assert (await client.head()).status == 200
+    assert b"one" in await client.chunk()
+    return client
+
+
+async def healthy(gateway: Front) -> Client:
+    """A client whose connection is idle."""
+    client = await gateway.client()
+    client.send("/health", method="GET")
+    assert (await client.answer()).status == 200
+    return client
+
+
+@in_loop
+async def test_a_stop_ends_workers_of_former_parents_too() -> None:
+    async with hub_and_front(1, kept=True) as (hub, gateway):
+        (former,) = hub.pids()
+        await healthy(gateway)  # its connection keeps the former worker
+        restarted = gateway.directory / "restarted"
+        restarted.write_text(str(former))
+        gateway.process.terminate()
+        await soon(gateway.process.wait())
+        await gateway.start()
+        await gateway.told("READY=1")
+        await hub.joined(2)
+        os.kill(former, 0)
+        restarted.rename(gateway.directory / "stopped")
+        gateway.process.terminate()
+        assert await soon(gateway.process.wait()) == 0
+        await gone(former)
 
 
 @in_loop

@@ -7,7 +7,7 @@ lives with the start time it was made with, so a SIGKILL frees memory as the dri
 process that CRIU brought back under its old pid holds nothing until it allocates again.
 
 Every change happens under an exclusive flock on `<path>.lock`; the file itself is replaced by
-rename, so whoever reads it without the lock sees one whole state.
+rename, so a reader without the lock sees one whole state.
 
     ledger.py init [PATH] [--capacity-gib 80] [--gpus 1]
     ledger.py show [PATH]
@@ -240,14 +240,20 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = self._open_lock()
         try:
-            if os.fstat(fd).st_uid == os.geteuid():
-                os.fchmod(fd, 0o666)
             self._lock(fd)
             yield
         finally:
             os.close(fd)
+
+    def _open_lock(self) -> int:
+        """Made with its mode at once: engines of several users begin in the same moment."""
+        former = os.umask(0)
+        try:
+            return os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        finally:
+            os.umask(former)
 
     def _lock(self, fd: int) -> None:
         """flock knows no time limit: a thread waits in it, and we for the thread.

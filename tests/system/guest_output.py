@@ -11,8 +11,8 @@ from typing import Any
 
 from rigs import DEADLINE, units_rig
 
-from llmux.drivers.journald import JournalHandler
-from llmux.drivers.output import EngineFiles
+from llmux.drivers.engine.output import EngineFiles
+from llmux.drivers.systemd.journal import JournalHandler
 
 
 def journal(*words: str) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def test_lines_stand_under_the_engines_unit_with_their_level(tmp_path: Path) -> 
             return handle.unit
 
     unit = asyncio.run(body())
-    entries = [e for e in journal("-u", unit) if e.get("SYSLOG_IDENTIFIER") == "vllm"]
+    entries = [e for e in journal("-u", unit) if e.get("SYSLOG_IDENTIFIER") == "vllm:talker"]
     shown = {str(entry["MESSAGE"])[:60]: entry for entry in entries}
     assert shown["INFO 11-21 20:00:00 [api_server.py:1] started"]["PRIORITY"] == "6"
     assert shown["(EngineCore_DP0 pid=7) ERROR 11-21 boom"]["PRIORITY"] == "3"

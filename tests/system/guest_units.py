@@ -14,14 +14,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from rigs import DEADLINE, Exits, UnitsRig, units_rig
 
-from llmux.drivers.process import read_stat, start_ticks
-from llmux.drivers.spawn import Launchers
-from llmux.drivers.systemd import SystemdUnits
+from llmux.drivers.processes.process import read_stat, start_ticks
+from llmux.drivers.processes.spawn import Launchers
+from llmux.drivers.processes.users import SharedUser
+from llmux.drivers.systemd.units import SystemdUnits
 from llmux.errors import UnitFailed
 from llmux.ports import LaunchSpec, UnitHandle
 
@@ -41,8 +44,8 @@ def show(unit: str, name: str) -> str:
     return systemctl("show", "--property", name, "--value", unit)
 
 
-def as_user(rig: UnitsRig, user: str = "nobody") -> LaunchSpec:
-    return dataclasses.replace(rig.spec(), user=user)
+def as_user(rig: UnitsRig, name: str = "nobody") -> LaunchSpec:
+    return dataclasses.replace(rig.spec(), user=SharedUser(name, "/var/cache/llmux").find("alpha"))
 
 
 def ended(pid: int) -> bool:
@@ -91,7 +94,7 @@ def test_the_engine_has_its_user_and_no_capability(tmp_path: Path) -> None:
             assert fields["NoNewPrivs"] == "1"
             made = (tmp_path / "alpha.run").stat()
             assert made.st_uid == int(uid)
-            assert made.st_mode & 0o7777 == 0o2770
+            assert made.st_mode & 0o7777 == 0o2750  # the gateway may connect, not change it
 
     asyncio.run(body())
 
@@ -114,12 +117,56 @@ def test_systemctl_stop_works_and_is_noticed(tmp_path: Path, frozen: bool) -> No
     asyncio.run(body())
 
 
+ESCAPES = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.makedirs("/sys/fs/cgroup/elsewhere", exist_ok=True)
+with open("/sys/fs/cgroup/elsewhere/cgroup.procs", "w") as file:
+    file.write("0")
+if os.fork() == 0:
+    os.setsid()
+open(sys.argv[1] + str(os.getpid()), "w")
+while True:
+    signal.pause()
+"""
+
+
+def escaped(directory: Path, count: int) -> list[int]:
+    end = time.monotonic() + DEADLINE
+    while len(found := list(directory.glob("escaped-*"))) < count:
+        assert time.monotonic() < end
+        os.sched_yield()
+    return sorted(int(path.name.removeprefix("escaped-")) for path in found)
+
+
+def test_an_engine_that_left_its_cgroup_is_noticed_and_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a container runtime does with its containers; needs root."""
+
+    async def body() -> None:
+        async with units_rig("systemd", tmp_path) as rig:
+            mark = tmp_path / "escaped-"
+            argv = (sys.executable, "-c", ESCAPES, str(mark))
+            handle = await rig.units.start(dataclasses.replace(rig.spec(), argv=argv), DEADLINE)
+            pids = await asyncio.to_thread(escaped, tmp_path, 2)
+            assert handle.pid in pids
+            assert handle.pid in await rig.units.pids(handle)
+            assert not await rig.units.terminate(handle, 0.2), "not seen empty"
+            await rig.units.kill(handle, DEADLINE)
+            assert all(ended(pid) for pid in pids)
+            assert list(await rig.units.pids(handle)) == []
+
+    asyncio.run(body())
+    assert "left its cgroup for /elsewhere" in caplog.text
+
+
 SUPERVISOR = """
 import asyncio, sys
 from pathlib import Path
 from rigs import UnitsRig, DEADLINE
-from llmux.drivers.systemd import SystemdUnits
-from llmux.drivers.freezer import CgroupFreezer
+from llmux.drivers.systemd.units import SystemdUnits
+from llmux.drivers.processes.freezer import CgroupFreezer
 async def main():
     rig = UnitsRig("systemd", SystemdUnits(), CgroupFreezer(), Path(sys.argv[1]))
     handle = await rig.units.start(rig.spec("adopted"), DEADLINE)
@@ -154,7 +201,7 @@ def test_an_engine_survives_its_supervisor_and_is_found_again(tmp_path: Path) ->
             with pytest.raises(UnitFailed, match="exists already"):
                 await rig.units.start(rig.spec("adopted"), DEADLINE)
             assert await rig.units.terminate(handle, DEADLINE)
-            assert await exits.next() == "gone"  # not our child: nobody tells us how
+            assert await exits.next() == "gone"  # not our child: how is not told
 
     asyncio.run(body())
     assert start_ticks(pid) is None
@@ -187,6 +234,35 @@ def test_the_bus_connection_is_replaced_when_lost(tmp_path: Path) -> None:
             sock.close()
             assert list(await rig.units.observe()) == [handle]
             await rig.units.start(rig.spec("beta"), DEADLINE)
+
+    asyncio.run(body())
+
+
+@contextmanager
+def stopping_gateway() -> Iterator[None]:
+    """A llmux-gateway.service that is in the middle of a restart, waiting for its clients."""
+    unit = Path("/run/systemd/system/llmux-gateway.service")
+    unit.write_text("[Service]\nExecStart=/bin/sleep inf\nExecStop=/bin/sleep 20\n")
+    systemctl("daemon-reload")
+    systemctl("start", unit.name)
+    try:
+        systemctl("restart", "--no-block", unit.name)
+        assert show(unit.name, "ActiveState") == "deactivating"
+        yield
+    finally:
+        systemctl("kill", "--signal=KILL", unit.name)
+        systemctl("stop", unit.name)
+        unit.unlink()
+        systemctl("daemon-reload")
+
+
+def test_a_start_does_not_wait_for_a_gateway_that_stops(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with units_rig("systemd", tmp_path) as rig:
+            with stopping_gateway():
+                handle = await rig.units.start(rig.spec(), DEADLINE)
+                assert show("llmux-gateway.service", "ActiveState") == "deactivating"
+                assert show(handle.unit, "ActiveState") == "active"
 
     asyncio.run(body())
 

@@ -33,7 +33,7 @@ def leftovers(name: str) -> list[str]:
             mounts = (process / "mountinfo").read_text()
             cgroups = (process / "cgroup").read_text()
         except OSError:
-            continue  # ended, or a zombie of somebody's
+            continue  # ended, or a zombie
         if directory in command:
             found.append(f"process {process.name}: {command}")
         if directory in mounts:

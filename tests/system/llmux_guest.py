@@ -68,7 +68,7 @@ class LlmuxGuest:
     def configure(self, models: Mapping[str, Mapping[str, Any]], **top: Any) -> None:
         document = {
             "vllm_command": [STANDIN],
-            "policy": {"min_active_secs": 0},
+            "policy": {"policy_type": "fifo", "min_active_secs": 0},
             "metrics_port": 0,
             "models": models,
             **top,
@@ -118,13 +118,14 @@ class LlmuxGuest:
         report: dict[str, list[int]] = self.load("look", "scopes")
         return report
 
-    def reload(self) -> None:
-        """As an operator does it; returns when the supervisor has said what it made of it."""
+    def reload(self) -> int:
+        """As an operator does it; returns systemctl's exit status when the supervisor is done."""
         cursor = self.cursor()
-        self.run(["systemctl", "reload", "llmux"])
+        code = self.run(["systemctl", "reload", "llmux"], check=False).returncode
         follow = f"journalctl -o cat -u {SUPERVISOR} -f --after-cursor='{cursor}'"
         said = "grep -q -m1 -E 'configuration (not )?reloaded'"
         self.run(["timeout", "20", "bash", "-c", f"{said} < <({follow})"])
+        return code
 
     def cursor(self) -> str:
         """The end of the journal, for what comes after it."""

@@ -29,20 +29,15 @@ MISTAKES = {
         "8:39: models.gamma.port: ",
         f"taken by models.beta.port ({CONFIG}:7:11); give each its own",
     ),
-    "missing file": (
-        "    vllm_command: [/opt/absent/vllm]\n",
-        "7:19: models.beta.vllm_command: ",
-        "/opt/absent/vllm: no such file",
-    ),
     "wrong type": (
         "    startup_timeout_secs: soon\n",
         "7:27: models.beta.startup_timeout_secs: ",
         'such as 10 or "10s", got "soon"',
     ),
     "slash in a name": (
-        "  org/gamma: {model_path: lab/tiny}\n",
-        '7:3: models."org/gamma": ',
-        'for example "org-gamma"',
+        "  org//gamma: {model_path: lab/tiny}\n",
+        '7:3: models."org//gamma": ',
+        'for example "org/gamma"',
     ),
     "dots for a name": (
         "  ..: {model_path: lab/tiny}\n",
@@ -74,6 +69,22 @@ def test_a_mistake_is_named_and_nothing_is_started(llmux: LlmuxGuest, mistake: s
     assert facts == ["78", "0", "failed"]
 
 
+def test_what_one_model_lacks_concerns_that_model(llmux: LlmuxGuest) -> None:
+    llmux.begin({"alpha": model()})
+    llmux.end()
+    text = llmux.run(["cat", CONFIG]).stdout
+    entry = json.loads(text)
+    entry["models"]["beta"] = {**model(), "vllm_command": ["/opt/absent/vllm"]}
+    llmux.write_config(json.dumps(entry))
+    checked = llmux.run(["llmux", "check"], check=False)
+    assert checked.returncode == 78
+    assert "/opt/absent/vllm: no such file" in checked.stderr
+    llmux.run(["systemctl", "start", "llmux", "llmux-gateway"])
+    assert llmux.ask("alpha")["error"] == ""
+    assert "/opt/absent/vllm" in llmux.ask("beta")["error"]
+    assert llmux.ask("alpha")["error"] == ""
+
+
 def test_an_absent_configuration_is_one_too(llmux: LlmuxGuest) -> None:
     llmux.end()
     llmux.run(["rm", "-f", CONFIG])
@@ -94,7 +105,7 @@ def test_a_reload_of_a_mistake_leaves_the_running_configuration(
     assert llmux.ask("alpha")["error"] == ""
     before, cursor = llmux.pids(), llmux.cursor()
     llmux.write_config(FAULTY + addition)
-    llmux.reload()
+    assert llmux.reload() != 0
     text = llmux.journal("-u", SUPERVISOR, f"--after-cursor={cursor}")
     expect_told(text, place, remedy)
     assert "the former one stays in force" in text
@@ -110,7 +121,7 @@ def test_a_reload_adds_and_removes_models_and_leaves_the_others(llmux: LlmuxGues
         assert llmux.ask(name)["error"] == ""
     before = llmux.pids()
     llmux.configure({"alpha": model(), "gamma": model()})
-    llmux.reload()
+    assert llmux.reload() == 0
     llmux.load("look", "until-scopes", "alpha")  # beta's engine is stopped
     assert llmux.pids() == {"alpha": before["alpha"]}
     assert llmux.ask("gamma")["error"] == ""

@@ -27,7 +27,9 @@ def test_turns_and_a_kill_of_each_process(bookworm: LlmuxGuest) -> None:
     turns = bookworm.load("turns", "--count=20")
     print(f"turns: {turns}")
     assert turns["wrong"] == []
-    storm = bookworm.load("storm", "--seed=12", "kill supervisor", "kill gateway", "kill both")
+    storm = bookworm.load(
+        "kills/storm", "--seed=12", "kill supervisor", "kill gateway", "kill both"
+    )
     print(f"storm: {storm}")
     assert (storm["failed"], storm["wrong"], storm["stuck"]) == ([], [], 0)
     assert storm["refused_connections"] == 0

@@ -42,7 +42,8 @@ def test_a_crowd_on_three_models_gets_what_it_asked_for(llmux: LlmuxGuest) -> No
     print(f"crowd: {report}")
     assert report["wrong"] == []
     assert report["requests"] == count
-    assert report["switches"] >= count // 50
+    assert report["kinds"].get("cut after a stall", 0) <= count // 200
+    assert report["switches"] >= count // 200  # a busy model is served for a while before it leaves
     assert set(report["gauges"].values()) == {0}
     assert report["strays"] == []
     assert {"plain", "stream", "abandoned"} <= set(report["kinds"])

@@ -28,13 +28,10 @@ def test_a_killed_worker_takes_only_its_own_streams(llmux: LlmuxGuest) -> None:
     assert report["new_workers"] == 1
 
 
-@pytest.mark.parametrize("manner", ["restart", "kill"])
-def test_no_connection_is_refused_while_all_workers_are_away(
-    llmux: LlmuxGuest, manner: str
-) -> None:
+def test_no_connection_is_refused_while_all_workers_are_away(llmux: LlmuxGuest) -> None:
     llmux.begin({"alpha": model(), "beta": model()}, **WORKERS)
-    report = llmux.load("flood", manner)
-    print(f"{manner} of a gateway of three: {report}")
+    report = llmux.load("flood")
+    print(f"kill of a gateway of three: {report}")
     assert report["made_while_no_gateway_ran"] > 20
     assert report["refused"] == 0
     assert report["failed"] == []
@@ -46,7 +43,7 @@ def test_blows_under_load_with_several_workers(llmux: LlmuxGuest) -> None:
     speed = {"STANDIN_TOKENS_PER_SEC": "200"}
     llmux.begin({name: model(env=speed) for name in ("alpha", "beta")}, **WORKERS)
     blows = ["restart supervisor*3", "kill supervisor*3", "restart gateway*2"]
-    report = llmux.load("storm", f"--seed={seed}", *blows)
+    report = llmux.load("kills/storm", f"--seed={seed}", *blows)
     print(f"three workers: {report}")
     assert report["wrong"] == [], llmux.journal()
     assert report["failed"] == [], llmux.journal(lines=200)

@@ -30,7 +30,7 @@ def test_blows_at_random_moments_under_load(
     seed = secrets.randbelow(1 << 32)
     print(f"seed {seed}")
     llmux.begin({name: model(eviction, env=SPEED) for name in ("alpha", "beta")})
-    report = llmux.load("storm", f"--seed={seed}", *blows)
+    report = llmux.load("kills/storm", f"--seed={seed}", *blows)
     print(f"{request.node.name}: {report}")
     assert report["wrong"] == [], llmux.journal()
     assert report["failed"] == [], llmux.journal(lines=200)
@@ -60,6 +60,6 @@ def test_a_supervisor_killed_in_an_operation_is_succeeded_by_one_that_finishes_i
             "beta": model("offload+keep_running"),
         }
     )
-    report = llmux.load("moment", moment, json.dumps(faults))
+    report = llmux.load("kills/moment", moment, json.dumps(faults))
     print(f"killed while {moment}: {report}")
     assert report["wrong"] == [], llmux.journal()

@@ -41,6 +41,24 @@ def test_a_machine_has_the_verbs_of_a_guest(machine: LlmuxGuest) -> None:
     assert guest.run(["test", "-e", "/srv/llmux/pyproject.toml"]).returncode == 0
 
 
+def test_an_engine_past_its_memory_limit_dies_alone_and_is_told_so(machine: LlmuxGuest) -> None:
+    hungry = {"STANDIN_HOST_WEIGHTS_MIB": "400"}
+    machine.begin(
+        {
+            "alpha": model(gpu_memory=0.4, limits={"memory_max": "200MiB"}, env=hungry),
+            "beta": model(gpu_memory=0.4),
+        }
+    )
+    assert machine.ask("beta", timeout=120)["error"] == ""
+    refused = machine.ask("alpha", timeout=120)
+    past = "it went past MemoryMax=200M of llmux-alpha.scope (limits.memory_max)"
+    assert past in refused["error"], machine.journal()
+    listed = machine.status()["models"]
+    assert past in listed["alpha"]["message"]
+    assert past in machine.run(["llmux", "ps", "--format", "{name} {message}"]).stdout
+    assert machine.ask("beta", timeout=120)["error"] == "", machine.journal()
+
+
 def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGuest) -> None:
     # as an operator would: every engine's scope, whatever its model's name
     machine.guest.write(
@@ -53,7 +71,8 @@ def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGues
     )
     report = machine.load("cycles", str(RESTORES + 1), "alpha", timeout=600)
     first, *restored = report["turns"]
-    user = machine.run(["id", "-u", "llmux-engine"]).stdout.strip()
+    user = machine.run(["stat", "-c", "%u", "/var/cache/llmux/alpha"]).stdout.strip()
+    assert 60706 <= int(user) <= 61183
     said = machine.journal("-u", "llmux.service")
     assert said.count("criu restore: success") == RESTORES, said
     assert said.count("(no checkpoint available)") == 1, said

@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
 
 from fake_cuda import COMPILER, FakeCuda
 
-from llmux.drivers.cuda import CudaDriver
-from llmux.drivers.cuda_calls import ProcessTable
-from llmux.drivers.cuda_cli import CudaCheckpointTool
-from llmux.drivers.memory import World
-from llmux.drivers.memory_gpu import MemoryCheckpointer
-from llmux.drivers.memory_units import MemoryUnits
+from llmux.drivers.cuda.calls import ProcessTable
+from llmux.drivers.cuda.driver import CudaDriver
+from llmux.drivers.cuda.tool import CudaCheckpointTool
 from llmux.errors import DriverError
 from llmux.ports import DeviceCheckpointer, LaunchSpec
+from tests.twins.gpu import MemoryCuda
+from tests.twins.units import MemoryUnits
+from tests.twins.world import World
 
 LONG = 30.0
 REAL = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
@@ -43,7 +43,7 @@ async def rig_of(kind: str, directory: Path) -> AsyncIterator[Rig]:
         world = World()
         spec = LaunchSpec("m", ("vllm",), {}, None, "/out", "/err", str(directory))
         handle = await MemoryUnits(world).start(spec, LONG)
-        cuda, pid = MemoryCheckpointer(world), handle.pid
+        cuda, pid = MemoryCuda(world), handle.pid
     else:
         fake, pid = FakeCuda(directory), 101
         fake.add(pid)
@@ -68,6 +68,15 @@ class TestDeviceCheckpointer:
                         assert list(await rig.cuda.suspend([rig.pid], LONG)) == [rig.pid]
                     for _ in range(2):
                         await rig.cuda.resume([rig.pid], LONG)
+
+        asyncio.run(body())
+
+    def test_it_says_what_a_suspend_would_take(self, kind: str, tmp_path: Path) -> None:
+        async def body() -> None:
+            async with rig_of(kind, tmp_path) as rig:
+                assert list(await rig.cuda.suspendable([rig.pid], LONG)) == [rig.pid]
+                await rig.cuda.suspend([rig.pid], LONG)
+                assert list(await rig.cuda.suspendable([rig.pid], LONG)) == [rig.pid]
 
         asyncio.run(body())
 

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
 
 from fake_cuda import COMPILER, FakeCuda
 
-from llmux.drivers.cuda import HELPER, HelperCalls, greeting_problem
-from llmux.drivers.cuda_calls import CudaCallTimeout
+from llmux.drivers.cuda.calls import CudaCallTimeout
+from llmux.drivers.cuda.driver import HELPER, HelperCalls, greeting_problem
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
 

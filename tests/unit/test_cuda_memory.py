@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import psutil
 import pytest
 
-from llmux.drivers.cuda import CudaDriver
-from llmux.drivers.cuda_memory import GIB, HostMemory, parse_meminfo, required_host_bytes
+from llmux.drivers.cuda.driver import CudaDriver
+from llmux.drivers.cuda.host_memory import GIB, HostMemory, required_host_bytes
+from llmux.drivers.memory import available_bytes
 from llmux.errors import CheckpointFailed
 
 
@@ -16,11 +18,8 @@ from llmux.errors import CheckpointFailed
 def host(tmp_path: Path) -> HostMemory:
     (tmp_path / "proc/7").mkdir(parents=True)
     (tmp_path / "cgroup/llmux.slice/a.scope/engine").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text(
-        f"MemTotal: 99 kB\nMemAvailable:   {64 * GIB // 1024} kB\n"
-    )
     (tmp_path / "proc/7/cgroup").write_text("0::/llmux.slice/a.scope/engine\n")
-    return HostMemory(tmp_path / "proc", tmp_path / "cgroup")
+    return HostMemory(tmp_path / "proc", tmp_path / "cgroup", lambda: 64 * GIB)
 
 
 def limit(tmp_path: Path, group: str, most: str, used: int, cache: int = 0) -> None:
@@ -32,11 +31,17 @@ def limit(tmp_path: Path, group: str, most: str, used: int, cache: int = 0) -> N
 
 def test_needs_what_is_on_the_gpu_and_a_spare() -> None:
     assert required_host_bytes(100 * GIB) == 103 * GIB
-    assert CudaDriver.required_host_bytes(0) == GIB
+    assert required_host_bytes(0) == GIB
 
 
-def test_meminfo_without_memavailable_promises_nothing() -> None:
-    assert parse_meminfo("MemFree: 10 kB\n") == 0
+def test_available_memory_is_the_kernels_own_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    names = ("MemTotal", "MemFree", "Buffers", "Cached", "Shmem", "Active", "Inactive")
+    lines = [f"{name}: 4096 kB\n" for name in names]
+    (tmp_path / "meminfo").write_text("".join(lines) + "MemAvailable:    2048 kB\n")
+    assert available_bytes() == 2 << 20
 
 
 def test_fits(host: HostMemory) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,11 +20,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
 
 from fake_cuda import COMPILER, FakeCuda
 
-from llmux.drivers.cuda import CudaDriver, HelperCalls
-from llmux.drivers.cuda_calls import CudaCalls, ProcessTable
-from llmux.drivers.cuda_cli import CudaCheckpointTool, ToolCalls
-from llmux.drivers.cuda_sequence import CudaSequence
-from llmux.errors import CheckpointFailed, DriverError, DriverTimeout, Unsupported
+from llmux.drivers.cuda.calls import CudaCalls, ProcessTable
+from llmux.drivers.cuda.driver import CudaDriver, HelperCalls
+from llmux.drivers.cuda.sequence import CudaSequence
+from llmux.drivers.cuda.tool import CudaCheckpointTool, ToolCalls
+from llmux.errors import (
+    Blame,
+    CheckpointFailed,
+    DriverError,
+    DriverTimeout,
+    TreeState,
+    Unsupported,
+)
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
 
@@ -50,11 +58,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 class Impatient:
-    """Calls as they are, but the first one of this kind is waited for only a moment."""
+    """Calls as they are, but the first one of each of these is waited for only a moment."""
 
-    def __init__(self, calls: CudaCalls, operation: str, pid: int) -> None:
+    def __init__(self, calls: CudaCalls, bounds: Mapping[tuple[str, int], float]) -> None:
         self._calls = calls
-        self._short: tuple[str, int] | None = (operation, pid)
+        self._bounds = dict(bounds)
         self.ready = calls.ready
         self.close = calls.close
 
@@ -67,22 +75,24 @@ class Impatient:
         on_late: Callable[[], None],
         lock_ms: int = 0,
     ) -> int:
-        if (operation, pid) == self._short:
-            self._short, timeout = None, SHORT
+        timeout = self._bounds.pop((operation, pid), timeout)
         return await self._calls.call(operation, pid, timeout, on_late=on_late, lock_ms=lock_ms)
 
 
 @asynccontextmanager
 async def driver(
-    fake: FakeCuda, kind: str = "library", hung: tuple[str, int] | None = None
+    fake: FakeCuda,
+    kind: str = "library",
+    hung: tuple[str, int] | None = None,
+    bounded: Mapping[tuple[str, int], float] = MappingProxyType({}),
 ) -> AsyncIterator[CudaSequence]:
     calls: CudaCalls
     if kind == "library":
         calls = HelperCalls(str(fake.library), close_secs=LONG)
     else:
         calls = ToolCalls(str(fake.tool))
-    if hung:
-        calls = Impatient(calls, *hung)
+    if hung or bounded:
+        calls = Impatient(calls, {hung: SHORT} if hung else bounded)
     made = CudaSequence(calls, processes=ProcessTable(fake.proc))
     try:
         yield made
@@ -98,6 +108,14 @@ async def failing(awaitable: Awaitable[object]) -> DriverError:
     with pytest.raises(DriverError) as caught:
         await awaitable
     return caught.value
+
+
+async def refused(awaitable: Awaitable[object]) -> bool:
+    try:
+        await awaitable
+    except CheckpointFailed:
+        return True
+    return False
 
 
 def test_two_processes_go_and_come_back_locked_together_and_restored_together(
@@ -250,12 +268,12 @@ def test_a_failing_resume_says_where_each_stands_and_can_be_repeated(
 ) -> None:
     fake.add(101, CHECKPOINTED)
     fake.add(102, CHECKPOINTED)
-    fake.fault(step, "fail 2", 102)
+    fake.fault(step, "fail 999", 102)
 
     async def main() -> None:
         async with driver(fake, kind) as cuda:
             error = await failing(cuda.resume([101, 102], LONG))
-            assert "out of memory" in str(error)
+            assert "unknown error" in str(error)
             left = "checkpointed" if step == "restore" else "locked"
             assert f"process 102 is now {left}" in str(error)
             fake.heal()
@@ -449,5 +467,140 @@ def test_no_driver_and_no_gpu_and_no_tool_are_told_apart(fake: FakeCuda) -> None
             assert isinstance(error, Unsupported)
             assert words in str(error)
             await cuda.close()
+
+    run(main)
+
+
+# ---- what real drivers do (modes of the fake library) -------------------------------------------
+
+
+def test_a_lock_that_answers_not_initialized_means_no_cuda_state(fake: FakeCuda, kind: str) -> None:
+    """cuInit without a context: Triton and flash-attn do that in the API server."""
+    fake.mode("cuinit_only", 101)
+
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            assert list(await cuda.suspend([101, 102], LONG)) == [102]
+            assert (fake.state(101), fake.state(102)) == (RUNNING, CHECKPOINTED)
+
+    run(main)
+
+
+def test_a_process_that_only_asked_nvml_has_none(fake: FakeCuda, kind: str) -> None:
+    fake.mode("nvml_only", 101)
+
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            assert list(await cuda.suspendable([101, 102], LONG)) == [102]
+            assert list(await cuda.suspend([101, 102], LONG)) == [102]
+
+    run(main)
+    assert [pid for _, pid in fake.log()] == [102, 102]
+
+
+def test_out_of_memory_in_a_restore_is_final_and_not_tried_again(fake: FakeCuda, kind: str) -> None:
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            await cuda.suspend([101], LONG)
+            fake.mode("final_oom", 101)
+            error = await failing(cuda.resume([101], LONG))
+            assert isinstance(error, CheckpointFailed)
+            assert (error.tree, error.blame) == (TreeState.BROKEN, Blame.HOST)
+            calls = len(fake.log())
+            again = await failing(cuda.resume([101], LONG))
+            assert "ran out of GPU memory in an earlier restore, which is final" in str(again)
+            assert len(fake.log()) == calls, "the driver is not asked again"
+            fake.add(101, CHECKPOINTED, ticks=2)  # another process by that pid
+            fake.mode("ready", 101)
+            await cuda.resume([101], LONG)
+
+    run(main)
+
+
+def test_a_lock_that_kills_its_process_is_not_called_a_lack_of_rights(
+    fake: FakeCuda, kind: str
+) -> None:
+    fake.mode("lock_kills", 102)
+
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            error = await failing(cuda.suspend([101, 102], LONG))
+            assert isinstance(error, CheckpointFailed)
+            assert error.tree is TreeState.BROKEN
+            assert "process 102 died in the call" in str(error)
+            assert "root" not in (error.hint or "")
+            assert fake.state(101) == RUNNING, "the other one was unlocked"
+
+    run(main)
+
+
+@pytest.mark.parametrize("state", [RUNNING, CHECKPOINTED])
+def test_a_busy_process_is_waited_for(fake: FakeCuda, kind: str, state: int) -> None:
+    """A call that a former supervisor left to finish; states 4 and 5 of CUDA 13.4."""
+    fake.add(101, state)
+    fake.mode("busy", 101)
+
+    async def main() -> None:
+        async with driver(fake, kind) as cuda:
+            assert list(await cuda.suspended([101], LONG)) == [101]
+            fake.mode("busy", 101)
+            assert list(await cuda.suspend([101], LONG)) == [101]
+            assert fake.state(101) == CHECKPOINTED
+
+    run(main)
+
+
+def test_calls_that_wait_for_another_lock_end_at_the_deadline_and_are_undone(
+    fake: FakeCuda,
+) -> None:
+    """cuda-checkpoint#30: with NCCL any call on B waits while A is locked."""
+    fake.mode("one_at_a_time")
+
+    async def main() -> None:
+        async with driver(fake, bounded={("lock", 101): 1.0, ("lock", 102): 1.0}) as cuda:
+            error = await failing(cuda.suspend([101, 102], LONG))
+            assert isinstance(error, DriverTimeout), error
+            assert {fake.state(101), fake.state(102)} != {LOCKED}
+            late = error.fields["pids"]
+            assert set(late) <= {101, 102}, late
+            assert late
+            fake.mode("plain")  # whichever waits still may end
+
+    run(main)
+
+
+def test_the_process_that_another_ones_lock_waits_for_runs_again(fake: FakeCuda) -> None:
+    fake.mode("one_at_a_time")
+    fake.add(101, LOCKED)
+
+    async def main() -> None:
+        async with driver(fake, hung=("lock", 102)) as cuda:
+            error = await failing(cuda.suspend([101, 102], LONG))
+            assert isinstance(error, DriverTimeout), error
+            assert error.fields["pids"] == [102]
+            assert fake.state(101) == RUNNING
+            # What it waited for is gone: the late lock ends, and a later call is not refused.
+            await asyncio.to_thread(fake.wait_for_state, 102, LOCKED)
+            async with asyncio.timeout(LONG):
+                while await refused(cuda.resume([102], LONG)):
+                    await asyncio.to_thread(lambda: None)
+            assert fake.state(102) == RUNNING
+
+    run(main)
+    assert [call for call in fake.log() if call[1] == 101] == [("unlock", 101)]
+
+
+def test_one_that_dies_restored_and_running_is_recorded_as_a_hung_host(fake: FakeCuda) -> None:
+    async def main() -> None:
+        async with driver(fake) as cuda:
+            for pid in (101, 102):
+                await cuda.suspend([pid], LONG)
+                await cuda.resume([pid], LONG)
+            await cuda.suspend([102], LONG)
+            assert fake.hung_hosts() == []
+            fake.end(102)
+            assert fake.hung_hosts() == [], "suspended again first"
+            fake.end(101)
+            assert fake.hung_hosts() == [101]
 
     run(main)

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmux import metrics as m
-from llmux.config.schema import Config, Eviction, ModelConfig, Process, Weights
+from llmux.config.schema import CheckpointConfig, Config, Eviction, ModelConfig, Process, Weights
 from llmux.core.effects import SwitchFinished
 from llmux.core.plans import StepKind
 from llmux.core.records import (
@@ -28,18 +28,22 @@ from llmux.core.records import (
     Stopping,
     Waking,
 )
-from llmux.gateway.scrape import merge_series
+from llmux.drivers.gpu import NoGpu
+from llmux.errors import Unsupported
+from llmux.gateway.exposition import TEXT, encode
 from llmux.metrics import METRICS, SECONDS, Histogram, Kind, Store
-from llmux.ports import GpuProcess
+from llmux.ports import GpuObserver, GpuProcess
 from llmux.protocol import Collected
-from llmux.runtime.events import EventFeed, Feeds
-from llmux.runtime.telemetry import Telemetry
+from llmux.runtime.control.event_log import EventLog
+from llmux.runtime.control.telemetry import Telemetry
+from llmux.runtime.control.watchers import Watchers
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "metrics" / "golden.txt"
 
 
 class Gpu:
     available = True
+    blind = None
 
     async def gpu_count(self) -> int:
         return 1
@@ -50,13 +54,20 @@ class Gpu:
     async def totals(self) -> dict[int, int]:
         return {0: 1000}
 
+    async def used(self) -> dict[int, int]:
+        return {0: 700}
+
+
+def text_of(store: Store) -> str:
+    return asyncio.run(encode(store.families(), TEXT)).decode()
+
 
 # ---- definitions ---------------------------------------------------------------------------------
 
 
 def test_names_follow_the_rules() -> None:
     for metric in METRICS.values():
-        assert metric.name.startswith("llmux_")
+        assert metric.name.startswith(("llmux_", "process_"))
         assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER), metric.name
         if metric.kind is Kind.HISTOGRAM:
             assert metric.name.endswith("_seconds")
@@ -85,7 +96,7 @@ def test_a_histogram_is_one_for_prometheus() -> None:
     store = Store()
     for seconds in (0.005, 0.006, 45.0, 599.0, 601.0):
         store.observe(m.QUEUE_WAIT, "a", seconds=seconds)
-    (family,) = text_string_to_metric_families(store.render())
+    (family,) = text_string_to_metric_families(text_of(store))
     assert family.type == "histogram"
     buckets = {s.labels["le"]: s.value for s in family.samples if s.name.endswith("_bucket")}
     assert buckets["0.005"] == 1 and buckets["0.01"] == 2, "a bound is inside its bucket"
@@ -98,7 +109,7 @@ def test_a_histogram_is_one_for_prometheus() -> None:
 def test_label_values_are_escaped() -> None:
     store = Store()
     store.add(m.REQUESTS, 'a"b\\c\nd', "200")
-    (family,) = text_string_to_metric_families(store.render())
+    (family,) = text_string_to_metric_families(text_of(store))
     assert family.samples[0].labels == {"model": 'a"b\\c\nd', "code": "200"}
 
 
@@ -110,11 +121,55 @@ def test_snapshots_travel_as_json_and_add_up() -> None:
         for _ in range(count):
             store.observe(m.FIRST_TOKEN, "a", seconds=0.2)
     first.merge(json.loads(json.dumps(second.snapshot())) | {"llmux_of_a_newer_version": [[[], 1]]})
-    text = first.render()
-    assert 'llmux_requests_total{model="a",code="200"} 3' in text
-    assert 'llmux_in_flight{model="a"} 3' in text
-    assert 'llmux_time_to_first_token_seconds_count{model="a"} 3' in text
+    text = text_of(first)
+    assert 'llmux_requests_total{code="200",model="a"} 3.0' in text
+    assert 'llmux_in_flight{model="a"} 3.0' in text
+    assert 'llmux_time_to_first_token_seconds_count{model="a"} 3.0' in text
     assert "newer" not in text
+
+
+MALFORMED = {
+    m.REQUESTS: [
+        [["a"], 5], [["a", "200"], "5"], [["a", "200"], None], [["a", 200], 5], 7, [["a", "200"]],
+        [["a", "200"], float("nan")], [["a", "200"], True],
+    ],
+    m.IN_FLIGHT: "all of them",
+    m.QUEUE_WAIT: [
+        [["a"], 5], [["a"], [[1], 0.5]], [["a"], [[1] * 18, "x"]], [["a"], [[-1] * 18, 0.5]],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_is_no_number_of_ours_is_left_out(name: str) -> None:
+    good = {m.REQUESTS: [[["a", "200"], 1]], m.QUEUE_WAIT: [[["a"], [[1] * 18, 0.5]]]}
+    store = Store()
+    store.merge({name: MALFORMED[name]})
+    store.merge(good)
+    assert store.snapshot() == good
+
+
+def test_of_several_workers_the_memory_adds_up_and_the_limits_do_not() -> None:
+    store = Store()
+    for resident, limit, started in ((300, 1024, 20.0), (200, 4096, 10.0)):
+        store.merge({
+            "process_resident_memory_bytes": [[[], resident]],
+            "process_max_fds": [[[], limit]],
+            "process_start_time_seconds": [[[], started]],
+        })  # fmt: skip
+    assert store.snapshot() == {
+        "process_resident_memory_bytes": [[[], 500]],
+        "process_max_fds": [[[], 1024]],
+        "process_start_time_seconds": [[[], 10.0]],
+    }
+
+
+def test_every_number_of_the_process_collector_is_defined() -> None:
+    for namespace in ("", m.SUPERVISOR):
+        store = Store()
+        m.ProcessNumbers(namespace).read_into(store)
+        names = store.snapshot().keys()
+        assert len(names) == 6 and names <= METRICS.keys()
 
 
 def test_an_observation_in_a_histogram_counts_once() -> None:
@@ -133,7 +188,9 @@ OFFLOAD = A.eviction
 def state(**phases: Any) -> State:
     configs = {"a": A, "b": B}
     records = {name: ModelRecord(configs[name], phase) for name, phase in phases.items()}
-    config = Config(models=MappingProxyType(configs))
+    config = Config(
+        models=MappingProxyType(configs), checkpoint=CheckpointConfig(max_bytes=5 << 30)
+    )
     return State(config, 1, "e", models=MappingProxyType(records))
 
 
@@ -154,9 +211,13 @@ RUN = (
 )
 
 
-def scripted() -> tuple[Telemetry, EventFeed, Feeds]:
-    feeds = Feeds()
-    telemetry, events = Telemetry("1.2.3", Gpu(), None), EventFeed(feeds)
+async def engines() -> set[int]:
+    return {1}
+
+
+def scripted() -> tuple[Telemetry, EventLog, Watchers]:
+    watchers = Watchers()
+    telemetry, events = Telemetry("1.2.3", Gpu(), None, engines), EventLog(watchers)
     for old, new in itertools.pairwise(RUN):
         telemetry.published(old, new)
         events.published(old, new)
@@ -165,14 +226,19 @@ def scripted() -> tuple[Telemetry, EventFeed, Feeds]:
         listener.switched(SwitchFinished("a", ("b",), False, 20.0, 20.5, 21.0, 25.0))
     telemetry.stepped("a", StepKind.SPAWN, 0.02, "ok")
     telemetry.stepped("a", StepKind.WAKE_UP, 30.0, "timeout")
-    return telemetry, events, feeds
+    telemetry.quarantined("a")
+    return telemetry, events, watchers
 
 
 def test_a_scripted_run_gives_the_golden_file() -> None:
     telemetry, _, _ = scripted()
     store = Store()
-    store.merge(asyncio.run(telemetry.snapshot()))
-    text = store.render()
+    snapshot = asyncio.run(telemetry.snapshot())
+    own = {name: snapshot.pop(name) for name in list(snapshot) if "_process_" in name}
+    assert own["llmux_supervisor_process_resident_memory_bytes"][0][1] > 1 << 20
+    assert own["llmux_supervisor_process_open_fds"][0][1] >= 3
+    store.merge(snapshot)
+    text = text_of(store)
     families = {family.name for family in text_string_to_metric_families(text)}
     assert "llmux_switch_total_seconds" in families
     assert text == GOLDEN.read_text(encoding="utf-8")
@@ -196,24 +262,36 @@ def test_events_of_the_same_run() -> None:
     assert (switch["type"], switch["victims"], switch["duration_secs"]) == ("switch", ["b"], 5.0)
 
 
+class Blind(Gpu):
+    async def totals(self) -> dict[int, int]:
+        raise Unsupported("observe", "the GPUs", "nvmlDeviceGetMemoryInfo: Unknown Error")
+
+
+@pytest.mark.parametrize("gpu", [Blind(), NoGpu()])
+def test_an_observer_that_sees_nothing_says_so(gpu: GpuObserver) -> None:
+    snapshot = asyncio.run(Telemetry("1.2.3", gpu, None, engines).snapshot())
+    assert snapshot[m.GPU_OBSERVED] == [[[], 0]]
+    assert not {m.GPU_USED, m.GPU_TOTAL, m.GPU_ENGINES} & snapshot.keys()
+
+
 # ---- several workers -----------------------------------------------------------------------------
 
 
 def test_other_workers_are_asked_and_the_silent_not_waited_for() -> None:
     async def run() -> None:
-        telemetry, _, feeds = scripted()
+        telemetry, _, watchers = scripted()
         counted = {m.REQUESTS: [[["a", "200"], 5]], m.IN_FLIGHT: [[["a"], 2]]}
 
         def ask(worker: str, number: int) -> None:
             if worker == "w2":
-                feeds.collected("w2", Collected(number, counted))
-                feeds.collected("w2", Collected(number + 99, counted))  # of no question
+                watchers.collected("w2", Collected(number, counted))
+                watchers.collected("w2", Collected(number + 99, counted))  # of no question
 
         workers = ["w1", "w2", "mute"]
-        answer = await telemetry.answer({"worker": "w1"}, feeds, workers, ask)
+        answer = await telemetry.answer({"worker": "w1"}, watchers, workers, ask)
         assert answer["workers"] == counted
         # it leaves: what it counted stays, what it had in flight does not
-        answer = await telemetry.answer({"worker": "w1"}, feeds, ["w1"], ask)
+        answer = await telemetry.answer({"worker": "w1"}, watchers, ["w1"], ask)
         assert answer["workers"] == {m.REQUESTS: [[["a", "200"], 5]]}
 
     asyncio.run(run())
@@ -221,43 +299,11 @@ def test_other_workers_are_asked_and_the_silent_not_waited_for() -> None:
 
 def test_what_a_worker_counted_when_it_asked_outlives_it() -> None:
     async def run() -> None:
-        telemetry, _, feeds = scripted()
+        telemetry, _, watchers = scripted()
         own = {m.REQUESTS: [[["a", "200"], 7]]}
         args = {"worker": "w1", "snapshot": own}
-        assert (await telemetry.answer(args, feeds, ["w1"], print))["workers"] == {}
-        answer = await telemetry.answer({"worker": "w2"}, feeds, ["w2"], print)
+        assert (await telemetry.answer(args, watchers, ["w1"], print))["workers"] == {}
+        answer = await telemetry.answer({"worker": "w2"}, watchers, ["w2"], print)
         assert answer["workers"] == own
 
     asyncio.run(run())
-
-
-# ---- engines' own series -------------------------------------------------------------------------
-
-ENGINE = """\
-# HELP vllm:num_requests_running Number of requests.
-# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{engine="0",model_name="x"} 1.0
-# HELP vllm:lat Latency.
-# TYPE vllm:lat histogram
-vllm:lat_bucket{le="1.0"} 1
-vllm:lat_bucket{le="+Inf"} 2
-vllm:lat_count 2
-vllm:lat_sum 3.5
-# HELP process_cpu_seconds_total Not ours to tell.
-# TYPE process_cpu_seconds_total counter
-process_cpu_seconds_total 5
-vllm:evil{model="other"} 1
-vllm:broken
-"""
-
-
-def test_engines_series_get_the_models_name_and_one_header() -> None:
-    text = merge_series({"b": ENGINE, "a": ENGINE, "silent": ""})
-    families = {f.name: f for f in text_string_to_metric_families(text)}
-    assert set(families) == {"vllm:num_requests_running", "vllm:lat"}
-    running = families["vllm:num_requests_running"]
-    assert [s.labels["model"] for s in running.samples] == ["a", "b"]
-    assert running.samples[0].labels["engine"] == "0"
-    assert families["vllm:lat"].type == "histogram" and len(families["vllm:lat"].samples) == 8
-    assert text.count("# TYPE vllm:lat ") == 1
-    assert merge_series({}) == "" and merge_series({"a": ""}) == ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llmux.protocol import MAX_LINE, Kept
-from llmux.responses import MAX_ID, MAX_NAME, MAX_RESPONSES, MAX_TOLD, ResponseModels
+from llmux.protocol import MAX_LINE, ResponseOwners
+from llmux.responses import MAX_ID, MAX_NAME, MAX_PER_MESSAGE, MAX_RESPONSES, ResponseModels
 
 
 def test_the_oldest_are_forgotten() -> None:
@@ -25,19 +25,22 @@ def test_what_is_too_long_is_not_kept() -> None:
 
 def test_what_the_verb_answers() -> None:
     known = ResponseModels()
-    known.keep({"resp_1": "alpha"})
-    assert known.answer({"id": "resp_1"}) == {"model": "alpha"}
-    assert known.answer({"id": "resp_2"}) == known.answer({}) == {"model": None}
+    known.keep({"resp_1": "alpha", "resp_3": "alpha"}, {"resp_3": "anna"})
+    assert known.answer({"id": "resp_1"}) == {"model": "alpha", "key": ""}
+    assert known.answer({"id": "resp_3"}) == {"model": "alpha", "key": "anna"}
+    assert known.answer({"id": "resp_2"}) == known.answer({}) == {"model": None, "key": ""}
 
 
 def test_all_of_it_is_told_in_lines_that_fit() -> None:
     known = ResponseModels()
     longest = "m" * MAX_NAME
-    known.keep({f"{number:0{MAX_ID}}": longest for number in range(MAX_RESPONSES + 5)})
+    ids = [f"{number:0{MAX_ID}}" for number in range(MAX_RESPONSES + 5)]
+    known.keep(dict.fromkeys(ids, longest), dict.fromkeys(ids, "k" * 100))
     parts = list(known.parts())
-    assert len(parts) == MAX_RESPONSES // MAX_TOLD
-    assert max(len(Kept(part).encode()) for part in parts) < MAX_LINE
+    assert len(parts) == MAX_RESPONSES // MAX_PER_MESSAGE
+    assert max(len(ResponseOwners(*part).encode()) for part in parts) < MAX_LINE
     again = ResponseModels()
     for part in parts:
-        again.keep(part)
-    assert again.model_of(f"{MAX_RESPONSES:0{MAX_ID}}") == longest
+        again.keep(*part)
+    last = f"{MAX_RESPONSES:0{MAX_ID}}"
+    assert (again.model_of(last), again.key_of(last)) == (longest, "k" * 100)

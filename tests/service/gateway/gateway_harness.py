@@ -21,11 +21,14 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from llmux.config.schema import Config, GatewayConfig, ModelConfig, PolicyConfig
-from llmux.gateway.gateway import Gateway
+from llmux.config.keyfile import hash_key
+from llmux.config.schema import Config, GatewayConfig, Key, KeyRole, ModelConfig, PolicyConfig
+from llmux.gateway.exchange.exchange import Exchange
 from llmux.gateway.server import serve_gateway
+from llmux.gateway.worker import Worker
 from llmux.protocol import (
     Address,
+    Ask,
     Catalog,
     Demand,
     Grant,
@@ -38,7 +41,9 @@ from llmux.protocol import (
 
 M = TypeVar("M", bound=Message)
 
-SECONDS = 10.0  # how long any single wait in a test may take
+ADMIN = "x-api-key: sk-admin"  # the header of a client that may give orders
+ADMINS = (Key("admin", hash_key("sk-admin"), role=KeyRole.ADMIN),)
+SECONDS = 30.0  # how long any single wait in a test may take
 MODELS = ("alpha", "beta")
 ALIASES = {"alpha": ("alef", "org/alpha")}
 
@@ -49,13 +54,30 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
         async def bounded() -> None:
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(120):
                 await test(*args, **kwargs)
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(bounded())
+        run_in_uvloop(bounded())
 
     return run
+
+
+_unclosed: list[asyncio.Runner] = []
+
+
+def run_in_uvloop(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end; the loop is closed only after a success.
+
+    What a failed test leaves open can keep uvloop's ``close`` in its C loop for ever, where no
+    timeout reaches it: the failure would never be seen.
+    """
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    try:
+        runner.run(work)
+    except BaseException:
+        _unclosed.append(runner)  # nor collected, which would fail the tests after this one
+        raise
+    runner.close()
 
 
 async def soon(awaitable: Awaitable[Any]) -> Any:
@@ -74,12 +96,17 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class FakeSupervisor:
-    """Speaks the protocol on a unix socket; records what it hears; says what a test tells it."""
+    """Speaks the protocol on a unix socket; records what it hears; says what a test tells it.
+
+    ``signs``: how often it was asked whether it lives; this comes at any time, and is not in
+    ``heard``.
+    """
 
     def __init__(self, path: str, *, models: tuple[str, ...] = MODELS) -> None:
         self.path = path
         self.models = models
         self.heard: list[Message] = []
+        self.signs = 0
         self.hellos: list[Hello] = []
         self.demands: dict[tuple[asyncio.StreamWriter, str], Demand] = {}  # the last of each peer
         self.answer: Callable[[Any], dict[str, Any]] = lambda _ask: {"ok": True, "result": {}}
@@ -107,7 +134,10 @@ class FakeSupervisor:
         try:
             while line := await reader.readline():
                 message = decode(line)
-                self.heard.append(message)
+                if isinstance(message, Ask) and message.verb == "alive":
+                    self.signs += 1
+                else:
+                    self.heard.append(message)
                 if isinstance(message, Demand):
                     self.demands[writer, message.model] = message
                 if isinstance(message, Hello):
@@ -117,8 +147,8 @@ class FakeSupervisor:
                         for name in self.models
                     ]
                     writer.write(Catalog.of(infos).encode())
-                elif message.kind == "ask" and self.answers:
-                    body = {"type": "answer", "id": message.id, **self.answer(message)}  # type: ignore[attr-defined]
+                elif isinstance(message, Ask) and self.answers:
+                    body = {"type": "answer", "id": message.id, **self.answer(message)}
                     writer.write(json.dumps(body).encode() + b"\n")
                 self._news.set()
         except ConnectionError:
@@ -361,7 +391,7 @@ class Client:
 @dataclass
 class Stage:
     supervisor: FakeSupervisor
-    gateway: Gateway
+    gateway: Worker[Exchange]
     port: int
     stop: asyncio.Event
     served: asyncio.Task[None]
@@ -418,7 +448,9 @@ def a_config(
 
 
 @asynccontextmanager
-async def stage(config: Config | None = None, **serve: Any) -> AsyncIterator[Stage]:
+async def stage(
+    config: Config | None = None, *, also: tuple[socket.socket, ...] = (), **serve: Any
+) -> AsyncIterator[Stage]:
     """A gateway that is up and connected to a fake supervisor. All ends with the block."""
     with tempfile.TemporaryDirectory(prefix="llmux-gw-") as name:
         directory = Path(name)
@@ -427,12 +459,12 @@ async def stage(config: Config | None = None, **serve: Any) -> AsyncIterator[Sta
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         stop = asyncio.Event()
-        started: asyncio.Future[Gateway] = asyncio.get_running_loop().create_future()
+        started: asyncio.Future[Worker[Exchange]] = asyncio.get_running_loop().create_future()
         served = asyncio.get_running_loop().create_task(
             serve_gateway(
                 config or a_config(),
                 link=supervisor.path,
-                sockets=[listener],
+                sockets=[listener, *also],
                 stop=stop,
                 on_started=started.set_result,
                 **serve,

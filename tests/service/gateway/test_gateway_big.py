@@ -6,7 +6,7 @@ import asyncio
 
 from gateway_harness import Client, EngineRequest, in_loop, soon, stage
 
-from llmux.gateway.relay import Exchange
+from llmux.gateway.exchange.exchange import Exchange
 
 
 @in_loop

@@ -15,7 +15,7 @@ from llmux.config.schema import Key
 @in_loop
 async def test_an_answer_without_a_body_gets_none_under_an_alias() -> None:
     async def nothing(request: EngineRequest) -> None:
-        request.writer.write(b"HTTP/1.1 204 No Content\r\nx-thing: 1\r\n\r\n")
+        request.writer.write(b"HTTP/1.1 204 No Content\r\nopenai-thing: 1\r\n\r\n")
 
     async with stage() as s:
         engine = await s.engine(nothing)
@@ -24,7 +24,7 @@ async def test_an_answer_without_a_body_gets_none_under_an_alias() -> None:
         for model in ("alpha", "alef"):
             client.chat(model)
             answer = await client.head()
-            assert (answer.status, answer.headers["x-thing"]) == (204, "1")
+            assert (answer.status, answer.headers["openai-thing"]) == (204, "1")
             assert "transfer-encoding" not in answer.headers  # RFC 9112 6.1
         client.send("/health", method="GET")  # and nothing is left between the answers
         assert (await client.answer()).json()
@@ -93,8 +93,10 @@ async def test_who_waits_with_a_long_pipeline_gets_its_answers() -> None:
         for _ in range(40):
             client.chat(padding="x" * 200_000)
         await until(lambda: s.waiting() == 1)
-        front = next(iter(s.gateway.admission.lines())).waiting
-        await until(lambda: next(iter(front))._front.transport.is_reading())  # type: ignore[attr-defined]
+        (exchange,) = next(iter(s.gateway.admission.queues())).waiting
+        transport = exchange._client.transport if exchange._client is not None else None
+        assert transport is not None
+        await until(transport.is_reading)
         s.supervisor.grant(await s.engine())
         assert (await client.answer()).status == 200
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import grp
 import json
+import os
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gateway_harness import (
+    ADMIN,
+    ADMINS,
     Client,
     EngineRequest,
     FakeSupervisor,
@@ -22,9 +27,10 @@ from gateway_harness import (
     until,
 )
 
-from llmux.gateway.gateway import Gateway
-from llmux.gateway.server import bind_all, serve_gateway
-from llmux.gateway.stopping import Patience
+from llmux.gateway.exchange.exchange import Exchange
+from llmux.gateway.server import Access, bind_all, serve_gateway
+from llmux.gateway.stopping import DrainLimits
+from llmux.gateway.worker import Worker
 from llmux.protocol import Ask
 
 
@@ -228,7 +234,7 @@ async def test_connection_close_is_obeyed_on_every_route() -> None:
 
 @in_loop
 async def test_control_verbs_go_to_the_supervisor_and_its_answer_comes_back() -> None:
-    async with stage() as s:
+    async with stage(keys=lambda: ADMINS) as s:
         s.supervisor.answer = lambda ask: {"ok": True, "result": {"verb": ask.verb, **ask.args}}
         cases = {
             ("GET", "status"): "status",
@@ -243,8 +249,11 @@ async def test_control_verbs_go_to_the_supervisor_and_its_answer_comes_back() ->
         }
         for (method, path), verb in cases.items():
             payload = {"model": "alpha"} if method == "POST" else None
-            status, body = await ask(s, f"/control/{path}", payload, method=method)
-            assert (status, body) == (200, {"verb": verb, **(payload or {})})
+            status, body = await ask(
+                s, f"/control/{path}", payload, method=method, headers=(ADMIN,)
+            )
+            signed = {"verb": verb, **(payload or {}), "by": "key admin"}
+            assert (status, body) == (200, signed)
         heard = [message for message in s.supervisor.heard if isinstance(message, Ask)]
         assert len(heard) == len(cases)
 
@@ -256,9 +265,9 @@ async def test_control_verbs_go_to_the_supervisor_and_its_answer_comes_back() ->
 def test_control_errors_have_a_status_by_their_code(code: str, status: int) -> None:
     @in_loop
     async def run() -> None:
-        async with stage() as s:
+        async with stage(keys=lambda: ADMINS) as s:
             s.supervisor.answer = lambda _ask: {"ok": False, "code": code, "message": "because"}
-            got, body = await ask(s, "/control/pin", {"model": "x"})
+            got, body = await ask(s, "/control/pin", {"model": "x"}, headers=(ADMIN,))
             assert got == status
             assert body["error"]["message"] == "because"
 
@@ -327,7 +336,7 @@ async def test_without_a_supervisor_it_is_ready_in_the_end_and_says_what_is_wron
 ) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     notes, stop = Notes(), asyncio.Event()
-    started: asyncio.Future[Gateway] = asyncio.get_running_loop().create_future()
+    started: asyncio.Future[Worker[Exchange]] = asyncio.get_running_loop().create_future()
     served = asyncio.get_running_loop().create_task(
         serve_gateway(
             a_config(), link=str(tmp_path / "s.sock"), sockets=[listener], notifier=notes,
@@ -336,7 +345,7 @@ async def test_without_a_supervisor_it_is_ready_in_the_end_and_says_what_is_wron
     )  # fmt: skip
     gateway = await soon(started)
     assert notes.notes[0] == "ready"
-    await until(lambda: gateway.alone)
+    await until(lambda: gateway.supervisor_lost)
     reader, writer = await asyncio.open_connection(*listener.getsockname())
     client = Client(reader, writer)
     client.chat()
@@ -408,7 +417,7 @@ async def test_stop_cuts_what_outlasts_the_drain() -> None:
         request.event("one")
         await eof_watch(request)
 
-    async with stage(patience=Patience(0.05)) as s:
+    async with stage(drain_limits=DrainLimits(0.05)) as s:
         engine = await s.engine(start)
         s.supervisor.grant(engine)
         client = await s.client()
@@ -453,9 +462,25 @@ async def test_no_connection_leaves_a_trace() -> None:
 
 def test_json_of_every_error_is_an_object() -> None:
     from llmux.errors import Reason, Refused
-    from llmux.gateway import problems
+    from llmux.gateway.http import problems
 
     assert set(problems.PROBLEMS) == set(Reason)
     for reason in Reason:
         body = json.loads(problems.error_body(Refused(reason, 'quo"te\n')))
         assert body["error"]["code"] == reason.value
+
+
+def test_a_unix_socket_has_the_mode_and_the_group_that_are_configured(tmp_path: Any) -> None:
+    path = tmp_path / "g.sock"
+    own = grp.getgrgid(os.getgid()).gr_name
+    for access, mode in ((Access(), 0o660), (Access(0o666, own), 0o666), (Access(0o600), 0o600)):
+        before = os.umask(0o077)
+        try:
+            (listener,) = bind_all([f"unix:{path}"], access)
+        finally:
+            os.umask(before)
+        status = path.stat()
+        assert (stat.S_IMODE(status.st_mode), status.st_gid) == (mode, os.getgid())
+        listener.close()
+    with pytest.raises(OSError, match="no group no-such-group"):
+        bind_all([f"unix:{path}"], Access(0o660, "no-such-group"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gateway_harness import EngineRequest, a_config, in_loop, stage, until
 
-from llmux.drivers.journald import Journal, JournalHandler
+from llmux.drivers.systemd.journal import Journal, JournalHandler
 from llmux.protocol import Cut, Refuse
 
 Entry = dict[str, str]

@@ -18,7 +18,7 @@ from gateway_harness import (
     until,
 )
 
-from llmux.gateway.stopping import Patience
+from llmux.gateway.stopping import DrainLimits
 from llmux.protocol import Catalog, Hello, ModelInfo
 
 
@@ -103,7 +103,7 @@ async def test_who_would_wait_for_too_long_is_told_at_once_and_when_to_come_back
 
 @in_loop
 async def test_the_end_of_the_patience_is_the_end() -> None:
-    async with stage(patience=Patience(1.0)) as s:
+    async with stage(drain_limits=DrainLimits(1.0)) as s:
         await told(s, alpha=0.1)
         client = await s.client()
         client.chat()
@@ -118,7 +118,7 @@ async def test_the_end_of_the_patience_is_the_end() -> None:
 def test_without_a_supervisor_nobody_waits_for_long(back: bool) -> None:
     @in_loop
     async def run() -> None:
-        async with stage(patience=Patience(away_secs=5.0 if back else 0.05)) as s:
+        async with stage(drain_limits=DrainLimits(away_secs=5.0 if back else 0.05)) as s:
             engine = await s.engine()
             client = await s.client()
             client.chat()
@@ -144,7 +144,7 @@ def test_without_a_supervisor_nobody_waits_for_long(back: bool) -> None:
 
 @in_loop
 async def test_where_no_model_can_come_nobody_waits() -> None:
-    async with stage(patience=Patience(waiters=False)) as s:
+    async with stage(drain_limits=DrainLimits(waiters=False)) as s:
         client = await s.client()
         client.chat()
         await until(lambda: s.waiting() == 1)

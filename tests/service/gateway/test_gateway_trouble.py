@@ -1,4 +1,4 @@
-"""What clients get when engines die, grants are revoked, or nobody grants anything."""
+"""What clients get when engines die, grants are revoked, or none is given."""
 
 from __future__ import annotations
 
@@ -362,7 +362,7 @@ async def test_nobody_waits_for_a_model_while_the_supervisor_is_away_for_long() 
         assert (await fresh.answer()).status == 200
         assert s.waiting("beta") == 0
         await s.supervisor.start()
-        await until(lambda: not s.gateway.alone)
+        await until(lambda: not s.gateway.supervisor_lost)
         again = await s.chat("beta")
         await until(lambda: s.waiting("beta") == 1)
         s.supervisor.grant(await s.engine(name="second"), "beta", "b1")

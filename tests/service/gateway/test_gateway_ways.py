@@ -5,10 +5,29 @@ from __future__ import annotations
 import json
 
 import pytest
-from gateway_harness import EngineRequest, FakeSupervisor, a_config, in_loop, soon, stage, until
+from gateway_harness import (
+    ADMIN,
+    ADMINS,
+    EngineRequest,
+    FakeSupervisor,
+    a_config,
+    in_loop,
+    soon,
+    stage,
+    until,
+)
 
-from llmux.gateway import forms
-from llmux.protocol import Answer, Ask, Kept, Revoke, Watch
+from llmux.gateway.http import multipart as forms
+from llmux.protocol import (
+    Answer,
+    Ask,
+    Catalog,
+    KeepAliveHint,
+    ModelInfo,
+    ResponseOwners,
+    Revoke,
+    Watch,
+)
 
 
 def form(*parts: tuple[str, bytes], boundary: str = "XX") -> tuple[bytes, str]:
@@ -118,7 +137,7 @@ async def test_the_client_reads_the_name_it_sent() -> None:
         engine = await s.engine(answer)
         s.supervisor.grant(engine)
         client = await s.client()
-        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        await until(lambda: s.gateway.names.get("org/alpha") == "alpha")
         for name in ("org/alpha", "alef", "alpha"):
             client.chat(name)
             plain = (await client.answer()).json()
@@ -137,6 +156,31 @@ async def test_the_client_reads_the_name_it_sent() -> None:
 
 
 @in_loop
+async def test_an_adapter_is_a_model_of_its_own_and_passes_unchanged() -> None:
+    async def echo(request: EngineRequest) -> None:
+        request.json({"model": json.loads(request.body)["model"], "id": "x"})
+
+    async with stage() as s:
+        engine = await s.engine(echo)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        infos = [ModelInfo("alpha", "serving", aliases=["alef"], adapters=["sql", "org/two"])]
+        s.supervisor.say(Catalog.of(infos))
+        await until(lambda: s.gateway.names.get("sql") == "alpha")
+        for name in ("sql", "org/two"):
+            client.chat(name)
+            assert (await client.answer()).json()["model"] == name
+            assert json.loads(engine.requests[-1].body)["model"] == name
+        client.chat("alef")
+        assert (await client.answer()).json()["model"] == "alef"
+        assert json.loads(engine.requests[-1].body)["model"] == "alpha"
+        client.send("/v1/models", method="GET")
+        listed = {entry["id"]: entry for entry in (await client.answer()).json()["data"]}
+        assert set(listed) == {"alpha", "sql", "org/two"}
+        assert (listed["sql"]["parent"], listed["sql"]["aliases"]) == ("alpha", [])
+
+
+@in_loop
 async def test_below_upstream_the_body_may_say_any_of_the_models_names() -> None:
     async def echo(request: EngineRequest) -> None:
         request.json({"model": "alpha", "asked": request.body.decode()})
@@ -145,7 +189,7 @@ async def test_below_upstream_the_body_may_say_any_of_the_models_names() -> None
         engine = await s.engine(echo)
         s.supervisor.grant(engine)
         client = await s.client()
-        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        await until(lambda: s.gateway.names.get("org/alpha") == "alpha")
         for path, body, answered, asked in (
             ("alpha", '{"model": "alef"}', "alef", '{"model": "alpha"}'),
             ("org%2Falpha", '{"model": "alef"}', "alef", '{"model": "alpha"}'),
@@ -164,7 +208,7 @@ async def test_an_upload_under_an_alias_names_the_model_and_is_otherwise_the_sam
         engine = await s.engine(size)
         s.supervisor.grant(engine)
         client = await s.client()
-        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        await until(lambda: s.gateway.names.get("org/alpha") == "alpha")
         for big in (b"", b"x" * 1000, bytes(range(256)) * 3000):
             for name in (b"org/alpha", b"alef"):
                 for order in (1, -1):
@@ -178,9 +222,9 @@ async def test_an_upload_under_an_alias_names_the_model_and_is_otherwise_the_sam
 
 @in_loop
 async def test_an_alias_will_do_wherever_a_model_is_named() -> None:
-    async with stage() as s:
+    async with stage(keys=lambda: ADMINS) as s:
         s.supervisor.answer = lambda _ask: {"ok": True, "result": {"lines": ["one"]}}
-        await until(lambda: s.gateway.find_model("org/alpha") == "alpha")
+        await until(lambda: s.gateway.names.get("org/alpha") == "alpha")
         client = await s.client()
         for path, method, payload in (
             ("/control/pin", "POST", {"model": "org/alpha"}),
@@ -192,7 +236,7 @@ async def test_an_alias_will_do_wherever_a_model_is_named() -> None:
             ("/logs/org/alpha", "GET", None),
             ("/logs/stream/org%2Falpha", "GET", None),
         ):
-            client.send(path, payload, method=method)
+            client.send(path, payload, method=method, headers=(ADMIN,))
             head = await client.head()
             assert head.status == 200, path
             ask = await s.supervisor.hear(Ask)
@@ -202,9 +246,9 @@ async def test_an_alias_will_do_wherever_a_model_is_named() -> None:
         assert Watch("logs", "alpha") in s.supervisor.heard
         client.leave()
         other = await s.client()
-        other.send("/control/pin", {"model": "nobody"})
+        other.send("/control/pin", {"model": "nobody"}, headers=(ADMIN,))
         await other.answer()
-        assert (await s.supervisor.hear(Ask)).args == {"model": "nobody"}
+        assert (await s.supervisor.hear(Ask)).args == {"model": "nobody", "by": "key admin"}
 
 
 # ---- responses by id, /upstream, Anthropic ------------------------------------------------------
@@ -302,12 +346,12 @@ async def test_the_supervisor_is_told_of_responses_that_are_kept_and_of_nothing_
         await client.answer()
         client.send("/v1/responses", {"model": "alpha", "stream": True})
         await client.answer()
-        assert await s.supervisor.hear(Kept) == Kept({"id_2": "alpha"})
+        assert await s.supervisor.hear(ResponseOwners) == ResponseOwners({"id_2": "alpha"})
         await s.supervisor.stop()
         again = FakeSupervisor(s.supervisor.path)
         await again.start()
         try:
-            assert await again.hear(Kept) == Kept({"id_2": "alpha"})
+            assert await again.hear(ResponseOwners) == ResponseOwners({"id_2": "alpha"})
         finally:
             await again.stop()
 
@@ -347,7 +391,7 @@ async def test_errors_of_anthropics_routes_have_anthropics_shape() -> None:
             (400, "invalid_request_error", {"body": b"{"}),
             (405, "invalid_request_error", {"method": "GET"}),
         ):
-            client.send("/v1/messages", **request)  # type: ignore[arg-type]
+            client.send("/v1/messages", **request)
             answer = await client.answer()
             assert answer.status == status
             assert answer.json()["type"] == "error"
@@ -384,3 +428,56 @@ def test_a_client_that_leaves_ends_the_engines_work_within_100_ms(stream: bool) 
             assert clock() - left < 0.1
 
     run()
+
+
+async def answered(request: EngineRequest) -> None:
+    body = json.loads(request.body)
+    request.json({"model": body["model"], "id": "r1"})
+
+
+@in_loop
+async def test_the_fallback_answers_for_unknown_names_under_that_name() -> None:
+    async with stage(a_config(fallback_model="alpha")) as s:
+        engine = await s.engine(answered)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.send("/v1/chat/completions", body=b'{"model": "gpt-9", "messages": []}')
+        answer = await client.answer()
+        assert answer.json()["model"] == "gpt-9"
+        assert json.loads(engine.requests[-1].body)["model"] == "alpha"
+        client.send("/upstream/gpt-9/v1/chat/completions", body=b'{"model": "gpt-9"}')
+        assert (await client.answer()).status == 404, "a path means the model that it names"
+
+
+@in_loop
+async def test_without_a_fallback_an_unknown_name_is_refused() -> None:
+    async with stage() as s:
+        client = await s.client()
+        client.send("/v1/chat/completions", body=b'{"model": "gpt-9", "messages": []}')
+        assert (await client.answer()).status == 404
+
+
+@in_loop
+async def test_a_request_says_how_long_its_model_may_stay_without_use() -> None:
+    async with stage() as s:
+        engine = await s.engine(answered)
+        s.supervisor.grant(engine)
+        client = await s.client()
+        for value in ("10m", "90", "0", "-1"):
+            client.send(
+                "/v1/chat/completions",
+                body=b'{"model": "alpha", "messages": []}',
+                headers=(f"X-Llmux-Keep-Alive: {value}",),
+            )
+            assert (await client.answer()).status == 200
+            assert "x-llmux-keep-alive" not in engine.requests[-1].headers
+        hints = [one for one in s.supervisor.heard if isinstance(one, KeepAliveHint)]
+        assert [(one.model, one.seconds) for one in hints] == [
+            ("alpha", 600), ("alpha", 90), ("alpha", 0), ("alpha", None),
+        ]  # fmt: skip
+        client.send(
+            "/v1/chat/completions",
+            body=b'{"model": "alpha", "messages": []}',
+            headers=("X-Llmux-Keep-Alive: soon",),
+        )
+        assert (await client.answer()).status == 400

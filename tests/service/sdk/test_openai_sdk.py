@@ -18,7 +18,7 @@ openai = pytest.importorskip("openai")
 
 MESSAGES: Any = [{"role": "user", "content": "say something"}]
 TOKENS = 16
-# Short answers that are the same each time; and one that ends only when somebody ends it.
+# Short answers that are the same each time; and one that ends only when it is cancelled.
 SHORT: Any = {"temperature": 0, "max_tokens": TOKENS}
 # Greedy: what a random model samples is no UTF-8, which keeps vLLM busier than its answers do.
 ENDLESS: Any = {"max_tokens": FOR_MINUTES, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -221,7 +221,7 @@ def test_a_full_queue_is_retried_when_the_gateway_says(
 
 def test_a_wait_ends_when_the_client_gives_up(standins_client: Any, standin: StandinFront) -> None:
     slow = standins_client.with_options(timeout=0.2)
-    # The gateway knows the client's timeout too (X-Stainless-Timeout): whoever is first.
+    # The gateway knows the client's timeout too (X-Stainless-Timeout): the first of the two acts.
     with pytest.raises((openai.APITimeoutError, openai.InternalServerError)):
         slow.chat.completions.create(model="beta", messages=MESSAGES)
     standin.until_waiting(0)

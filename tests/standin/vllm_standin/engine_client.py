@@ -31,7 +31,7 @@ class CallFailedError(Exception):
 
 
 class EngineClient:
-    """Sends requests and calls, hands each output to whoever waits for it."""
+    """Sends requests and calls, hands each output to the task that waits for it."""
 
     def __init__(self) -> None:
         self.dead = asyncio.Event()
@@ -119,7 +119,7 @@ class EngineClient:
             return
         future = self._calls.pop(message["result"])
         if future.done():
-            return  # whoever asked has gone
+            return  # the caller has gone
         if "error" in message:
             future.set_exception(CallFailedError(message["error"]))
         else:

@@ -25,6 +25,7 @@ KNOWN = frozenset(
         "orphan",
         # while serving
         "die_mid_stream",
+        "die_on_prompt",
         "hang",
         "completion_error",
         # asleep and awake
@@ -50,7 +51,7 @@ KNOWN = frozenset(
 
 
 class UnknownFaultError(Exception):
-    """An order nobody would carry out."""
+    """An order that no code carries out."""
 
 
 def order(path: str | os.PathLike[str], **faults: Any) -> None:

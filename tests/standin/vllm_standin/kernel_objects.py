@@ -1,4 +1,4 @@
-"""The kernel objects a vLLM tree holds, for CRIU and for whoever cleans up after a kill.
+"""The kernel objects a vLLM tree holds, for CRIU and for the cleaning up after a kill.
 
 - one shared memory segment `/dev/shm/psm_…`, mapped by every process;
 - one named semaphore that stays linked: glibc makes it under a temporary name, links it and

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> NoReturn:
     tree = _fork_tree(options, faults, listener)
     # asyncio serves without ssl when there is none, and importing it costs a tenth of the start-up
     sys.modules["ssl"] = None  # type: ignore[assignment]  # the documented way to forbid an import
-    from .server import serve
+    from .api.server import serve
 
     sys.exit(serve(options, faults, listener, tree))
 
@@ -65,7 +65,7 @@ def _bind(options: Options) -> socket.socket:
     """Bound, not yet listening: until the engine is ready, connecting is refused."""
     if options.uds is not None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # a stale socket file is an error, as it is for vLLM: whoever starts us removes it
+        # a stale socket file is an error, as it is for vLLM: the starter removes it
         listener.bind(options.uds)
         return listener
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET

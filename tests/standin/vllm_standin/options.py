@@ -43,6 +43,8 @@ class Options:
         self.capacity_gib = 80.0
         self.weights_gib = 1.0
         self.context_gib = 1.0
+        self.device_checks = False
+        self.profile_secs = 0.0
         self.ram_mib = 0
         self.host_weights_mib = 0
         # the stand-in's: speed
@@ -74,6 +76,8 @@ STANDIN_FLAGS: dict[str, type] = {
     "capacity-gib": float,
     "weights-gib": float,
     "context-gib": float,
+    "device-checks": bool,
+    "profile-secs": float,
     "ram-mib": int,
     "host-weights-mib": int,
     "startup-secs": float,

@@ -25,7 +25,7 @@ def log(who: str, text: str, level: str = "INFO") -> None:
 
 
 def raw(text: str) -> None:
-    with suppress(OSError):  # nobody reads any more: no reason to stop serving
+    with suppress(OSError):  # the reader is gone: no reason to stop serving
         os.write(2, text.encode())
 
 
@@ -66,7 +66,7 @@ class Channel:
         self._sock.close()
 
     def send(self, message: dict[str, Any]) -> None:
-        """A peer that is gone is noticed by whoever reads next, not here."""
+        """A peer that is gone is noticed by the next read, not here."""
         with suppress(OSError):
             self._sock.sendall(json.dumps(message).encode() + b"\n")
 

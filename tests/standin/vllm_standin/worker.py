@@ -12,11 +12,14 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # found beside standin.py, which Python puts first on the path
 from ledger import DEFAULT_CAPACITY_GIB, GIB, Ledger, OutOfMemoryError, find_start_time
 
 from . import text
+from .device import Device, DeviceError
 from .faults import Faults
 from .options import Options
 from .process import Channel, exit_on_sigterm, log, set_name
@@ -54,6 +57,9 @@ class GpuMemory:
         if self._ledger is not None:
             self.capacity = self._ledger.capacity(gpu)
         self._model = options.name
+        self.device: Device | None = None
+        if self._ledger is not None and options.device_checks:
+            self.device = Device(self._ledger, gpu, options.name)
         self._held: dict[str, int] = {}
         self._start = find_start_time("self") or 0
         self._cuda = f"{options.cuda}/procs/{os.getpid()}" if options.cuda else None
@@ -68,8 +74,22 @@ class GpuMemory:
         return self._held.get(kind, 0)
 
     def allocate(self, kind: str, nbytes: int) -> None:
+        self.reclaim_if_restored()
         self._register({kind: nbytes})
         self._held[kind] = nbytes
+
+    @property
+    def in_use(self) -> int:
+        return sum(self._held.values())
+
+    @contextmanager
+    def moving(self, what: str) -> Iterator[None]:
+        """Memory is mapped or unmapped meanwhile."""
+        if self.device is None:
+            yield
+        else:
+            with self.device.moving(what):
+                yield
 
     def free(self, *kinds: str) -> None:
         if self._ledger is not None:
@@ -104,18 +124,29 @@ class HostMemory:
         self._nbytes = mib << 20
         self._block: mmap.mmap | None = None
 
-    def fill(self) -> None:
+    def fill(self, *, pinned: bool = False) -> None:
+        """``pinned``: it cannot be swapped, as vLLM's copy of the weights at level 1."""
         if self._nbytes and self._block is None:
             # private, as malloc's is: CRIU treats shared anonymous memory as a file
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             self._block = mmap.mmap(-1, self._nbytes, flags=flags)
             for at in range(0, self._nbytes, _FILL_BYTES):
                 self._block.write(os.urandom(min(_FILL_BYTES, self._nbytes - at)))
+            if pinned:
+                _pin(self._block, self._nbytes)
 
     def drop(self) -> None:
         if self._block is not None:
             self._block.close()
             self._block = None
+
+
+def _pin(block: mmap.mmap, nbytes: int) -> None:
+    import ctypes  # costs milliseconds in every process that has it
+
+    start = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    if ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(start), nbytes):
+        raise RuntimeError(f"cannot pin {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
 
 
 class Worker:
@@ -140,18 +171,25 @@ class Worker:
 
     def load(self) -> None:
         options = self._options
+        device, utilization = self._gpu.device, options.gpu_memory_utilization
         self._gpu.use_cuda()
-        self._gpu.allocate("context", int(options.context_gib * GIB))
-        self._gpu.allocate("weights", self._weights_bytes)
-        self._load_weights()
-        budget = int(options.gpu_memory_utilization * self._gpu.capacity)
-        self.kv_bytes = budget - self._weights_bytes - self._gpu.held("context")
-        if self.kv_bytes <= 0:
-            raise ValueError(
-                "No available memory for the cache blocks. Try increasing "
-                "`gpu_memory_utilization` when initializing the engine."
-            )
-        self._gpu.allocate("kv", self.kv_bytes)
+        if device is not None:
+            device.begin(utilization)
+        with self._gpu.moving("load"):
+            self._gpu.allocate("context", int(options.context_gib * GIB))
+            self._gpu.allocate("weights", self._weights_bytes)
+            self._load_weights()
+            _nap(options.profile_secs)
+            if device is not None:
+                self.kv_bytes = device.available_for_kv(utilization, self._gpu.in_use)
+            else:
+                self.kv_bytes = int(utilization * self._gpu.capacity) - self._gpu.in_use
+            if self.kv_bytes <= 0:
+                raise ValueError(
+                    "No available memory for the cache blocks. Try increasing "
+                    "`gpu_memory_utilization` when initializing the engine."
+                )
+            self._gpu.allocate("kv", self.kv_bytes)
         _nap(self._faults.secs("startup_secs", options.startup_secs))
 
     def _load_weights(self) -> None:
@@ -200,6 +238,9 @@ class Worker:
             return {"error": str(error)}
         except RuntimeError as error:
             return {"error": str(error)}
+        except DeviceError as error:
+            print_traceback(str(error), operation)
+            os._exit(1)
         return {"content": self._content}
 
     def _sleep(self, level: int) -> None:
@@ -210,20 +251,26 @@ class Worker:
         if not self._options.sleep_mode:
             return  # vLLM without --enable-sleep-mode: says yes and frees nothing
         if level == 1:
-            self._host_backup.fill()
+            self._host_backup.fill(pinned=self._options.device_checks)
         else:
             self._host_weights.drop()
             self._content = text.GARBAGE
-        if not self._faults.get("leak_on_sleep"):
+        if self._faults.get("leak_on_sleep"):
+            return
+        with self._gpu.moving("sleep"):
+            before = self._gpu.device.free() if self._gpu.device is not None else 0
             self._gpu.free("weights", "kv")
+            if self._gpu.device is not None:
+                self._gpu.device.slept(before)
 
     def _wake(self, tags: list[str]) -> None:
         _nap(self._faults.secs("wake_secs", self._options.wake_secs))
         _nap(self._faults.secs("slow_wake_secs"))
         sizes = {"weights": self._weights_bytes, "kv": self.kv_bytes}
-        for tag in tags:
-            kind = KIND_OF_TAG[tag]
-            self._gpu.allocate(kind, sizes[kind])
+        with self._gpu.moving("wake_up"):
+            for tag in tags:
+                kind = KIND_OF_TAG[tag]
+                self._gpu.allocate(kind, sizes[kind])
         self._asleep -= set(tags)
         if "weights" in tags:
             self._host_backup.drop()
@@ -294,6 +341,10 @@ def run_worker(options: Options, faults: Faults, rank: int, sock: socket.socket)
         print_out_of_memory(error, "load_model")
         core.send({"error": f"torch.OutOfMemoryError: {error}"})
         os._exit(1)
+    except DeviceError as error:
+        print_traceback(str(error), "determine_available_memory")
+        core.send({"error": str(error)})
+        os._exit(1)
     except ValueError as error:
         log("EngineCore", f"ValueError: {error}", "ERROR")
         core.send({"error": f"ValueError: {error}"})
@@ -303,17 +354,21 @@ def run_worker(options: Options, faults: Faults, rank: int, sock: socket.socket)
 
 
 def print_out_of_memory(error: OutOfMemoryError, function: str) -> None:
+    print_traceback(f"torch.OutOfMemoryError: {error}", function)
+
+
+def print_traceback(error: str, function: str) -> None:
     """The traceback that operators know; the lines of files are made up."""
     lines = (
         "EngineCore failed to start."
-        if function == "load_model"
+        if function in ("load_model", "determine_available_memory")
         else "EngineCore hit an exception.",
         "Traceback (most recent call last):",
         '  File "vllm/v1/engine/core.py", line 1495, in run_engine_core',
         "    engine_core = EngineCoreProc(*args, engine_index=dp_rank, **kwargs)",
         f'  File "vllm/v1/worker/gpu_worker.py", line 402, in {function}',
         f"    self.model_runner.{function}()",
-        f"torch.OutOfMemoryError: {error}",
+        error,
     )
     log("EngineCore", "\n".join(lines), "ERROR")
 

@@ -34,6 +34,8 @@ class Answer:
     status: int | None = None
     error: str = ""
     refused: bool = False  # connect() itself failed
+    wait_ms: int = 0  # that it waited for its model
+    retry_after: str | None = None
     worker: str = ""  # who of the gateway's processes answered: the beginning of its request ids
 
     @property
@@ -96,6 +98,8 @@ async def _exchange(answer: Answer, tokens: int, port: int, uds: str | None) -> 
         writer.write(_request(answer, tokens))
         headers = await _head(reader, answer)
         answer.worker = headers.get("x-request-id", "").rpartition("-")[0]
+        answer.retry_after = headers.get("retry-after")
+        answer.wait_ms = int(headers.get("x-llmux-wait-ms", "0"))
         if answer.status != 200:
             body = await _body(reader, headers)
             raise WrongAnswerError(f"status {answer.status}: {body.decode(errors='replace')[:500]}")
@@ -164,7 +168,7 @@ async def _streamed(reader: asyncio.StreamReader, headers: dict[str, str], answe
         events += part
         *whole, events = events.split(b"\n\n")
         for event in whole:
-            if not event:  # a blank line more between two
+            if not event or event.startswith(b":"):  # a blank line more, or a sign of life
                 continue
             if done:
                 raise WrongAnswerError(f"an event after [DONE]: {event!r}")

@@ -26,6 +26,7 @@ LEAVES = 0.1  # share of requests whose client leaves …
 LEAVES_WITHIN_SECS = 0.15  # … at some moment in this time
 LONG = 0.02  # share of streams that outlast a drain
 LONG_TOKENS = 300
+DRAIN_SECS = 0.3  # an engine that gets no time of the CPU for so long is cut in a short answer, too
 WANDERS = 0.12  # how often a client goes to another model
 CUT = '"code": "cut_by_switch"'
 GAUGES = ("llmux_in_flight", "llmux_queue_depth")
@@ -78,6 +79,8 @@ class Crowd:
             self.kinds[kind] += 1
         elif tokens == LONG_TOKENS and CUT in answer.error:
             self.kinds["cut, and told so"] += 1
+        elif CUT in answer.error and answer.seconds > DRAIN_SECS:
+            self.kinds["cut after a stall"] += 1
         else:
             self.wrong.append(f"{model} {kind} after {answer.seconds:.3f} s: {answer.error}")
 

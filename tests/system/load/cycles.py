@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import json
 import pathlib
-import urllib.request
+import subprocess
 from typing import Any
 
 import client
@@ -37,13 +37,7 @@ def rights(model: str) -> dict[str, Any]:
 
 def park(model: str) -> None:
     """As its eviction says; answered when it is parked."""
-    request = urllib.request.Request(
-        "http://127.0.0.1:3000/control/sleep",
-        json.dumps({"model": model}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        answer.read()
+    subprocess.run(["llmux", "sleep", model], check=True, timeout=120, capture_output=True)
 
 
 async def main() -> None:

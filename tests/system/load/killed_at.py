@@ -2,8 +2,8 @@
 
     killed_at.py VERB POINT…
 
-VERB is a verb of the control socket, "checkpoint" or "restore". A point is a phase of which the
-supervisor tells whoever asked ("sleep", "dump", …), or "criu:before", "criu:inside", "criu:after":
+VERB is a verb of the control socket, "checkpoint" or "restore". A point is a phase that the
+supervisor reports ("sleep", "dump", …), or "criu:before", "criu:inside", "criu:after":
 CRIU is held there (criu-that-stops), so that the kill is sure to come at that very moment.
 
 After each kill both models must answer in turns, and nothing may be left of what was begun.

@@ -33,7 +33,7 @@ async def start() -> dict[str, object]:
 
 
 async def stop_and_start() -> dict[str, object]:
-    """A supervisor that is stopped in good order leaves engines, and whoever holds a grant."""
+    """A supervisor stopped in good order leaves engines, and the workers that hold a grant."""
     await must("alpha", "before")
     await must("beta", "before")
     before = witness.scopes()

@@ -7,6 +7,13 @@ import sys
 
 import witness
 
+RESTING = {"stopped", "parked", "serving", "failed"}
+
+
+def at_rest() -> bool:
+    states = witness.states()
+    return bool(states) and set(states.values()) <= RESTING
+
 
 def main() -> None:
     match sys.argv[1:]:
@@ -18,6 +25,9 @@ def main() -> None:
             print(json.dumps(witness.held()))
         case ["until-scopes", *models]:
             witness.until(f"engines of {models}", lambda: set(witness.scopes()) == set(models))
+            print("{}")
+        case ["until-rest"]:
+            witness.until("all models are at rest", at_rest)
             print("{}")
         case ["until-status", text]:
             witness.until(text, lambda: text in witness.show(witness.SUPERVISOR, "StatusText"))

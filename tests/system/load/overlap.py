@@ -8,7 +8,7 @@ not as it must be. MOMENT is a point of alpha's way back: "criu:before", "criu:i
 memory is coming back). BLOW is what comes then: "kill" or "restart" the supervisor, "stop" it all.
 """
 
-# One scenario at a time, in a program of its own: blocking harms nobody.
+# One scenario at a time, in a program of its own: blocking harms none.
 # ruff: noqa: ASYNC240
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm_standin import faults
 FAULTS = "/var/tmp/gpu/beta.faults"
 CUDA = pathlib.Path("/var/tmp/cuda")
 IMAGE = pathlib.Path("/var/lib/llmux/checkpoints/alpha/images/manifest.json")
-PREPARED = "alpha is restored ahead"
+PREPARED = "alpha: restored ahead in"
 REFUSED = "alpha is not restored ahead"
 
 
@@ -69,7 +69,9 @@ async def good(model: str, prompt: str) -> client.Answer:
 async def alpha_on_disk_beta_serves() -> None:
     for model in ("alpha", "beta"):
         await good(model, "before")
-    assert witness.states() == {"alpha": "parked", "beta": "serving"}, witness.states()
+    # beta may answer while alpha's image is being written
+    at_rest = {"alpha": "parked", "beta": "serving"}
+    await until("alpha is on disk, beta serves", lambda: witness.states() == at_rest)
 
 
 @contextmanager
@@ -300,7 +302,9 @@ async def stop_all(_blow: str, moment: str) -> list[str]:
 
 async def gain(count: int) -> dict[str, object]:
     """Seconds from the request for alpha to its first token, beta leaving meanwhile."""
-    wrong, seconds, words = [], [], Words()
+    wrong: list[str] = []
+    seconds: list[float] = []
+    words = Words()
     for _ in range(count):
         await alpha_on_disk_beta_serves()
         answer = await good("alpha", "gain")

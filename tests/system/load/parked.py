@@ -75,6 +75,8 @@ class Parked:
     def look(self, name: str, weights_bytes: int) -> None:
         weights, process = self.models[name]
         lives, frozen, _ = PROCESSES[process]
+        resting = {"parked", "stopped"}
+        witness.until(f"{name} is at rest", lambda: witness.states().get(name) in resting)
         kinds = set(witness.held().get(name, {}))
         if not kinds <= gpu_kinds_kept(weights, process):
             self.wrong.append(f"{name} parked by {weights}+{process} holds {kinds}")
@@ -98,7 +100,7 @@ async def main(rounds: int, models: dict[str, str], weights_bytes: int) -> dict[
         for name, how in models.items():
             await parked.serve(name, f"round {at}")
             if how in ("retain+keep_running", "retain+freeze"):
-                parked.park(name)  # nobody else gains by it
+                parked.park(name)  # no other model gains by it
                 parked.look(name, weights_bytes)
             for other in models:
                 if other != name and other in parked.pids:

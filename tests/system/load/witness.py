@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pathlib
-import pwd
 import select
 import subprocess
 import sys
@@ -60,6 +59,9 @@ def processes(cgroup: pathlib.Path) -> dict[int, str]:
     return found
 
 
+ENGINE_UIDS = range(60706, 61184)  # one for each model
+
+
 def scopes() -> dict[str, set[int]]:
     """model → pids in its scope."""
     found = {}
@@ -81,7 +83,6 @@ def engine_runs(model: str) -> bool:
 def strays(models: Iterable[str]) -> list[str]:
     """Processes and scopes that are where no process or scope should be."""
     wrong = [f"scope of no model: {name}" for name in set(scopes()) - set(models)]
-    engine_uid = pwd.getpwnam("llmux-engine").pw_uid
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             uid = path.stat().st_uid
@@ -91,10 +92,11 @@ def strays(models: Iterable[str]) -> list[str]:
             continue
         # the kernel gives the path as this guest sees it
         unit = cgroup.partition("llmux.slice/")[2].partition("/")[0]
-        is_engine = uid == engine_uid or "standin.py serve" in command or "VLLM::" in command
+        is_engine = uid in ENGINE_UIDS or "standin.py serve" in command or "VLLM::" in command
         if is_engine and not unit.endswith(".scope"):
             wrong.append(f"engine process {path.name} outside of a scope: {command} in {cgroup}")
-        is_daemon = command.startswith("/usr/bin/python3") and "/usr/bin/llmux " in command
+        verbs = ("/usr/bin/llmux supervise ", "/usr/bin/llmux gateway ")  # others are orders
+        is_daemon = command.startswith("/usr/bin/python3") and any(v in command for v in verbs)
         if is_daemon and unit not in (SUPERVISOR, GATEWAY):
             wrong.append(f"daemon process {path.name} outside of the services: {command}")
     return wrong

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llmux import __version__
+from llmux.cli.commands import WITHOUT_KEYS
 from llmux.cli.main import EXIT_CODES, exit_code, main
 from llmux.errors import ConfigError, LlmuxError, Reason
 from llmux.protocol import Answer, Ask, Catalog, Hello, decode
@@ -84,7 +85,12 @@ def run(supervisor: Supervisor, *words: str) -> int:
         (["sleep", "a"], "sleep", {"model": "a"}),
         (["sleep", "a", "--eviction", "retain+stop"], "sleep",
          {"model": "a", "eviction": "retain+stop"}),
-        (["pin", "a"], "pin", {"model": "a"}),
+        (["pin", "a"], "pin", {"models": ["a"]}),
+        (["pin", "a", "--for", "60"], "pin", {"models": ["a"], "seconds": 60}),
+        (["unpin", "a", "b"], "unpin", {"models": ["a", "b"]}),
+        (["mode", "manual"], "mode", {"mode": "manual"}),
+        (["cancel", "3", "4"], "cancel", {"orders": [3, 4]}),
+        (["cancel", "--all"], "cancel", {}),
         (["unpin"], "unpin", {}),
         (["reload"], "reload", {}),
     ],
@@ -108,37 +114,35 @@ def test_json_is_the_answer_itself(
     assert json.loads(capsys.readouterr().out) == {"message": "done"}
 
 
-def test_ps_is_a_table_for_people_and_json_for_machines(
-    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
-) -> None:
-    supervisor.reply = lambda ask: Answer(ask.id, True, {"models": {"qwen": MODEL}})
-    assert run(supervisor, "ps") == 0
-    head, row = capsys.readouterr().out.splitlines()
-    assert head.split() == ["MODEL", "STATE", "SINCE", "PARKED", "AS", "WAITING", "IN", "FLIGHT",
-                            "GPUS", "PID"]  # fmt: skip
-    assert row.split() == ["qwen", "parked", "5m", "offload+keep_running", "1", "2", "0,1", "42"]
-    assert run(supervisor, "ps", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"qwen": MODEL}
-
-
 def test_status_sums_up(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
     whole = {
         "state": "active:a",
-        "mode": {"mode": "manual", "pinned": "a"},
+        "mode": {"mode": "manual", "pinned": "a", "pins": ["b"]},
         "workers": 1,
+        "orders": [{"id": 3, "verb": "load", "models": ["c"], "by": "root"}],
         "models": {"a": {**MODEL, "state": "serving"}, "b": MODEL, "c": MODEL},
     }
     supervisor.reply = lambda ask: Answer(ask.id, True, whole)
     assert run(supervisor, "status") == 0
     assert capsys.readouterr().out.splitlines() == [
         "state     active:a",
-        "mode      manual, pinned to a",
+        "mode      manual, pinned to a, b",
         "models    2 parked, 1 serving",
         "requests  3 waiting, 6 in flight",
         "gateway   1 worker",
+        "order 3   load c, by root",
     ]
     assert run(supervisor, "status", "--json") == 0
     assert json.loads(capsys.readouterr().out) == whole
+
+
+def test_status_says_that_no_client_is_served(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = {"state": "idle", "mode": {"mode": "auto"}, "workers": 0, "models": {}}
+    supervisor.reply = lambda ask: Answer(ask.id, True, whole)
+    assert run(supervisor, "status") == 0
+    assert "no client is served: `systemctl status llmux-gateway`" in capsys.readouterr().out
 
 
 def test_a_reload_says_what_changed_and_what_waits_for_a_restart(
@@ -213,6 +217,42 @@ def test_check_names_what_is_wrong_and_ends_with_78(
     assert capsys.readouterr().out == f"{file}: good, 1 model\n"
 
 
+def test_check_takes_a_file_in_place_of_one_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf.d").mkdir()
+    main_file, drop_in = tmp_path / "config.yaml", tmp_path / "conf.d" / "b.yaml"
+    main_file.write_text("port: 3001\nmodels:\n  a: {model_path: m, port: 3002}\n")
+    new = tmp_path / "x.tmp"
+
+    def check(target: Path) -> tuple[int, str]:
+        status = main(["check", str(new), "--in-place-of", str(target), "-c", str(main_file)])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    # a drop-in that is not there yet clashes with the main file, and is called by its own name
+    new.write_text("models:\n  b: {model_path: m, port: 3002}\n")
+    status, said = check(drop_in)
+    assert status == 78
+    assert f"{drop_in}:2:28: models.b.port: port 3002 is taken" in said
+    new.write_text("models:\n  b: {model_path: m}\n")
+    assert check(drop_in) == (0, f"{new}: good, 2 models\n{WITHOUT_KEYS}\n")
+    # the main file is read with the drop-ins that are there
+    drop_in.write_text("models:\n  b: {model_path: m}\n")
+    new.write_text("models:\n  b: {model_path: other}\n")
+    status, said = check(main_file)
+    assert status == 78
+    assert f'the model "b" is already in {main_file}:2' in said
+    # what the configuration would not read is not called good
+    status, said = check(tmp_path / "conf.d" / "b.yml")
+    assert status == 78
+    assert "not a file of this configuration" in said
+    # without the option it is a configuration of its own
+    new.write_text("port: 3005\n")
+    assert main(["check", str(new)]) == 0
+    assert capsys.readouterr().out == f"{new}: good, 0 models\n"
+
+
 def test_check_names_keys_that_have_no_effect(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,8 +280,8 @@ def test_what_the_system_refuses_is_said_without_a_number(
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         file.write_text(f"gateway: {{listen: ['{address}']}}\nmodels: {{a: {{model_path: m}}}}\n")
         assert main([verb, "-c", str(file)]) == 1
-    refused = f"llmux: cannot run: cannot listen on {address}: Address already in use\n"
-    assert capsys.readouterr().err.endswith(refused)
+    refused = f"llmux: cannot run: cannot listen on {address}: Address already in use"
+    assert f"{refused} (who has it: ss -ltnp " in capsys.readouterr().err
 
 
 def test_a_misspelt_verb_is_usage(capsys: pytest.CaptureFixture[str]) -> None:

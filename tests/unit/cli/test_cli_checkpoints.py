@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from llmux.cli.checkpoints import POLICIES, table
 from llmux.cli.client import NotRunningError, ask
+from llmux.cli.images.checkpoints import POLICIES, table
 from llmux.cli.main import build_parser, main, verb_of
-from llmux.cli.progress import WORDS, Progress
+from llmux.cli.progress import Progress
 from llmux.core.plans import StepKind
 from llmux.errors import LlmuxError, Refused
+from llmux.image_ports import DumpPhase
+from llmux.phases import phase_text
 from llmux.protocol import Answer
 from llmux.protocol import Progress as Told
 
@@ -75,8 +77,19 @@ def test_progress_is_a_line_per_phase_where_there_is_no_terminal() -> None:
     assert out.getvalue() == "m: CRIU dump (0.0 s)\nm: checksums (2.0 s)\n"
 
 
+def test_on_a_terminal_shards_and_graphs_are_counted_as_such() -> None:
+    out = io.StringIO()
+    out.isatty = lambda: True  # type: ignore[method-assign]
+    with Progress("m", out) as progress:
+        progress("load_weights", 2.0, 3, 8)
+        progress("compile", 3.0, 0, 0)
+    assert "m: loading weights 3 of 8 shards  2 s" in out.getvalue()
+    assert "m: compiling  3 s" in out.getvalue()
+
+
 def test_every_step_has_a_word() -> None:
-    assert not [kind for kind in StepKind if kind.value not in WORDS]
+    assert not [kind for kind in StepKind if phase_text(kind.value) == kind.value]
+    assert not [phase for phase in DumpPhase if phase_text(phase.value) == phase.value]
 
 
 def test_on_a_terminal_it_is_one_line_with_the_bytes() -> None:

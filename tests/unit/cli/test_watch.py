@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ def test_events_that_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with supervisor(path, {"events": [MOVE, SWITCH]}, []):
         assert main(["events", "--socket", str(path)]) == 0
         first, second = capsys.readouterr().out.splitlines()
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.000 a: ", first)
         assert first.endswith("a: serving → draining (room for b) after 3.000 s")
         assert second.endswith("b: serves after 1.250 s (woken, in place of a)")
         assert main(["events", "--json", "--socket", str(path)]) == 0
@@ -85,6 +87,39 @@ def test_lines_that_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert capsys.readouterr().out == "one\ntwo\n"
         assert main(["logs", "a", "--socket", str(path)]) == 0
         assert capsys.readouterr().out == "one\n"
+
+
+def test_lines_of_several_models_name_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s"
+    answer = {"lines": ["one"], "models": {"a": {}, "b": {}}}
+    with supervisor(path, answer, [News("logs", "b", "two")]):
+        assert main(["logs", "--socket", str(path)]) == 0
+        assert capsys.readouterr().out == "a: one\nb: one\n"
+        assert main(["logs", "--json", "--socket", str(path)]) == 0
+        both = json.loads(capsys.readouterr().out)
+        assert both == {"a": {"lines": ["one"]}, "b": {"lines": ["one"]}}
+        assert main(["logs", "-f", "--socket", str(path)]) == 4
+        assert capsys.readouterr().out == "a: one\nb: one\nb: two\n"
+
+
+def test_lines_since_a_time_are_the_journals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(_program: str, command: list[str]) -> None:
+        raise FileNotFoundError(2, " ".join(command))
+
+    monkeypatch.setattr("os.execvp", execute)
+    assert main(["logs", "a", "-f", "--since", "10 min ago"]) == 1
+    command = [""]
+    monkeypatch.setattr("os.execvp", lambda _, words: command.__setitem__(0, " ".join(words)))
+    answer = {"models": {"a": {}, "org/b": {}}, "lines": []}
+    monkeypatch.setattr("llmux.cli.watch.ask", lambda *_: answer)
+    assert main(["logs", "a", "--since", "10 min ago"]) == 0
+    assert command[0] == (
+        "journalctl --quiet --output=short-iso --since=10 min ago SYSLOG_IDENTIFIER=vllm:a"
+    )
+    assert main(["logs", "--since", "10 min ago"]) == 0
+    assert command[0].endswith("SYSLOG_IDENTIFIER=vllm:a SYSLOG_IDENTIFIER=vllm:org/b")
 
 
 def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,9 @@ def test_every_key_is_read() -> None:
                 eviction=Eviction(Weights.DISCARD, Process.KEEP_RUNNING),
                 gpus=1,
                 gpu_memory=0.25,
+                priority=-3,
+                never_evict=True,
+                idle_timeout_secs=1800,
             ),
         },
         policy=PolicyConfig(
@@ -115,6 +118,8 @@ def test_every_key_is_read() -> None:
             coalesce_window_ms=1000,
             amortization_factor=1,
             max_wait_secs=20,
+            give_up_start_secs=3,
+            idle_timeout_secs=3600,
             backoff_secs=1,
             backoff_max_secs=60,
         ),
@@ -132,6 +137,7 @@ def test_every_key_is_read() -> None:
             workers=4,
             max_body_bytes=1_500_000,
             max_waiting=10,
+            fallback_model="small",
         ),
         port=3002,
         metrics_port=0,
@@ -139,6 +145,8 @@ def test_every_key_is_read() -> None:
         engine_user="nobody",
         gpu_count=4,
         warmup=True,
+        preload=("small", "big"),
+        exclusive=(("big", "small"),),
         startup_timeout_secs=900,
         sources=(str(path),),
     )
@@ -256,7 +264,7 @@ def test_values_keep_their_places_for_later_problems() -> None:
     assert (at(("models", "big", "port")).line, at(("models", "big", "port")).column) == (4, 11)
     assert at(("models", "big", "extra_args", 2)).column == 45
     assert at(("models", "small", "port")).line == 19, "a default: the model that has it"
-    assert at(("policy", "eviction", "process")).line == 25
+    assert at(("policy", "eviction", "process")).line == 28
     assert at(("nothing", "such")).line == 1
     problem = marked.marks.problem(("engine_user",), "cannot be")
-    assert str(problem) == f"{GOOD / 'full.yaml'}:53:14: engine_user: cannot be"
+    assert str(problem) == f"{GOOD / 'full.yaml'}:59:14: engine_user: cannot be"

@@ -97,6 +97,15 @@ def test_all_fifteen_evictions_are_legal_in_both_forms(
     assert as_text.eviction == as_mapping.eviction == Eviction(weights, process)
 
 
+def test_a_ladder_may_end_in_the_word_stop(tmp_path: Path) -> None:
+    ladder = "eviction: [offload+keep_running, discard+cuda_suspend, discard+checkpoint, stop]"
+    read = one_model(tmp_path, ladder)
+    assert read.ladder[-1] == one_model(tmp_path, "eviction: stop").eviction
+    assert [rung.process for rung in (read.eviction, *read.ladder)] == [
+        Process.KEEP_RUNNING, Process.CUDA_SUSPEND, Process.CHECKPOINT, Process.STOP,
+    ]  # fmt: skip
+
+
 def test_a_models_own_eviction_wins_over_the_policys(tmp_path: Path) -> None:
     text = (
         "policy: {eviction: retain+freeze}\n"
@@ -219,7 +228,8 @@ def test_the_file_format_has_exactly_the_fields_of_the_schema() -> None:
     def names(cls: type) -> set[str]:
         return {field.name for field in fields(cls)}
 
-    assert set(keys.MODEL.parsers) == names(ModelConfig) - {"name"}
+    # the rungs of the ladder are written as a list in `eviction`
+    assert set(keys.MODEL.parsers) == names(ModelConfig) - {"name", "ladder"}
     assert set(keys.POLICY.parsers) == names(PolicyConfig) | {"eviction"} | set(keys.POLICY.idle)
     assert set(keys.CHECKPOINT.parsers) == names(CheckpointConfig)
     assert set(keys.GATEWAY.parsers) == names(GatewayConfig)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmux.config.lastgood import LastGood
+from llmux.config.files.last_good import LastGood
 from llmux.errors import ConfigError
 
 GOOD = "models: {a: {model_path: org/a}}\n"

@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from llmux.config.schema import Config, Eviction, ModelConfig, PolicyConfig, Process, Weights
+from llmux.config.schema import (
+    Config,
+    Eviction,
+    ModelConfig,
+    PolicyConfig,
+    PolicyType,
+    Process,
+    Weights,
+)
 from llmux.core.effects import Effect, RunPlan, SendGrant, SendRefuse
 from llmux.core.events import (
     DemandChanged,
     Event,
+    GpuReleased,
     OperationFinished,
     Tick,
     WorkerDrained,
@@ -23,10 +32,14 @@ from llmux.core.states import ModelState
 
 E = TypeVar("E")
 
+# every switch as soon as it is wanted: what is tested here is how, not when
+AT_ONCE: dict[str, Any] = {"policy_type": PolicyType.FIFO, "min_active_secs": 0.0}
+
 STOP = Eviction(Weights.RETAIN, Process.STOP)
 OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
 DISCARD = Eviction(Weights.DISCARD, Process.KEEP_RUNNING)
 FREEZE = Eviction(Weights.RETAIN, Process.FREEZE)
+CHECKPOINT = Eviction(Weights.DISCARD, Process.CHECKPOINT)
 WORKER = "w"
 
 
@@ -35,7 +48,7 @@ def model(name: str, **settings: Any) -> ModelConfig:
 
 
 def config_of(*models: ModelConfig, **policy: Any) -> Config:
-    settings = PolicyConfig(**({"min_active_secs": 0.0} | policy))
+    settings = PolicyConfig(**(AT_ONCE | policy))
     return Config(models=MappingProxyType({m.name: m for m in models}), policy=settings)
 
 
@@ -63,10 +76,19 @@ class Core:
     # ---- what the world does --------------------------------------------------------------------
 
     def demand(
-        self, name: str, waiting: int = 0, in_flight: int = 0, *, progress: int = 0, age: float = 0
+        self,
+        name: str,
+        waiting: int = 0,
+        in_flight: int = 0,
+        *,
+        progress: int = 0,
+        age: float = 0,
+        repeated: int = 0,
     ) -> None:
-        oldest = age if waiting else None
-        self.happen(DemandChanged(WORKER, name, waiting, oldest, in_flight, progress))
+        oldest = self.now - age if waiting else None
+        self.happen(
+            DemandChanged(WORKER, name, waiting, oldest, in_flight, progress, repeated=repeated)
+        )
 
     def drained(self, name: str) -> None:
         """The worker's last request on the model's epoch has ended."""
@@ -80,6 +102,10 @@ class Core:
         effect = self.running.pop(name)
         ended = effect.plan.success if outcome is None else outcome
         self.happen(OperationFinished(name, effect.op, ended, detail))
+
+    def release(self, name: str) -> None:
+        """The GPU memory of a model that is being parked is gone; its image is being written."""
+        self.happen(GpuReleased(name, self.running[name].op))
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -119,4 +145,4 @@ class Core:
 
     def plans(self) -> list[str]:
         """ "start alpha", … of the last event."""
-        return [f"{effect.plan.name} {effect.model}" for effect in self.done(RunPlan)]
+        return [f"{effect.plan.kind} {effect.model}" for effect in self.done(RunPlan)]

@@ -28,14 +28,14 @@ def found(
 ) -> tuple[ModelRecord, tuple[Effect, ...]]:
     state = initial(config_of(model("a"), model("b")), gpu_count=2, epoch_prefix="new")
     seen = Observation(name, frozen, healthy, sleeping, note, suspended, half_awake)
-    adopted, effects = adopt(state, [seen], images={}, now=100.0)
+    adopted, effects = adopt(state, [seen], images=[], now=100.0)
     assert adopted.models["b"].state is S.STOPPED
     return adopted.models[name], effects
 
 
 def plan_of(effects: tuple[Effect, ...]) -> str:
     (plan,) = [effect for effect in effects if isinstance(effect, RunPlan)]
-    return f"{plan.plan.name} from {plan.plan.steps[0].kind}"
+    return f"{plan.plan.kind} from {plan.plan.steps[0].kind}"
 
 
 def test_a_serving_engine_goes_on_on_its_epoch() -> None:
@@ -44,6 +44,23 @@ def test_a_serving_engine_goes_on_on_its_epoch() -> None:
     assert record.phase.epoch == "old.7"
     assert record.gpus == (1,)
     assert effects == ()
+
+
+def test_what_serves_and_what_is_parked_does_so_since_the_same_moment() -> None:
+    serving, _ = found(Note(S.SERVING, "old.7", since=40.0))
+    parked, _ = found(Note(S.PARKED, eviction=OFFLOAD, since=40.0))
+    assert (serving.phase.since, parked.phase.since) == (40.0, 40.0)
+    future, _ = found(Note(S.SERVING, "old.7", since=4000.0))
+    assert future.phase.since == 100.0
+
+
+def test_a_failed_model_goes_on_backing_off_no_longer_than_configured() -> None:
+    state = initial(config_of(model("a"), backoff_max_secs=60.0), gpu_count=1, epoch_prefix="new")
+    note = Note(S.FAILED, since=90.0, until=9000.0, message="it died", failures=3)
+    adopted, effects = adopt(state, [], [], 100.0, {"a": note, "gone": note})
+    record = adopted.models["a"]
+    assert record.phase == Failed(90.0, 160.0, "it died")
+    assert (record.failures, effects) == (3, ())
 
 
 def test_a_draining_engine_serves_again_but_never_on_the_revoked_epoch() -> None:
@@ -64,9 +81,9 @@ def test_a_serving_engine_that_does_not_answer_is_asked_for_a_sign_of_life() -> 
         (S.STARTING, S.STARTING, "start from wait_healthy"),
         (S.PARKING, S.PARKING, "park from sleep"),
         (S.WAKING, S.WAKING, "wake from wake_up"),
-        (S.STOPPING, S.STOPPING, "stop from terminate"),
-        (S.FAILED, S.STOPPING, "stop from terminate"),
-        (S.STOPPED, S.STOPPING, "stop from terminate"),
+        (S.STOPPING, S.STOPPING, "stop from leave_gpu"),
+        (S.FAILED, S.STOPPING, "stop from leave_gpu"),
+        (S.STOPPED, S.STOPPING, "stop from leave_gpu"),
     ],
 )
 def test_what_was_under_way_is_taken_up_where_it_was(
@@ -126,7 +143,7 @@ def test_a_sleeping_engine_is_parked_and_will_reload_to_be_safe() -> None:
 def test_one_that_holds_more_than_a_sleeping_engine_does_is_started_anew() -> None:
     record, effects = found(sleeping=True, half_awake=True)
     assert record.state is S.STOPPING
-    assert plan_of(effects) == "stop from terminate"
+    assert plan_of(effects) == "stop from leave_gpu"
 
 
 def test_a_healthy_engine_serves() -> None:

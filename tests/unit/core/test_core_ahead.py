@@ -4,6 +4,7 @@ model is not woken after all."""
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from core_harness import DISCARD, FREEZE, OFFLOAD, STOP, WORKER, Core, config_of, model
@@ -18,7 +19,7 @@ from llmux.core.states import ModelState
 CHECKPOINT = Eviction(Weights.DISCARD, Process.CHECKPOINT)
 
 
-def parked_beside_one_that_serves(victim: Eviction = OFFLOAD, **policy: float) -> Core:
+def parked_beside_one_that_serves(victim: Eviction = OFFLOAD, **policy: Any) -> Core:
     """a is parked in an image, b serves with a request in flight; they do not fit together."""
     core = Core(model("a", eviction=CHECKPOINT), model("b", eviction=victim), **policy)
     core.serve("a")
@@ -33,7 +34,7 @@ def parked_beside_one_that_serves(victim: Eviction = OFFLOAD, **policy: float) -
     return core
 
 
-def wanted(victim: Eviction = OFFLOAD, **policy: float) -> Core:
+def wanted(victim: Eviction = OFFLOAD, **policy: Any) -> Core:
     core = parked_beside_one_that_serves(victim, **policy)
     core.demand("a", waiting=1)
     return core
@@ -51,7 +52,7 @@ def test_it_is_ordered_when_the_switch_is_decided() -> None:
     )
     assert names(core)[:1] == ["ReadAhead"]
     core.pass_time(1)
-    assert core.done(RestoreAhead) == core.done(ReadAhead) == [], "once"
+    assert (core.done(RestoreAhead), core.done(ReadAhead)) == ([], []), "once"
 
 
 def test_the_wake_takes_it_over() -> None:
@@ -222,5 +223,5 @@ def test_a_cold_start_after_a_failed_wake_finds_nothing_ahead() -> None:
     core = wanted()
     core.park("b")
     core.finish("a", Outcome.DOWN)
-    assert [plan.plan.name for plan in core.done(RunPlan)] == ["start"]
+    assert [plan.plan.kind for plan in core.done(RunPlan)] == ["start"]
     assert core.done(DropAhead) == []

@@ -48,7 +48,7 @@ def all_plans() -> list[Plan]:
     ]
 
 
-@pytest.mark.parametrize("plan", all_plans(), ids=lambda p: f"{p.name}-{p.eviction}")
+@pytest.mark.parametrize("plan", all_plans(), ids=lambda p: f"{p.kind}-{p.eviction}")
 def test_every_step_is_bounded_and_every_ladder_ends_in_a_kill_that_is_verified(
     plan: Plan,
 ) -> None:
@@ -108,13 +108,14 @@ def test_parking_that_frees_gpu_memory_is_seen_to_free_it(eviction: Eviction) ->
 def test_stop_as_a_way_of_parking_ends_with_no_process() -> None:
     plan = park_plan(MODEL, STOP)
     assert plan.success is Outcome.DOWN
-    assert kinds(plan) == [K.TERMINATE, K.KILL, K.VERIFY_RELEASE]
-    assert plan.steps[0].optional  # whoever does not listen is killed
-    assert plan.steps[0].deadline == MODEL.stop_grace_secs
+    assert kinds(plan) == [K.LEAVE_GPU, K.TERMINATE, K.KILL, K.VERIFY_RELEASE]
+    assert plan.steps[0].optional  # what cannot be suspended is killed all the same
+    assert plan.steps[1].optional  # what does not end at SIGTERM is killed
+    assert plan.steps[1].deadline == MODEL.stop_grace_secs
 
 
 def test_an_engine_that_died_is_not_asked_politely() -> None:
-    assert kinds(stop_plan(MODEL, grace=False)) == [K.KILL, K.VERIFY_RELEASE]
+    assert kinds(stop_plan(MODEL, grace=False)) == [K.LEAVE_GPU, K.KILL, K.VERIFY_RELEASE]
 
 
 def test_a_cold_start_records_what_a_wake_is_compared_with() -> None:
@@ -143,7 +144,12 @@ def test_the_operator_s_time_outs_are_the_deadlines() -> None:
 def test_the_communicators_of_several_workers_go_before_cuda_and_come_back_after_it(
     process: Process,
 ) -> None:
-    model = ModelConfig("m", "org/m", extra_args=("--tensor-parallel-size", "2"))
+    model = ModelConfig(
+        "m",
+        "org/m",
+        extra_args=("--tensor-parallel-size", "2"),
+        allow_tensor_parallel_parking=True,
+    )
     eviction = Eviction(Weights.DISCARD, process)
     park = [step.kind for step in park_plan(model, eviction).steps]
     wake = [step.kind for step in wake_plan(model, eviction).steps]

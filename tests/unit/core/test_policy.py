@@ -1,76 +1,161 @@
-"""Who may be sent away when, by policy. Times are seconds on the reducer's clock."""
+"""Which model may be sent away when, by policy. Times are seconds on the reducer's clock."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from llmux.config.schema import PolicyConfig, PolicyType
-from llmux.core.policy import Resident, Waiting, policy_for
+from llmux.core.policies.base import Policy, Resident, Waiting
+from llmux.core.policies.choose import policy_for
+from llmux.core.policies.plain import Plain
+
+NOW = 100.0
 
 
-def config(kind: PolicyType, **changes: float) -> PolicyConfig:
-    return PolicyConfig(policy_type=kind, min_active_secs=5.0, **changes)  # type: ignore[arg-type]
+def config(kind: PolicyType, **changes: Any) -> PolicyConfig:
+    return PolicyConfig(policy_type=kind, **({"min_active_secs": 5.0} | changes))
 
 
-def resident(*, since: float = 0.0, in_flight: int = 1) -> Resident:
-    return Resident("served", since, in_flight, since)
+def resident(*, since: float = 0.0, in_flight: int = 1, **facts: Any) -> Resident:
+    return Resident("served", since, in_flight, since, **facts)
+
+
+def wanted(waiting: int = 1, since: float = NOW, cost: float = 1.0, **facts: Any) -> Waiting:
+    return Waiting("wanted", waiting, since, cost, **facts)
+
+
+def earliest(policy: Policy, target: Waiting, victim: Resident, now: float = NOW) -> float:
+    return policy.earliest(target, victim, [target], now)
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))
-def test_nobody_is_sent_away_before_its_minimum(kind: PolicyType) -> None:
+def test_an_idle_model_leaves_at_once(kind: PolicyType) -> None:
+    policy = policy_for(config(kind, min_active_secs=50.0, coalesce_window_ms=0.0))
+    idle = resident(since=NOW - 20, in_flight=0)
+    assert earliest(policy, wanted(), idle) <= NOW
+
+
+@pytest.mark.parametrize("kind", [k for k in PolicyType if k is not PolicyType.FAIR])
+def test_a_busy_model_serves_its_minimum(kind: PolicyType) -> None:
     policy = policy_for(config(kind))
-    target = Waiting("wanted", 100, -1000.0, 1.0)
-    assert policy.earliest(target, resident(since=50.0)) >= 55.0
+    assert earliest(policy, wanted(100, -1000.0), resident(since=50.0)) >= 55.0
 
 
-@pytest.mark.parametrize("kind", [PolicyType.COST_AWARE, PolicyType.TIME_SLICE])
-def test_nobody_waits_longer_than_the_maximum_for_a_busy_model(kind: PolicyType) -> None:
+@pytest.mark.parametrize("kind", list(PolicyType))
+def test_requests_that_queue_for_a_place_are_served_before_their_model_leaves(
+    kind: PolicyType,
+) -> None:
+    policy = policy_for(config(kind))
+    full = resident(since=NOW - 10, in_flight=40, places=32)
+    assert earliest(policy, wanted(cost=10.0), full) > NOW + 10
+
+
+@pytest.mark.parametrize("kind", list(PolicyType))
+def test_a_queue_that_never_ends_does_not_keep_a_model_for_ever(kind: PolicyType) -> None:
+    policy = policy_for(config(kind))
+    full = resident(since=NOW, in_flight=10_000, places=32, rate=1000.0)
+    assert earliest(policy, wanted(cost=10.0), full) < NOW + 1000
+
+
+def test_plain_would_keep_it() -> None:
+    full = resident(since=NOW, in_flight=40, places=32)
+    assert earliest(Plain(config(PolicyType.FAIR)), wanted(), full) == math.inf
+
+
+@pytest.mark.parametrize("kind", [PolicyType.COST_AWARE, PolicyType.TIME_SLICE, PolicyType.FAIR])
+def test_no_request_waits_longer_than_the_maximum_for_a_busy_model(kind: PolicyType) -> None:
     policy = policy_for(config(kind, max_wait_secs=15.0))
-    target = Waiting("wanted", 1, 100.0, 60.0)
-    assert policy.earliest(target, resident(since=0.0)) <= 115.0
+    assert earliest(policy, wanted(cost=60.0), resident(since=0.0)) <= NOW + 15.0
 
 
 def test_fifo_switches_as_soon_as_the_minimum_is_over() -> None:
     policy = policy_for(config(PolicyType.FIFO))
-    assert policy.earliest(Waiting("wanted", 1, 100.0, 60.0), resident()) == 5.0
+    assert earliest(policy, wanted(cost=60.0), resident()) == 5.0
 
 
 def test_cost_aware_lets_a_little_gather_when_the_switch_is_cheap() -> None:
     policy = policy_for(config(PolicyType.COST_AWARE, coalesce_window_ms=2000.0))
-    assert policy.earliest(Waiting("wanted", 1, 100.0, 1.0), resident()) == 102.0
+    assert earliest(policy, wanted(), resident()) == 102.0
 
 
 def test_cost_aware_switches_at_once_when_enough_wait() -> None:
     policy = policy_for(config(PolicyType.COST_AWARE, amortization_factor=0.5))
-    assert policy.earliest(Waiting("wanted", 5, 100.0, 10.0), resident()) == 100.0
-    assert policy.earliest(Waiting("wanted", 4, 100.0, 10.0), resident()) == 102.0
+    assert earliest(policy, wanted(5, cost=10.0), resident()) == 100.0
+    assert earliest(policy, wanted(4, cost=10.0), resident()) == 102.0
 
 
 def test_cost_aware_serves_for_as_long_as_the_switch_takes() -> None:
     policy = policy_for(config(PolicyType.COST_AWARE, max_wait_secs=1000.0))
-    assert policy.earliest(Waiting("wanted", 1, 100.0, 30.0), resident(since=90.0)) == 120.0
+    assert earliest(policy, wanted(cost=30.0), resident(since=90.0)) == 120.0
 
 
 def test_cost_aware_without_amortization_is_fifo() -> None:
     policy = policy_for(config(PolicyType.COST_AWARE, amortization_factor=0.0))
-    assert policy.earliest(Waiting("wanted", 1, 100.0, 30.0), resident(since=90.0)) == 100.0
+    assert earliest(policy, wanted(cost=30.0), resident(since=90.0)) == 100.0
 
 
-def test_time_slice_takes_an_idle_model_at_once() -> None:
-    policy = policy_for(config(PolicyType.TIME_SLICE))
-    target = Waiting("wanted", 1, 100.0, 30.0)
-    assert policy.earliest(target, resident(since=90.0, in_flight=0)) == 95.0
+def test_fair_stays_while_leaving_costs_more_than_it_saves() -> None:
+    policy = policy_for(config(PolicyType.FAIR))
+    busy = resident(since=NOW - 60, in_flight=10, service=3.0, back=10.0)
+    assert earliest(policy, wanted(1, cost=10.0), busy) > NOW
+    assert earliest(policy, wanted(200, cost=10.0), busy) <= NOW
+    almost_idle = replace(busy, in_flight=1)
+    assert earliest(policy, wanted(20, cost=10.0), almost_idle) <= NOW
+
+
+def test_fair_serves_a_batch_although_others_have_waited_longer_than_the_maximum() -> None:
+    """Where a cycle outlasts max_wait_secs, a model that came up has always overstayed by it."""
+    policy = policy_for(config(PolicyType.FAIR, max_wait_secs=15.0))
+    came = resident(since=NOW - 1, in_flight=10, service=3.0, back=2.0)
+    others = [replace(wanted(20, NOW - 20 + n, 2.0, service=3.0), model=str(n)) for n in range(2)]
+    assert policy.earliest(others[0], came, others, NOW) > NOW + 5
+    almost_done = replace(came, in_flight=1)
+    assert policy.earliest(others[0], almost_done, others, NOW) <= NOW
+
+
+def test_fair_knows_that_all_that_wait_come_before_the_model_is_back() -> None:
+    policy = policy_for(config(PolicyType.FAIR))
+    busy = resident(since=NOW - 60, in_flight=3, service=3.0, back=2.0)
+    one = wanted(35, NOW, 2.0, service=3.0)
+    assert policy.earliest(one, busy, [one], NOW) <= NOW
+    distant = replace(wanted(1, NOW, 60.0, service=30.0), model="distant")
+    assert policy.earliest(one, busy, [one, distant], NOW) > NOW, "it is away for minutes"
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))
-def test_whoever_waited_longest_is_first(kind: PolicyType) -> None:
+def test_the_model_waited_for_longest_is_first(kind: PolicyType) -> None:
     policy = policy_for(config(kind))
     waiting = [Waiting("late", 9, 7.0), Waiting("early", 1, 3.0)]
-    assert policy.order(waiting) == ["early", "late"]
+    assert policy.order(waiting, 10.0) == ["early", "late"]
+
+
+def test_of_those_that_were_away_all_the_time_fair_takes_the_one_with_the_most_answers() -> None:
+    policy = policy_for(config(PolicyType.FAIR))
+    early = Waiting("early", 1, 3.0, away_since=0.0)
+    crowd = Waiting("crowd", 50, 7.0, away_since=2.0)
+    assert policy.order([early, crowd], 10.0) == ["crowd", "early"]
+    served = replace(crowd, away_since=4.0)
+    assert policy.order([early, served], 10.0) == ["early", "crowd"], "it had its turn"
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))
-def test_idle_ones_go_before_busy_ones(kind: PolicyType) -> None:
+def test_priority_goes_before_everything(kind: PolicyType) -> None:
+    policy = policy_for(config(kind))
+    low, high = Waiting("low", 9, 1.0), Waiting("high", 1, 9.0, priority=1)
+    assert policy.order([low, high], 10.0) == ["high", "low"]
+    busy = Resident("busy", 0.0, 2, 9.0)
+    assert policy.victims([Resident("important", 0.0, 0, 0.0, priority=1), busy]) == [
+        "busy",
+        "important",
+    ]
+
+
+@pytest.mark.parametrize("kind", list(PolicyType))
+def test_idle_models_leave_before_busy_ones(kind: PolicyType) -> None:
     policy = policy_for(config(kind))
     busy = Resident("busy", 0.0, 2, 1.0)
     idle = Resident("idle", 0.0, 0, 9.0)

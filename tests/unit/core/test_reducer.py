@@ -32,10 +32,10 @@ from llmux.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from llmux.core.operations import CUT_GRACE_SECS, HEALTHY_SECS, SEARCH_DEATHS
 from llmux.core.plans import Outcome
 from llmux.core.records import Draining, Failed, Parking, Stopping, Waking
 from llmux.core.states import ModelState
-from llmux.core.turn import CUT_GRACE_SECS, HEALTHY_SECS
 from llmux.errors import Reason
 
 
@@ -61,7 +61,7 @@ def test_demand_starts_a_stopped_model_and_success_grants_it() -> None:
     assert core.plans() == ["start a"]
     assert core.at("a") is ModelState.STARTING
     core.demand("a", waiting=3)
-    assert core.plans() == []  # whoever comes later joins the start in flight
+    assert core.plans() == []  # later requests join the start in flight
     core.finish("a")
     assert core.granted() == ["a"]
     (switch,) = core.done(SwitchFinished)
@@ -323,23 +323,29 @@ def test_the_death_of_a_serving_engine_gives_its_requests_back_and_starts_it_aga
     core.happen(EngineExited("a", "exit status 1"))
     assert core.done(SendRevoke) == [SendRevoke(WORKER, "a", epoch, dead=True)]
     (plan,) = core.done(RunPlan)
-    assert plan.plan.name == "stop"
+    assert plan.plan.kind == "stop"
     core.demand("a", waiting=1)  # what had no byte yet waits again
     core.finish("a")
     assert core.plans() == ["start a"]
 
 
-def test_a_second_crash_soon_after_the_first_backs_off() -> None:
+@pytest.mark.parametrize(
+    ("waiting", "repeated", "crashes"), [(0, 0, 2), (1, 0, 2), (1, 1, SEARCH_DEATHS + 1)]
+)
+def test_crashes_soon_after_each_other_back_off(waiting: int, repeated: int, crashes: int) -> None:
+    """Later where requests are repeated until the one that kills the engine is found."""
     core = two()
-    for _ in range(2):
+    for crash in range(crashes):
         core.happen(EngineExited("a", "exit status 1"))
-        core.demand("a", waiting=1)
+        core.demand("a", waiting=waiting, repeated=repeated)
         core.finish("a")
+        assert (core.at("a") is ModelState.FAILED) is (crash == crashes - 1)
+        if not waiting and core.at("a") is ModelState.STOPPED:
+            core.demand("a", waiting=1)
         if core.at("a") is ModelState.STARTING:
             core.finish("a")
             core.demand("a")
-    assert core.at("a") is ModelState.FAILED
-    assert core.refused() == [("a", Reason.START_FAILED)]
+    assert core.refused() == ([("a", Reason.START_FAILED)] if waiting else [])
 
 
 def test_a_crash_after_a_long_good_life_is_a_first_one_again() -> None:
@@ -368,12 +374,17 @@ def test_a_silent_busy_engine_is_probed_and_a_failed_probe_kills_it() -> None:
     core = Core(model("a", stall_timeout_secs=30.0))
     core.serve("a")
     core.demand("a", in_flight=1)
-    assert core.state.wakeup == core.now + 30
-    core.pass_time(30)
+    assert core.state.wakeup == core.now + 15
+    core.pass_time(15)  # the other half is the probe's: a hang is found within the time-out
     (probe,) = core.done(Probe)
-    core.pass_time(30)
+    assert (probe.seconds, probe.stalled) == (15.0, True)
+    core.pass_time(15)
     assert core.done(Probe) == []  # one at a time
-    core.happen(ProbeFinished("a", probe.epoch, "no answer"))
+    core.happen(ProbeFinished("a", probe.epoch, "no answer", stalled=True))
+    assert [(e.worker, e.error) for e in core.done(SendCut)] == [
+        (WORKER, "engine does not answer: no answer")
+    ]
+    assert [revoke.dead for revoke in core.done(SendRevoke)] == [False], "nothing is repeated"
     assert core.plans() == ["stop a"]
     phase = core.record("a").phase
     assert isinstance(phase, Stopping)
@@ -384,10 +395,10 @@ def test_a_probe_that_is_answered_buys_time() -> None:
     core = Core(model("a", stall_timeout_secs=30.0))
     core.serve("a")
     core.demand("a", in_flight=1)
-    core.pass_time(30)
+    core.pass_time(15)
     core.happen(ProbeFinished("a", epoch_of(core, "a"), None))
     assert core.at("a") is ModelState.SERVING
-    assert core.state.wakeup == core.now + 30
+    assert core.state.wakeup == core.now + 15
 
 
 def test_progress_and_idleness_keep_the_stall_watch_quiet() -> None:
@@ -396,9 +407,9 @@ def test_progress_and_idleness_keep_the_stall_watch_quiet() -> None:
     core.pass_time(1000)
     assert core.done(Probe) == []
     core.demand("a", in_flight=1, progress=1)
-    core.now += 29
+    core.now += 14
     core.demand("a", in_flight=1, progress=2)
-    core.pass_time(29)
+    core.pass_time(14)
     assert core.done(Probe) == []
 
 
@@ -430,20 +441,20 @@ def test_load_brings_a_model_up_though_nobody_waits_and_ends_with_serving() -> N
 def test_park_of_a_starting_model_takes_effect_when_it_is_up() -> None:
     core = Core(model("a"))
     core.happen(LoadAsked("a"))
-    core.happen(ParkAsked("a", STOP))
+    core.happen(ParkAsked("a", OFFLOAD))
     assert core.at("a") is ModelState.STARTING
     core.finish("a")
     assert core.at("a") is ModelState.DRAINING
     core.drained("a")
     phase = core.record("a").phase
     assert isinstance(phase, Parking)
-    assert phase.eviction == STOP
+    assert phase.eviction == OFFLOAD
 
 
 def test_load_takes_a_park_request_back() -> None:
     core = Core(model("a"))
     core.happen(LoadAsked("a"))
-    core.happen(ParkAsked("a", STOP))
+    core.happen(ParkAsked("a", OFFLOAD))
     core.happen(LoadAsked("a"))
     core.finish("a")
     assert core.at("a") is ModelState.SERVING

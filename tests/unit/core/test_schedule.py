@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from core_harness import DISCARD, FREEZE, OFFLOAD, STOP, WORKER, Core, model
 
-from llmux.config.schema import GPU_RESIDUE, Eviction, ModelConfig, Process, Weights
-from llmux.core.effects import RunPlan, SwitchFinished
-from llmux.core.events import LoadAsked, ModeSet, ParkAsked, WorkerDrained
+from llmux.config.schema import (
+    GPU_RESIDUE,
+    Eviction,
+    ModelConfig,
+    PolicyType,
+    Process,
+    Weights,
+)
+from llmux.core.effects import RunPlan, SendRefuse, SwitchFinished
+from llmux.core.events import LoadAsked, ParkAsked, PinSet, WorkerDrained
 from llmux.core.plans import Outcome
 from llmux.core.records import parked_share
 from llmux.core.states import ModelState
@@ -162,10 +171,10 @@ def test_residues_that_leave_room_enough_stay() -> None:
 def test_a_model_that_can_never_have_room_beside_the_pinned_one_waits() -> None:
     core = Core(model("a"), model("b"))
     core.serve("a")
-    core.happen(ModeSet(manual=True, pinned="a"))
-    core.happen(LoadAsked("b"))
+    core.happen(PinSet("a", math.inf))
+    core.demand("b", waiting=1)
     assert core.effects == ()
-    core.happen(ModeSet(manual=False))
+    core.happen(PinSet("a", None))
     assert core.at("a") is ModelState.DRAINING
 
 
@@ -209,6 +218,7 @@ def test_somebody_behind_may_go_where_nobody_waits_for_room() -> None:
 def test_a_model_serves_its_least_time_before_it_makes_room() -> None:
     core = Core(model("a"), model("b"), min_active_secs=5.0)
     core.serve("a")
+    core.demand("a", in_flight=1)
     served_at = core.now
     core.now += 2
     core.demand("b", waiting=1)
@@ -232,9 +242,34 @@ def test_demand_that_comes_during_a_drain_does_not_turn_it_back() -> None:
     core.happen(WorkerDrained(WORKER, "a", epoch))
     core.finish("a")
     assert core.plans() == ["start b"]
-    core.demand("b", in_flight=1)
     core.finish("b")
+    core.demand("b", in_flight=1)
     assert core.at("b") is ModelState.DRAINING  # a waits
+
+
+@pytest.mark.parametrize("kind", list(PolicyType))
+def test_a_model_that_left_for_another_does_not_come_back_before_it(kind: PolicyType) -> None:
+    core = Core(model("a"), model("b"), policy_type=kind, amortization_factor=0.0)
+    core.serve("a")
+    core.demand("b", waiting=1)
+    core.demand("a", waiting=500, age=9.0)  # more, and older, than b's
+    epoch = core.record("a").epoch
+    assert epoch is not None
+    core.happen(WorkerDrained(WORKER, "a", epoch))
+    core.finish("a")
+    assert core.plans() == ["start b"]
+
+
+def test_a_higher_priority_comes_back_before_the_model_that_it_left_for() -> None:
+    core = Core(model("a", priority=1), model("b"))
+    core.serve("a")
+    core.demand("b", waiting=1)
+    core.demand("a", waiting=1)
+    epoch = core.record("a").epoch
+    assert epoch is not None
+    core.happen(WorkerDrained(WORKER, "a", epoch))
+    core.finish("a")
+    assert core.plans() == ["wake a"]
 
 
 def test_a_model_that_nobody_waits_for_any_more_gives_its_place_up() -> None:
@@ -289,10 +324,42 @@ def test_a_model_over_two_gpus_needs_room_on_both() -> None:
     assert core.plans() == ["start wide"]
 
 
-@pytest.mark.parametrize("gpus", [2, (0, 1), (3,)])
-def test_gpus_that_this_host_does_not_have_are_refused(gpus: int | tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "wanted"), [(2, "2 GPUs"), ((0, 1), "GPUs [0, 1]"), ((3,), "GPUs [3]")]
+)
+def test_gpus_that_this_host_does_not_have_are_refused(
+    gpus: int | tuple[int, ...], wanted: str
+) -> None:
     core = Core(model("a", gpus=gpus))
     core.demand("a", waiting=1)
     assert core.refused() == [("a", Reason.CANNOT_FIT)]
+    (refusal,) = core.done(SendRefuse)
+    assert f'model "a" wants {wanted}, but this host has 1; change' in refusal.message
     core.happen(LoadAsked("a"))
     assert core.state.wants == {}
+
+
+def test_a_model_goes_to_the_gpu_whose_models_are_idle() -> None:
+    core = Core(model("a", gpus=(0,)), model("b", gpus=(1,)), model("c", gpus=1), gpu_count=2)
+    core.serve("a")
+    core.demand("a", in_flight=1)
+    core.serve("b")
+    core.demand("c", waiting=1)
+    assert core.states() == {"a": "serving", "b": "draining", "c": "stopped"}
+    core.park("b")
+    (plan,) = core.done(RunPlan)
+    assert plan.gpus == (1,)
+
+
+def test_a_model_does_not_wait_for_a_gpu_whose_model_never_leaves() -> None:
+    core = Core(
+        model("a", gpus=(0,), never_evict=True),
+        model("b", gpus=(1,)),
+        model("c", gpus=1),
+        gpu_count=2,
+    )
+    core.serve("b")
+    core.demand("b", in_flight=1)
+    core.serve("a")
+    core.demand("c", waiting=1)
+    assert core.states() == {"a": "serving", "b": "draining", "c": "stopped"}

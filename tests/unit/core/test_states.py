@@ -20,8 +20,8 @@ from llmux.core.records import (
     Stopping,
     Waking,
 )
-from llmux.core.states import ALIVE, MOVING, NUMBERS, TRANSITIONS, ModelState, diagram
-from llmux.core.turn import Turn
+from llmux.core.states import ALIVE, MOVING, TRANSITIONS, ModelState, diagram
+from llmux.core.transaction import Transaction
 from llmux.errors import InvariantError
 
 PHASES: dict[ModelState, Phase] = {
@@ -41,28 +41,27 @@ PHASES: dict[ModelState, Phase] = {
 PAIRS = list(itertools.product(ModelState, ModelState))
 
 
-def turn_in(state: ModelState) -> Turn:
-    turn = Turn(Core(model("a")).state, 0.0)
-    turn.update("a", phase=PHASES[state])
-    return turn
+def transaction_in(state: ModelState) -> Transaction:
+    tx = Transaction(Core(model("a")).state, 0.0)
+    tx.found("a", PHASES[state])
+    return tx
 
 
-def test_every_state_has_a_phase_a_number_and_a_way_out() -> None:
-    assert set(PHASES) == set(ModelState) == set(NUMBERS) == set(TRANSITIONS)
-    assert len(set(NUMBERS.values())) == len(NUMBERS)
+def test_every_state_has_a_phase_and_a_way_out() -> None:
+    assert set(PHASES) == set(ModelState) == set(TRANSITIONS)
     assert all(TRANSITIONS.values())
 
 
 @pytest.mark.parametrize(("old", "new"), PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])
 def test_a_step_is_legal_or_an_invariant_error(old: ModelState, new: ModelState) -> None:
-    turn = turn_in(old)
+    tx = transaction_in(old)
     if new is old or new in TRANSITIONS[old]:
-        turn.move("a", PHASES[new])
-        assert turn.state_of("a") is new
+        tx.move("a", PHASES[new])
+        assert tx.state_of("a") is new
     else:
         with pytest.raises(InvariantError, match=f"a cannot go {old} → {new}"):
-            turn.move("a", PHASES[new])
-        assert turn.state_of("a") is old
+            tx.move("a", PHASES[new])
+        assert tx.state_of("a") is old
 
 
 def test_every_state_can_be_reached_and_left_for_stopped_again() -> None:

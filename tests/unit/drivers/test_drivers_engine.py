@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import wave
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from llmux.drivers.engine import VllmEngine
+from llmux.drivers.engine.http import Reply
+from llmux.drivers.engine.vllm import VllmEngine
+from llmux.engines.canaries import OPENAI, encode
 from llmux.errors import DriverTimeout, EngineUnhealthy
+from llmux.ports import Canary
 from llmux.protocol import Address
 
 Answer = Callable[[str, int], bytes | None]  # request line, how many before → bytes, None = hang
@@ -173,6 +178,75 @@ def test_a_pooling_model_is_tested_by_its_embedding(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+ROUTES = {
+    "/v1/chat/completions": (
+        b'{"choices":[{"message":{"content":"Paris"},"logprobs":{"content":[{"logprob":-0.5}]}}]}',
+        Canary("Paris", (-0.5,)),
+    ),
+    "/classify": (b'{"data":[{"label":"x","probs":[0.25,0.75]}]}', Canary("", (0.25, 0.75))),
+    "/score": (b'{"data":[{"score":0.5}]}', Canary("", (0.5,))),
+    "/pooling": (b'{"data":[{"data":[[1.0,2.0],[3.0,4.0]]}]}', Canary("", (1.0, 2.0, 3.0, 4.0))),
+    "/v1/audio/transcriptions": (b'{"text":" you"}', Canary(" you")),
+}
+ABSENT = [
+    (404, b'{"detail":"Not Found"}'),
+    (400, b'{"error":{"message":"The model does not support Completions API","code":400}}'),
+    (405, b'{"detail":"Method Not Allowed"}'),
+]
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids=lambda absent: str(absent[0]))
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_canary_is_a_request_that_the_model_serves(
+    route: str, absent: tuple[int, bytes], tmp_path: Path
+) -> None:
+    served, canary = ROUTES[route]
+
+    def answer(line: str, _: int) -> bytes:
+        return reply(200, served) if line.split()[1] == route else reply(*absent)
+
+    async def body() -> None:
+        async with server(tmp_path, answer) as (address, _):
+            assert await VllmEngine().canary(address, "m", 5) == canary
+
+    asyncio.run(body())
+
+
+def test_an_engine_without_any_fitting_request_is_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        nothing = reply(404, b'{"detail":"Not Found"}')
+        async with server(tmp_path, lambda *_: nothing) as (address, _):
+            assert await VllmEngine().canary(address, "m", 5) == Canary("")
+
+    asyncio.run(body())
+    assert "no canary fits m" in caplog.text
+
+
+@pytest.mark.parametrize("status", [401, 403, 500, 503])
+def test_an_engine_that_fails_its_canary_is_unhealthy(status: int, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with server(tmp_path, lambda *_: reply(status, b"{}")) as (address, seen):
+            with pytest.raises(EngineUnhealthy):
+                await VllmEngine().canary(address, "m", 5)
+            assert len(seen) == 1
+
+    asyncio.run(body())
+
+
+def test_the_silence_that_is_transcribed_is_a_wave_file() -> None:
+    (probe,) = (probe for probe in OPENAI if "audio" in probe.path)
+    form, kind = encode(probe.body("whisper"))
+    boundary = kind.partition("boundary=")[2].encode()
+    fields = form.split(b"--" + boundary)
+    assert b'name="model"\r\n\r\nwhisper' in fields[1]
+    file = fields[-2].partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
+    with wave.open(io.BytesIO(file)) as sound:
+        assert sound.getnframes() == sound.getframerate() == 16_000
+        assert not any(sound.readframes(16_000))
+
+
 def test_a_wrong_model_is_no_pooling_model(tmp_path: Path) -> None:
     body_bytes = b'{"error":{"message":"The model `x` does not exist.","code":404}}'
 
@@ -194,3 +268,8 @@ def test_healthy_as_soon_as_the_socket_appears(tmp_path: Path) -> None:
             await waiting
 
     asyncio.run(body())
+
+
+def test_an_error_of_the_engine_holds_nothing_that_a_terminal_would_obey() -> None:
+    reply = Reply(500, b"\x1b]0;PWNED\x07out of\n\x1b[31mluck\xc2\x9b0m")
+    assert reply.excerpt == "out of luck"

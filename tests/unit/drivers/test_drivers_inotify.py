@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from llmux.drivers.inotify import Inotify, Mask
+from llmux.drivers.processes.inotify import Inotify, Mask
 
 
 def test_closing_does_not_hold_the_loop_up(
@@ -27,7 +27,7 @@ def test_closing_does_not_hold_the_loop_up(
         inotify = Inotify()
         inotify.watch(str(tmp_path), Mask.CREATE, lambda *_: None)
         monkeypatch.setattr(os, "close", close)
-        fd = inotify._fd
+        fd: int = inotify._fd
         inotify.close()
         inotify.close()
         return fd

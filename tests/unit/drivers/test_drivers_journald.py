@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from llmux.drivers.journald import (
+from llmux.drivers.systemd.journal import (
     Journal,
     JournalHandler,
     PrefixFormatter,
     encode,
     priority_of,
     stderr_is_journal,
+    stderr_is_lost,
 )
 
 
@@ -69,6 +72,27 @@ def test_what_is_too_big_goes_as_a_sealed_memfd(receiver: socket.socket, tmp_pat
     os.close(fds[0])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to speak for another process")
+def test_an_entry_comes_from_the_process_that_it_is_said_for(
+    receiver: socket.socket, tmp_path: Path
+) -> None:
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    journal = Journal(str(tmp_path / "socket"))
+
+    def sender(pid: int) -> int:
+        assert journal.send([("MESSAGE", "x")], pid)
+        data, ancillary, _, _ = receiver.recvmsg(4096, socket.CMSG_SPACE(12))
+        assert data == b"MESSAGE=x\n"
+        ((_, _, credentials),) = ancillary
+        return int(struct.unpack("3i", credentials)[0])
+
+    with subprocess.Popen(["sleep", "60"]) as other:
+        assert sender(other.pid) == other.pid
+        other.kill()
+    assert sender(other.pid) == os.getpid(), "it is gone: better ours than lost"
+    journal.close()
+
+
 def test_a_journal_that_is_away_or_full_costs_nothing_but_the_entry(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path / "nowhere"))
     assert not journal.present
@@ -81,6 +105,25 @@ def test_a_journal_that_is_away_or_full_costs_nothing_but_the_entry(tmp_path: Pa
             pass  # until the receiver's queue is full
         assert journal.dropped == 1
         journal.close()
+
+
+def test_a_record_that_a_full_journal_did_not_take_comes_later_and_in_order(
+    receiver: socket.socket, tmp_path: Path
+) -> None:
+    flood = Journal(str(tmp_path / "socket"))
+    while flood.send([("MESSAGE", "flood")]):
+        pass
+    flood.close()
+    handler = JournalHandler(Journal(str(tmp_path / "socket")))
+    for text in ("first", "second"):
+        handler.handle(logging.LogRecord("llmux", logging.INFO, "f", 1, text, (), None))
+    receiver.settimeout(30)
+    heard: list[str] = []
+    while len(heard) < 2:
+        message = receiver.recv(4096).decode().split("\n")[0]
+        heard += [message] if message != "MESSAGE=flood" else []
+    assert heard == ["MESSAGE=first", "MESSAGE=second"]
+    handler.close()
 
 
 def test_a_prefix_on_every_line() -> None:
@@ -99,6 +142,28 @@ def test_the_journal_is_chosen_only_when_stderr_is_its_stream(
         assert not stderr_is_journal(stream)
         monkeypatch.delenv("JOURNAL_STREAM")
         assert not stderr_is_journal(stream)
+
+
+def test_a_service_whose_start_met_no_journal_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    with open(os.devnull, "w") as nowhere, open(tmp_path / "stderr", "w") as file:
+        assert stderr_is_lost(nowhere)
+        assert not stderr_is_lost(file)
+        assert not stderr_is_lost(nowhere, pid=1), "the variable is another process's"
+        monkeypatch.delenv("SYSTEMD_EXEC_PID")
+        assert not stderr_is_lost(nowhere)
+
+
+def test_what_was_said_without_a_journal_comes_when_it_is_there(tmp_path: Path) -> None:
+    handler = JournalHandler(Journal(str(tmp_path / "socket")))
+    handler.handle(logging.LogRecord("llmux", logging.INFO, "f", 1, "early", (), None))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "socket"))
+        receiver.settimeout(30)
+        assert receiver.recv(4096).startswith(b"MESSAGE=early\n")
+    handler.close()
 
 
 def test_readers_of_text_see_the_request_too() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.notify import SdNotifier, watchdog_interval
+from llmux.drivers.systemd.notify import SdNotifier, watchdog_interval
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_sockets_go_into_the_fd_store(systemd: socket.socket) -> None:
 
 TAKE = """
 import os
-from llmux.drivers.notify import listen_fds
+from llmux.drivers.systemd.notify import listen_fds
 os.environ["LISTEN_PID"] = str(os.getpid())
 first = int(os.environ["FIRST"])
 found = listen_fds(first)
@@ -82,7 +82,7 @@ print(listen_fds(first))
 def test_passed_sockets_are_taken_once_by_name(tmp_path: Path) -> None:
     listeners = [socket.socket() for _ in range(3)]
     with open(tmp_path / "file", "w") as file:
-        # Consecutive, and high enough to be nobody's: two of one name, one other, one no socket.
+        # Consecutive, and high enough to be unused: two of one name, one other, one no socket.
         numbers = range(200, 204)
         descriptors = [*(sock.fileno() for sock in listeners), file.fileno()]
         for number, have in zip(numbers, descriptors, strict=True):

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,17 @@ from llmux.drivers.gpu import (
     LedgerObserver,
     NoGpu,
     NvmlObserver,
+    _Caller,
     find_gpu_observer,
 )
-from llmux.drivers.launcher import decode_spec, encode_spec
-from llmux.drivers.output import clean, priority_of_line
-from llmux.drivers.process import describe_status, find_root, start_ticks
-from llmux.drivers.run import run
-from llmux.drivers.spawn import model_of, unit_name
+from llmux.drivers.processes.launcher import decode_spec, encode_spec
+from llmux.drivers.processes.process import describe_status, find_root, start_ticks
+from llmux.drivers.processes.run import run
+from llmux.drivers.processes.spawn import model_of, unit_name
+from llmux.engines import line_priority
 from llmux.errors import DriverError, DriverTimeout, Unsupported
 from llmux.ports import GpuProcess
+from llmux.printable import clean
 
 no_nul = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 names = st.text(st.characters(exclude_characters="=\0", exclude_categories=["Cs"]), min_size=1)
@@ -39,6 +42,7 @@ class TestNames:
             ("qwen3-0.6b", "llmux-qwen3-0.6b.scope"),
             ("a b@c", "llmux-a\\x20b\\x40c.scope"),
             ("ü", "llmux-\\xc3\\xbc.scope"),
+            ("Qwen/Qwen3-8B", "llmux-Qwen\\x2fQwen3-8B.scope"),
             ("a\\x20", "llmux-a\\x5cx20.scope"),
         ],
     )
@@ -111,7 +115,7 @@ class TestOutputLines:
         ],
     )
     def test_levels(self, line: str, priority: int) -> None:
-        assert priority_of_line(line) == priority
+        assert line_priority(line) == priority
 
     @given(st.text())
     def test_nothing_that_a_terminal_would_obey_is_left(self, line: str) -> None:
@@ -140,7 +144,7 @@ class TestRun:
             asyncio.run(run(["/bin/sh", "-c", script], 0.2))
         leader, child = map(int, pids.read_text().split())
         assert start_ticks(leader) is None
-        # The child was killed with its group; whoever inherited it reaps it.
+        # The child was killed with its group; its new parent reaps it.
         try:
             pidfd = os.pidfd_open(child)
         except ProcessLookupError:
@@ -202,3 +206,23 @@ class TestGpus:
             NvmlObserver("libnothing.so.1")
         assert not NoGpu().available
         assert asyncio.run(NoGpu().processes()) == ()
+
+
+def test_a_call_that_hangs_is_abandoned_and_makes_the_observer_blind_until_it_returns() -> None:
+    async def body() -> None:
+        caller = _Caller("the GPUs")
+        assert await caller.call(lambda: 7) == 7
+        free = threading.Event()
+        with pytest.raises(DriverTimeout, match="no answer within"):
+            await caller.call(free.wait, 0.01)
+        assert "has not returned" in str(caller.blind)
+        with pytest.raises(DriverError, match="has not returned"):
+            await caller.call(lambda: 7)  # at once, and no further thread
+        free.set()
+        while caller.blind is not None:  # noqa: ASYNC110  # the thread says nothing
+            await asyncio.sleep(0.001)
+        assert await caller.call(lambda: 8) == 8
+        with pytest.raises(ZeroDivisionError):
+            await caller.call(lambda: 1 // 0)
+
+    asyncio.run(body())

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from llmux.drivers import criu_amx
+from llmux.drivers.criu import amx
 
-# arch_prctl(ARCH_GET_XCOMP_PERM), asked by the program itself and by a child of it
+# arch_prctl(ARCH_GET_XCOMP_PERM), asked by the program and by its child
 ASK = """
 import ctypes, os
 mask = ctypes.c_ulong()
@@ -23,19 +23,19 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
-PYTHON = os.path.realpath(sys.executable)  # an executable: a script in between would exec anew
+PYTHON = os.path.realpath(sys.executable)  # an executable: a script in between would exec again
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        criu_amx.wrapped(list(argv)), capture_output=True, text=True, check=False, timeout=30
+        amx.wrapped(list(argv)), capture_output=True, text=True, check=False, timeout=30
     )
 
 
 def test_the_program_and_its_children_have_the_right_where_there_is_one() -> None:
     done = run(PYTHON, "-I", "-c", ASK)
-    assert (done.returncode, done.stderr) == (0, "") or not criu_amx.is_needed()
-    assert done.stdout.split() == [str(int(criu_amx.is_needed()))] * 2
+    assert (done.returncode, done.stderr) == (0, "") or not amx.is_needed()
+    assert done.stdout.split() == [str(int(amx.is_needed()))] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Zero pages taken out of an image: what a restore makes of it stays the same."""
+"""Removing zero pages from an image does not change what a restore makes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmux.drivers.criu_img import BadImage, read_pagemap
-from llmux.drivers.criu_pages import LEAST, drop_zero_pages
+from llmux.drivers.criu.image_format import BadImage, read_pagemap
+from llmux.drivers.criu.zero_pages import LEAST, drop_zero_pages
+from llmux.drivers.images.files import Stopped
 
 PAGE = 4096
 BASE = 0x7F0000000000
@@ -23,7 +25,7 @@ REGULAR, STACK, HEAP, FILE_PRIVATE, ANON_PRIVATE, SHADOW_STACK = (
 )
 ANONYMOUS = (MAP_PRIVATE | MAP_ANONYMOUS, REGULAR | ANON_PRIVATE)
 BRK = (MAP_PRIVATE | MAP_ANONYMOUS, REGULAR | ANON_PRIVATE | HEAP)
-# An absent page is not zero in these, or nobody has looked whether it is.
+# An absent page is not zero in these, or may not be.
 OTHERS = (
     (MAP_PRIVATE, REGULAR | FILE_PRIVATE),
     (MAP_PRIVATE | MAP_ANONYMOUS, REGULAR),
@@ -125,7 +127,7 @@ RUNS = st.lists(st.tuples(PAGES, st.integers(1, 3 * LEAST)), min_size=1, max_siz
     lambda runs: [page for page, count in runs for _ in range(count)]
 )
 MAPPINGS = st.builds(
-    lambda kind, contents: Mapping(*kind, contents),
+    lambda kind, contents: Mapping(kind[0], kind[1], contents),
     st.sampled_from((ANONYMOUS, ANONYMOUS, BRK, *OTHERS)),
     RUNS,
 )
@@ -144,7 +146,7 @@ def test_a_restore_makes_the_same_memory_of_it(processes: list[Process]) -> None
         for pid, process in enumerate(processes, 100):
             process.write(directory, pid)
         before = {pid: restored(directory, pid) for pid in range(100, 100 + len(processes))}
-        dropped = drop_zero_pages(name)
+        dropped = drop_zero_pages(name, Event())
         after = {pid: restored(directory, pid) for pid in before}
         assert dropped == PAGE * sum(len(before[pid]) - len(after[pid]) for pid in before)
         for pid, process in enumerate(processes, 100):
@@ -162,7 +164,7 @@ def test_a_restore_makes_the_same_memory_of_it(processes: list[Process]) -> None
                         assert had == bytes(PAGE)
                 if mapping.safe and any(map(any, before[pid].values())):
                     assert longest_zero_run(after[pid], addresses, process.splits) < LEAST
-        assert drop_zero_pages(name) == 0
+        assert drop_zero_pages(name, Event()) == 0
 
 
 def longest_zero_run(memory: dict[int, bytes], addresses: range, splits: frozenset[int]) -> int:
@@ -179,7 +181,7 @@ def longest_zero_run(memory: dict[int, bytes], addresses: range, splits: frozens
 def test_what_is_not_changed_is_not_written(tmp_path: pathlib.Path) -> None:
     Process([Mapping(*ANONYMOUS, [b"x" * PAGE] * 40)], frozenset(), False).write(tmp_path, 7)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
-    assert drop_zero_pages(str(tmp_path)) == 0
+    assert drop_zero_pages(str(tmp_path), Event()) == 0
     assert before == {
         path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()
     }
@@ -188,20 +190,20 @@ def test_what_is_not_changed_is_not_written(tmp_path: pathlib.Path) -> None:
 def test_short_runs_stay(tmp_path: pathlib.Path) -> None:
     contents = [b"a" * PAGE] + [bytes(PAGE)] * (LEAST - 1) + [b"b" * PAGE]
     Process([Mapping(*ANONYMOUS, contents)], frozenset(), False).write(tmp_path, 7)
-    assert drop_zero_pages(str(tmp_path)) == 0
+    assert drop_zero_pages(str(tmp_path), Event()) == 0
 
 
 def test_a_process_without_any_other_page_keeps_its_zeros(tmp_path: pathlib.Path) -> None:
     """CRIU looks at the first entry before it asks whether there is one."""
     Process([Mapping(*ANONYMOUS, [bytes(PAGE)] * 40)], frozenset(), False).write(tmp_path, 7)
-    assert drop_zero_pages(str(tmp_path)) == 0
+    assert drop_zero_pages(str(tmp_path), Event()) == 0
     assert len(restored(tmp_path, 7)) == 40
 
 
 def test_the_entries_are_those_of_criu_but_for_place_and_number(tmp_path: pathlib.Path) -> None:
     contents = [b"a" * PAGE] * 3 + [bytes(PAGE)] * LEAST + [b"b" * PAGE] * 2
     Process([Mapping(*ANONYMOUS, contents)], frozenset(), True).write(tmp_path, 7)
-    assert drop_zero_pages(str(tmp_path)) == LEAST * PAGE
+    assert drop_zero_pages(str(tmp_path), Event()) == LEAST * PAGE
     assert (tmp_path / "pagemap-7.img").read_bytes() == image(
         message((1, 8)),
         message((1, BASE), (2, 0), (5, 3), (4, PRESENT)),
@@ -215,4 +217,13 @@ def test_a_pages_file_that_is_too_short_is_an_error(tmp_path: pathlib.Path) -> N
     with open(tmp_path / "pages-8.img", "r+b") as file:
         file.truncate(39 * PAGE)
     with pytest.raises(BadImage, match="shorter than its pagemap says"):
-        drop_zero_pages(str(tmp_path))
+        drop_zero_pages(str(tmp_path), Event())
+
+
+def test_it_ends_when_the_deadline_of_the_dump_passed(tmp_path: pathlib.Path) -> None:
+    contents = [b"a" * PAGE] + [bytes(PAGE)] * LEAST
+    Process([Mapping(*ANONYMOUS, contents)], frozenset(), False).write(tmp_path, 7)
+    stop = Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        drop_zero_pages(str(tmp_path), stop)

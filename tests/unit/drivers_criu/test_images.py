@@ -12,11 +12,12 @@ from threading import Event
 
 import pytest
 
-from llmux.drivers import criu_host, criu_shm, images_identity
-from llmux.drivers.criu import Criu
-from llmux.drivers.criu_tree import TreeProcess
-from llmux.drivers.images import ImageStore
-from llmux.drivers.images_files import (
+from llmux.drivers.criu import host, shm
+from llmux.drivers.criu.driver import Criu
+from llmux.drivers.criu.tree import SHM
+from llmux.drivers.images import identity as images_identity
+from llmux.drivers.images.budget import check_disk, enforce_budget, look_for_room
+from llmux.drivers.images.files import (
     SEGMENT,
     FileSums,
     Stopped,
@@ -24,12 +25,21 @@ from llmux.drivers.images_files import (
     first_difference,
     sizes_on_disk,
 )
-from llmux.drivers.images_manifest import KeptPath, Manifest, ManifestError, load_manifest
-from llmux.drivers.images_notes import RESTORING, read_note, write_note
-from llmux.drivers.memory import World
-from llmux.drivers.memory_units import MemoryUnits
+from llmux.drivers.images.identity import host_identity
+from llmux.drivers.images.manifest import (
+    KeptPath,
+    Manifest,
+    ManifestError,
+    ShmGroup,
+    TreeProcess,
+    load_manifest,
+)
+from llmux.drivers.images.notes import RESTORING, read_note, write_note
+from llmux.drivers.images.store import ImageStore
 from llmux.errors import CheckpointFailed
-from llmux.ports import Image, NoImage
+from llmux.image_ports import Image, NoImage
+from tests.twins.units import MemoryUnits
+from tests.twins.world import World
 
 IDENTITY = {"model_path": "/m", "boot_id": "one"}
 
@@ -42,7 +52,7 @@ def digest(directory: pathlib.Path, *names: str, punch: bool = False) -> tuple[F
 
 @pytest.fixture
 def home() -> Iterator[pathlib.Path]:
-    """Below /, whose every parent is root's or ours: pytest's own directories may be anybody's."""
+    """Below /, whose every parent is root's or ours: pytest uses directories of others."""
     path = pathlib.Path(f"/var/tmp/llmux-images-{os.getpid()}")
     path.mkdir(mode=0o700)
     yield path
@@ -77,6 +87,7 @@ def publish(store: ImageStore, model: str, size: int = 8192, **fields: object) -
         unix_paths=(),
         tcp_ports=(),
         shm=(),
+        known=(),
         files=digest(temporary, "pages-1.img"),
         apparent_bytes=apparent,
         disk_bytes=on_disk,
@@ -110,11 +121,20 @@ def test_a_mismatch_names_the_field_and_both_values(home: pathlib.Path) -> None:
     assert 'model_path was "/m" when the image was made and is "/other" now' in found.reason
 
 
-def test_a_reboot_ends_an_image_unless_told_otherwise(home: pathlib.Path) -> None:
+def test_a_reboot_ends_an_image_unless_configured_otherwise(home: pathlib.Path) -> None:
     publish(ImageStore(str(home)), "m")
     rebooted = {**IDENTITY, "boot_id": "two"}
     assert isinstance(ImageStore(str(home)).find("m", rebooted), NoImage)
     assert isinstance(ImageStore(str(home), across_reboot=True).find("m", rebooted), Image)
+    other = {**rebooted, "nvidia_driver": "NVRM version: 580"}
+    assert isinstance(ImageStore(str(home), across_reboot=True).find("m", other), NoImage)
+
+
+def test_the_driver_is_part_of_what_an_image_fits(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "version").write_text("NVRM version:  NVIDIA 580.1\nGCC version: 12\n")
+    found = host_identity(driver_path=str(tmp_path / "version"))
+    assert found["nvidia_driver"] == "NVRM version: NVIDIA 580.1"
+    assert "nvidia_driver" not in host_identity(driver_path=str(tmp_path / "none"))
 
 
 def test_a_directory_without_manifest_is_never_an_image(home: pathlib.Path) -> None:
@@ -161,10 +181,11 @@ def test_the_budget_takes_the_least_valuable_first(home: pathlib.Path) -> None:
     publish(store, "cheap", disk_bytes=4_000_000, cold_seconds=5.0)
     publish(store, "dear", disk_bytes=4_000_000, cold_seconds=600.0)
     publish(store, "new", disk_bytes=4_000_000, cold_seconds=0.1)
-    assert store.enforce_budget(frozenset({"new"})) == ["old", "cheap"]
+    assert enforce_budget(store, {"new"}) == ["old", "cheap"]
     assert sorted(image.model for image in store.images()) == ["dear", "new"]
-    with pytest.raises(CheckpointFailed, match="more than all images may"):
-        store.check_room("m", 10_000_001)
+    for look in (check_disk, look_for_room):
+        with pytest.raises(CheckpointFailed, match="more than all images may"):
+            look(store, "m", 10_000_001)
 
 
 def test_what_a_crash_left_is_reported_and_never_an_image(home: pathlib.Path) -> None:
@@ -186,8 +207,8 @@ def test_a_restore_is_under_way_until_it_is_settled(home: pathlib.Path) -> None:
     write_note(str(home / "m" / RESTORING), note)
     for _ in range(2):
         assert store.sweep() == [("m", str(home / "m" / RESTORING), note)]
-    store.settle("m")
-    store.settle("m")
+    store.confirm_restore("m")
+    store.confirm_restore("m")
     assert store.sweep() == []
 
 
@@ -255,99 +276,115 @@ def test_a_check_can_be_stopped(tmp_path: pathlib.Path) -> None:
 
 
 def test_names_of_one_file_are_one_file_again(tmp_path: pathlib.Path) -> None:
-    shm, image = tmp_path / "shm", tmp_path / "image"
-    shm.mkdir()
+    place, image = tmp_path / "shm", tmp_path / "image"
+    place.mkdir()
     image.mkdir()
-    (shm / "sem.mp-a").write_bytes(b"semaphore")
-    (shm / "sem.mp-a").chmod(0o640)
-    os.link(shm / "sem.mp-a", shm / "link_remap.5")
-    (shm / "other").write_bytes(b"not ours")
-    status = (shm / "sem.mp-a").stat()
-    groups = criu_shm.find_names({(status.st_dev, status.st_ino)}, str(shm))
+    (place / "sem.mp-a").write_bytes(b"semaphore")
+    (place / "sem.mp-a").chmod(0o640)
+    os.link(place / "sem.mp-a", place / "link_remap.5")
+    (place / "other").write_bytes(b"not ours")
+    status = (place / "sem.mp-a").stat()
+    groups = shm.find_names({(status.st_dev, status.st_ino)}, str(place))
     assert list(groups.values()) == [["link_remap.5", "sem.mp-a"]]
-    renamed = {f"{criu_shm.SHM}/link_remap.5": f"{criu_shm.SHM}/link_remap.5.tok"}
-    kept = criu_shm.keep(groups, str(image), renamed, str(shm))
-    criu_shm.remove([name for names in groups.values() for name in names], str(shm))
-    assert os.listdir(shm) == ["other"]
+    renamed = {f"{SHM}/link_remap.5": f"{SHM}/link_remap.5.tok"}
+    kept = shm.keep(groups, str(image), renamed, str(place))
+    shm.remove([name for names in groups.values() for name in names], str(place))
+    assert os.listdir(place) == ["other"]
 
-    made = criu_shm.put_back(kept, str(image), str(shm))
+    made = shm.put_back(kept, str(image), str(place))
     assert sorted(made) == ["link_remap.5.tok", "sem.mp-a"]
-    again = (shm / "sem.mp-a").stat()
-    assert again.st_ino == (shm / "link_remap.5.tok").stat().st_ino
+    again = (place / "sem.mp-a").stat()
+    assert again.st_ino == (place / "link_remap.5.tok").stat().st_ino
     assert again.st_mode & 0o777 == 0o640
-    assert (shm / "sem.mp-a").read_bytes() == b"semaphore"
+    assert (place / "sem.mp-a").read_bytes() == b"semaphore"
 
 
 def test_a_name_in_use_is_refused_and_nothing_is_left(tmp_path: pathlib.Path) -> None:
-    shm, image = tmp_path / "shm", tmp_path / "image"
-    shm.mkdir()
+    place, image = tmp_path / "shm", tmp_path / "image"
+    place.mkdir()
     (image / "shm").mkdir(parents=True)
     (image / "shm/0").write_bytes(b"")
     (image / "shm/1").write_bytes(b"")
     uid, gid = os.getuid(), os.getgid()
     groups = [
-        criu_shm.ShmGroup((name,), f"shm/{index}", 0, 0o600, uid, gid)
+        ShmGroup((name,), f"shm/{index}", 0, 0o600, uid, gid)
         for index, name in enumerate(["first", "second"])
     ]
-    with open(shm / "second", "w"):
-        with pytest.raises(criu_shm.ShmTaken, match=f"is used by process {os.getpid()}"):
-            criu_shm.put_back(groups, str(image), str(shm))
-        assert os.listdir(shm) == ["second"]
-    assert criu_shm.put_back(groups, str(image), str(shm)) == ("first", "second")
+    with open(place / "second", "w"):
+        with pytest.raises(shm.ShmTaken, match=f"is used by process {os.getpid()}"):
+            shm.put_back(groups, str(image), str(place))
+        assert os.listdir(place) == ["second"]
+    assert shm.put_back(groups, str(image), str(place)) == ("first", "second")
+
+
+def test_links_that_another_criu_left_are_set_aside_and_used_ones_named(
+    tmp_path: pathlib.Path,
+) -> None:
+    for name in ("link_remap.16", "link_remap.7", "link_remap.5.tok", "sem.mp-a", "xlink_remap.1"):
+        (tmp_path / name).write_text(name)
+    with (tmp_path / "link_remap.7").open():
+        moved, used = shm.set_aside_links("t0", str(tmp_path))
+    assert moved == [str(tmp_path / "link_remap.16")]
+    (one,) = used
+    assert one.startswith(f"{tmp_path}/link_remap.7, which process {os.getpid()} (")
+    assert (tmp_path / "link_remap.16.aside-t0").read_text() == "link_remap.16"
+    assert len(list(tmp_path.iterdir())) == 5
+    assert shm.set_aside_links("t1", str(tmp_path)) == ([str(tmp_path / "link_remap.7")], [])
 
 
 def test_a_name_that_leads_out_of_dev_shm_is_refused(tmp_path: pathlib.Path) -> None:
-    group = criu_shm.ShmGroup(("../etc/passwd",), "shm/0", 0, 0o600, 0, 0)
-    with pytest.raises(criu_shm.ShmTaken):
-        criu_shm.put_back([group], str(tmp_path), str(tmp_path))
+    group = ShmGroup(("../etc/passwd",), "shm/0", 0, 0o600, 0, 0)
+    with pytest.raises(shm.ShmTaken):
+        shm.put_back([group], str(tmp_path), str(tmp_path))
 
 
 # ---- the host ----
 
 
-def test_how_much_of_an_image_was_read_is_told(home: pathlib.Path) -> None:
+def test_how_much_of_an_image_was_read_is_reports(home: pathlib.Path) -> None:
     store = ImageStore(str(home))
     publish(store, "m")
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
 
     async def body() -> None:
         (image,) = store.images()
         criu = Criu(MemoryUnits(World()), store, str(home))
-        await criu.read_ahead(image, lambda _, done, total: told.append((done, total)))
+        await criu.read_ahead(image, lambda _, done, total: reports.append((done, total)))
 
     asyncio.run(body())
-    done, total = told[-1]
+    done, total = reports[-1]
     assert 0 < done == total
 
 
 def test_a_taken_pid_is_named(home: pathlib.Path) -> None:
     manifest = load_manifest(publish(ImageStore(str(home)), "m").path)
-    criu_host.check_pids(manifest)
+    host.check_pids(manifest)
     taken = replace(manifest, processes=(TreeProcess(os.getpid(), "x", (os.getpid(),)),))
-    with pytest.raises(criu_host.HostNotReady, match=f"pid {os.getpid()} of the image is taken"):
-        criu_host.check_pids(taken)
+    with pytest.raises(host.HostNotReady, match=f"pid {os.getpid()} of the image is taken"):
+        host.check_pids(taken)
 
 
-def test_memory_is_left_for_others(tmp_path: pathlib.Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 4 kB\nMemAvailable:       3 kB\n")
-    criu_host.check_memory(3072, meminfo=str(meminfo))
-    criu_host.check_memory(2048, 1024, meminfo=str(meminfo))
-    with pytest.raises(criu_host.HostNotReady, match="needs 3073 bytes of memory, and 3072 are"):
-        criu_host.check_memory(3073, meminfo=str(meminfo))
-    with pytest.raises(criu_host.HostNotReady, match="2048 bytes of memory, 1025 must be left"):
-        criu_host.check_memory(2048, 1025, meminfo=str(meminfo))
+def test_memory_is_left_for_others() -> None:
+    def available() -> int:
+        return 3072
+
+    host.check_memory(3072, available=available)
+    host.check_memory(2048, 1024, available=available)
+    with pytest.raises(host.HostNotReady, match="needs 3073 bytes of memory, and 3072 are"):
+        host.check_memory(3073, available=available)
+    with pytest.raises(host.HostNotReady, match="2048 bytes of memory, 1025 must be left"):
+        host.check_memory(2048, 1025, available=available)
 
 
 def test_log_files_are_made_again_but_never_through_a_link(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "run" / "out.log"
     kept = KeptPath(str(path), os.getuid(), os.getgid(), 0o640)
-    criu_host._own(replace(kept, path=str(tmp_path / "out")), os.O_CREAT | os.O_WRONLY)
+    host._own(replace(kept, path=str(tmp_path / "out")), os.O_CREAT | os.O_WRONLY)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o640
     path.parent.mkdir()
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
-        criu_host._own(kept, os.O_CREAT | os.O_WRONLY)
+        host._own(kept, os.O_CREAT | os.O_WRONLY)
 
 
 # ---- identity ----

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from llmux.gateway.answer_head import read_answer_head
-from llmux.gateway.heads import BadHead
+from llmux.gateway.engine.answer_head import read_answer_head
+from llmux.gateway.http.heads import BadHead
 
 
-def head(*lines: bytes) -> bytes:
-    return b"\r\n".join([b"HTTP/1.1 200 Fine", *lines, b"", b""])
+def head(*lines: bytes, status: int = 200, version: bytes = b"1.1") -> bytes:
+    return b"\r\n".join([b"HTTP/%b %d Fine" % (version, status), *lines, b"", b""])
 
 
-def test_headers_pass_as_they_came_but_for_those_about_the_connection() -> None:
+def test_headers_of_the_list_pass_as_they_came_and_no_others() -> None:
     read, length = read_answer_head(
         head(
             b"Date: today",
-            b"X-Own:no blank",
+            b"OpenAI-Own:no blank",
+            b"X-Own: what",
+            b"Set-Cookie: a=b",
+            b"Strict-Transport-Security: max-age=1",
+            b"Alt-Svc: clear",
+            b"Clear-Site-Data: *",
+            b"Access-Control-Allow-Methods: *",
+            b"Trailer: x",
             b"Connection: keep-alive",
             b"X-Request-Id: theirs",
             b"Access-Control-Allow-Origin: *",
@@ -25,16 +32,17 @@ def test_headers_pass_as_they_came_but_for_those_about_the_connection() -> None:
         200,
     )
     assert read.lines == (
-        b"HTTP/1.1 200 Fine\r\nDate: today\r\nX-Own:no blank\r\nContent-Type: application/json\r\n"
+        b"HTTP/1.1 200 Fine\r\nDate: today\r\nOpenAI-Own:no blank\r\n"
+        b"Content-Type: application/json\r\n"
     )
     assert not read.chunked and not length and not read.event_stream
 
 
 def test_length_chunks_and_event_streams_are_seen_whatever_their_spelling() -> None:
     for line in (b"CONTENT-LENGTH: 5", b"content-length: 5", b"content-length:5"):
-        read, length = read_answer_head(head(b"a: b", line, b"c: d"), 200)
+        read, length = read_answer_head(head(b"vary: b", line, b"etag: d"), 200)
         assert length == line + b"\r\n"
-        assert read.lines == b"HTTP/1.1 200 Fine\r\na: b\r\nc: d\r\n"
+        assert read.lines == b"HTTP/1.1 200 Fine\r\nvary: b\r\netag: d\r\n"
     assert read_answer_head(head(b"Transfer-Encoding:Chunked"), 200)[0].chunked
     for line in (b"content-type:text/event-stream", b"Content-Type:  text/event-stream; charset=x"):
         assert read_answer_head(head(line), 200)[0].event_stream
@@ -45,7 +53,7 @@ def test_the_same_head_with_another_length_or_status_is_not_taken_for_the_one_be
         _, length = read_answer_head(head(b"content-length: " + size), 200)
         assert length == b"content-length: " + size + b"\r\n"
     for status in (200, 404):
-        assert read_answer_head(head(b"a: b"), status)[0].status == status
+        assert read_answer_head(head(b"a: b", status=status), status)[0].status == status
 
 
 @pytest.mark.parametrize(
@@ -66,3 +74,46 @@ def test_the_same_head_with_another_length_or_status_is_not_taken_for_the_one_be
 def test_a_head_that_two_readers_could_split_differently_is_refused(line: bytes) -> None:
     with pytest.raises(BadHead):
         read_answer_head(head(b"first: 1", line), 200)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        *(
+            (b"Transfer-Encoding: " + value,)
+            for value in (
+                b"xchunked", b"chunked, identity", b"identity, chunked", b"chunked;a=b", b"gzip",
+                b"gzip, chunked", b"\x0bchunked", b"chunked\x0b", b"chunked\0", b'"chunked"', b"",
+                b"identity", b"chunked,", b",chunked", b"chunked\r\n chunked",
+            )
+        ),
+        (b"transfer-encoding: chunked", b"Transfer-Encoding: chunked"),
+        (b"transfer-encoding: chunked", b"Transfer-Encoding: identity"),
+        (b"transfer-encoding: chunked", b"content-length: 5"),
+        (b"content-length: 5", b"transfer-encoding: chunked"),
+        (b"Content-Length: 5", b"content-length: 5"),
+        (b"content-length: 5", b"Content-Length: 6"),
+        (b"content-length: 5, 5",),
+        (b"Content-Length: +5",),
+        (b"Content-Length: -5",),
+        (b"Content-Length: 0x5",),
+        (b"Content-Length: 5 5",),
+        (b"Content-Length:",),
+        (b"content-length: " + b"9" * 30,),
+    ],
+)  # fmt: skip
+def test_a_body_that_two_readers_could_frame_differently_is_refused(
+    lines: tuple[bytes, ...],
+) -> None:
+    with pytest.raises(BadHead):
+        read_answer_head(head(b"date: 1", *lines), 200)
+
+
+def test_chunks_are_of_http_1_1_and_of_responses_with_a_body() -> None:
+    chunked = b"transfer-encoding: chunked"
+    with pytest.raises(BadHead):
+        read_answer_head(head(chunked, version=b"1.0"), 200)
+    with pytest.raises(BadHead):
+        read_answer_head(head(chunked, status=204), 204)
+    with pytest.raises(BadHead):
+        read_answer_head(head(version=b"2.0"), 200)

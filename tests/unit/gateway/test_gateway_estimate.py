@@ -6,34 +6,34 @@ import random
 
 import pytest
 
-from llmux.gateway.admission import Admission
-from llmux.gateway.estimate import UNKNOWN_SWITCH_SECS, Departures, Switches
-from llmux.gateway.tickets import Ticket
+from llmux.gateway.admission.admission import Admission
+from llmux.gateway.admission.queue import Ticket
+from llmux.gateway.admission.retry_after import UNKNOWN_SWITCH_SECS, Switches, Throughput
 from llmux.protocol import Address, ModelInfo
 
 
 def test_a_line_that_moves_tells_how_fast() -> None:
-    departures = Departures()
-    assert departures.secs_each(0) is None
-    departures.begins(0)
+    throughput = Throughput()
+    assert throughput.secs_each(0) is None
+    throughput.becomes_nonempty(0)
     for step in range(1, 2001):
-        departures.left(step * 0.1, 1)
-    assert departures.secs_each(200) == pytest.approx(0.1)
+        throughput.served(step * 0.1, 1)
+    assert throughput.secs_each(200) == pytest.approx(0.1)
     for step in range(2000):
-        departures.left(200 + step * 0.4, 1)
-    assert departures.secs_each(1000) == pytest.approx(0.4, rel=0.15)
-    departures.begins(2000)  # a new line is taken to be as fast until it moves
-    assert departures.secs_each(2100) == pytest.approx(0.4, rel=0.15)
-    assert not departures.begun
+        throughput.served(200 + step * 0.4, 1)
+    assert throughput.secs_each(1000) == pytest.approx(0.4, rel=0.15)
+    throughput.becomes_nonempty(2000)  # a new line is taken to be as fast until it moves
+    assert throughput.secs_each(2100) == pytest.approx(0.4, rel=0.15)
+    assert not throughput.measured
 
 
 def test_the_pace_of_a_line_has_its_models_absences_in_it() -> None:
-    departures = Departures()
-    departures.begins(0)
+    throughput = Throughput()
+    throughput.becomes_nonempty(0)
     for turn in range(20):  # 9 s away, then ten served in one
-        departures.left(turn * 10 + 9, 4)
-        departures.left(turn * 10 + 10, 6)
-    assert departures.secs_each(200) == pytest.approx(1.0)
+        throughput.served(turn * 10 + 9, 4)
+        throughput.served(turn * 10 + 10, 6)
+    assert throughput.secs_each(200) == pytest.approx(1.0)
 
 
 def test_a_model_waits_for_its_own_switch_and_for_those_before_it() -> None:
@@ -103,7 +103,9 @@ def test_five_times_the_capacity_the_estimate_is_near_the_real_wait() -> None:
 
 def test_what_an_empty_line_once_waited_for_says_nothing_of_a_model_that_serves() -> None:
     now = 0.0
-    admission = Admission(clock=lambda: now, max_waiting=1, wait_secs=1000, models=("a",))
+    admission: Admission[Ticket] = Admission(
+        clock=lambda: now, max_waiting=1, wait_secs=1000, models=("a",)
+    )
     admission.submit(Ticket("a", now, now + 1000))
     now = 80.0  # a cold start
     admission.grant("a", "e", Address(uds="/a"))

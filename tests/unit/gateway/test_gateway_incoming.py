@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmux.errors import Refused
-from llmux.gateway import openai
-from llmux.gateway.heads import BadHead
-from llmux.gateway.incoming import Incoming
-from llmux.gateway.request_head import Headers, HeadReader, read_head
+from llmux.gateway.http import openai
+from llmux.gateway.http.heads import BadHead
+from llmux.gateway.http.request import Incoming
+from llmux.gateway.http.request_head import Headers, HeadReader, read_head
 
 HOST = (b"host", b"h")
 
@@ -134,7 +134,7 @@ def test_a_connections_heads_are_read_as_if_each_were_its_first(data: st.DataObj
 
 
 def test_the_last_of_two_model_keys_counts_as_in_the_engine() -> None:
-    assert openai.model_of(b'{"model": "a", "x": {"model": "c"}, "model": "b"}') == "b"
+    assert openai.read_body(b'{"model": "a", "x": {"model": "c"}, "model": "b"}')[0] == "b"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_last_of_two_model_keys_counts_as_in_the_engine() -> None:
     ids=range(8),
 )
 def test_another_name_in_the_same_body(body: bytes, written: bytes | None) -> None:
-    renamed = openai.renamed(body, "bé")
+    renamed = openai.replace_model(body, "bé")
     assert written is None or renamed == written
     expected = json.loads(body) | {"model": "bé"}
     assert str(json.loads(renamed)) == str(expected)
@@ -161,7 +161,7 @@ def test_another_name_in_the_same_body(body: bytes, written: bytes | None) -> No
 @pytest.mark.parametrize("body", [b"", b"1", b"null", b"[]", b'{"model": null}', b'{"model": {}}'])
 def test_bodies_without_a_model_are_refused(body: bytes) -> None:
     with pytest.raises(Refused):
-        openai.model_of(body)
+        openai.read_body(body)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,6 @@ def test_the_short_way_reads_bodies_as_json_loads_does(body: bytes) -> None:
     except (ValueError, RecursionError):
         expected = None
     try:
-        assert openai.model_of(body) == expected["model"]
+        assert openai.read_body(body)[0] == expected["model"]
     except Refused:
         assert expected is None or not isinstance(expected["model"], str)

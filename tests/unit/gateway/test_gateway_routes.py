@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmux.gateway import forms
-from llmux.gateway.forms import FormError, ModelFinder, Upload, boundary_of
-from llmux.gateway.routes import POSTS, Source, find, methods_of, speaks_anthropic
+from llmux.gateway.http import multipart as forms
+from llmux.gateway.http.multipart import FormError, ModelFinder, Upload, boundary_of
+from llmux.gateway.http.routes import POSTS, Source, find, methods_of, speaks_anthropic
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,12 @@ def test_upstream_names_the_model_and_keeps_the_route() -> None:
     match = find(b"POST", b"/upstream/org%2Falpha/v1/messages")
     assert match is not None
     assert (match.model, match.path, match.route.anthropic) == ("org/alpha", b"/v1/messages", True)
+    plain = find(b"POST", b"/upstream/org/alpha/v1/messages")
+    assert plain is not None
+    assert plain.model == "org/alpha"
+    inside = find(b"POST", b"/upstream/org%2Fv1/completions/v1/completions")  # first such place
+    assert inside is not None
+    assert inside.model == "org/v1/completions"
     get = find(b"GET", b"/upstream/alpha/v1/models")
     assert get is not None
     assert get.route.source is Source.PATH

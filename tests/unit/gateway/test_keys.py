@@ -14,8 +14,8 @@ from llmux.cli.main import main
 from llmux.config.keyfile import hash_key, load_keys, make_key, resolve_secret
 from llmux.config.schema import Key, KeyRole
 from llmux.errors import ConfigError, Reason, Refused
-from llmux.gateway.keys import Guard, begin_use, check_role, may_use, secret_of
-from llmux.gateway.limits import KeyUse, share
+from llmux.gateway.admission.key_limits import KeyUse, share
+from llmux.gateway.admission.keys import Guard, begin_use, check_role, may_use, secret_of
 
 
 class Clock:
@@ -99,10 +99,9 @@ def test_two_keys_of_one_name_and_a_missing_file_are_errors(tmp_path: Path) -> N
         load_keys(str(file))
 
 
-def test_a_credential_is_where_systemd_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x")
-    assert resolve_secret("credential:keys") == "/run/credentials/x/keys"
-    assert resolve_secret("/etc/llmux/keys") == "/etc/llmux/keys"
+def test_a_credential_is_where_systemd_put_it() -> None:
+    assert resolve_secret("credential:keys", "/run/credentials/x") == "/run/credentials/x/keys"
+    assert resolve_secret("/etc/llmux/keys", "/run/credentials/x") == "/etc/llmux/keys"
 
 
 def test_key_new_prints_it_once_and_keeps_the_hash(
@@ -128,6 +127,49 @@ def test_key_new_goes_on_in_the_form_that_the_file_has(tmp_path: Path) -> None:
     file.write_text(f"- name: a\n  sha256: {hash_key('x').hex()}")
     assert main(["key", "new", "b", "--file", str(file)]) == 0
     assert [key.name for key in load_keys(str(file))] == ["a", "b"]
+
+
+def test_keys_are_listed_without_their_hashes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys"
+    for words in (["a", "--max-in-flight", "3"], ["b", "--role", "admin", "--model", "m"]):
+        assert main(["key", "new", *words, "--file", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["key", "list", "--file", str(file)]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["NAME", "ROLE", "MODELS", "IN", "FLIGHT", "WAITING", "PER", "MINUTE"]
+    assert first.split() == ["a", "use", "all", "3", "-", "-"]
+    assert second.split() == ["b", "admin", "m", "-", "-", "-"]
+    assert main(["key", "list", "--file", str(file), "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert [one["name"] for one in json.loads(shown)] == ["a", "b"]
+    assert "sha256" not in shown
+
+
+@pytest.mark.parametrize("form", ["lines", "yaml"])
+def test_a_revoked_key_is_gone_and_everything_else_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    file = tmp_path / "keys"
+    if form == "yaml":
+        entries = (f"- name: {name}\n  sha256: {hash_key(name).hex()}\n" for name in "abc")
+        file.write_text("".join(entries))
+    else:
+        file.write_text("# ours\n")
+        for name in "abc":
+            assert main(["key", "new", name, "--file", str(file)]) == 0
+    file.chmod(0o640)
+    assert main(["key", "revoke", "b", "--file", str(file)]) == 0
+    assert "systemctl reload llmux-gateway" in capsys.readouterr().out
+    assert [key.name for key in load_keys(str(file))] == ["a", "c"]
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert ("# ours" in file.read_text()) == (form == "lines")
+    assert [path.name for path in tmp_path.iterdir()] == ["keys"]
+    assert main(["key", "revoke", "b", "--file", str(file)]) == 1
+    assert "cannot revoke b" in capsys.readouterr().err
+    assert main(["key", "revoke", "--file", str(file)]) == 1
+    assert "cannot revoke a key: no name is given" in capsys.readouterr().err
 
 
 # ---- who it is -----------------------------------------------------------------------------------
@@ -172,8 +214,8 @@ def test_root_and_our_own_user_need_no_key_on_a_unix_socket() -> None:
 def test_another_user_does_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     own = os.getuid()
-    monkeypatch.setattr("llmux.gateway.keys.os.getuid", lambda: own + 1)
-    monkeypatch.setattr("llmux.gateway.keys.TRUSTED_UIDS", frozenset())
+    monkeypatch.setattr("llmux.gateway.admission.keys.os.getuid", lambda: own + 1)
+    monkeypatch.setattr("llmux.gateway.admission.keys.TRUSTED_UIDS", frozenset())
     with ours, theirs, pytest.raises(Refused):
         guard().identify(b"/control/status", b"", Transport(ours))
 
@@ -253,10 +295,10 @@ def test_requests_that_wait_are_limited_and_given_back() -> None:
     use.wait()
     with pytest.raises(Refused) as caught:
         use.wait()
-    assert caught.value.reason is Reason.RATE_LIMITED and "2 requests wait" in str(caught.value)
+    assert caught.value.reason is Reason.RATE_LIMITED and "2 waiting requests" in str(caught.value)
     use.end()  # the one that could not wait
     use.served()
-    use.wait_again()  # nobody is refused for an engine's death
+    use.wait_again()  # an engine's death refuses no request
     use.served()
     use.end(waited=True)
     assert (use.in_flight, use.waiting) == (1, 0)

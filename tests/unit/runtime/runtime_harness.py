@@ -5,29 +5,46 @@ from __future__ import annotations
 import asyncio
 import functools
 import selectors
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
 from types import MappingProxyType
 from typing import Any
 
-from llmux.config.schema import Config, Eviction, ModelConfig, PolicyConfig, Process, Weights
+from llmux.config.schema import (
+    Config,
+    Eviction,
+    ModelConfig,
+    PolicyConfig,
+    PolicyType,
+    Process,
+    Weights,
+)
 from llmux.core.effects import RunPlan
 from llmux.core.events import DemandChanged, Event, OperationFinished, WorkerDrained, WorkerJoined
 from llmux.core.plans import Plan
 from llmux.core.records import State
 from llmux.core.states import MOVING
-from llmux.drivers.memory import World
-from llmux.drivers.memory_disk import MemoryDumper, MemoryStore
-from llmux.drivers.memory_engine import MemoryEngine
-from llmux.drivers.memory_gpu import MemoryCheckpointer, MemoryGpu
-from llmux.drivers.memory_units import MemoryFreezer, MemoryOutput, MemoryUnits
-from llmux.protocol import Grant, Message, Refuse, Revoke
-from llmux.runtime.drivers import Drivers, Places
-from llmux.runtime.executor import Executor
+from llmux.image_ports import Interrupted
+from llmux.protocol import Grant, Message, ProgressCallback, Refuse, Revoke
+from llmux.runtime.control.orders import ignore_progress
+from llmux.runtime.control.validation import Validation
+from llmux.runtime.control.verbs import Verbs
+from llmux.runtime.engines.executor import Executor
+from llmux.runtime.engines.images import ImageLifecycle
+from llmux.runtime.host import Drivers, Places
 from llmux.runtime.loop import Loop
 from llmux.runtime.reconcile import adopt_engines, first_state
+from tests.twins.disk import MemoryCheckpointer, MemoryStore
+from tests.twins.engine import MemoryEngine
+from tests.twins.gpu import MemoryCuda, MemoryGpu
+from tests.twins.units import MemoryFreezer, MemoryOutput, MemoryUnits
+from tests.twins.world import World
 
-SECONDS = 1.0  # nothing on the twins takes time
+SECONDS = 20.0  # nothing on the twins takes time; a busy machine does
+
+# every switch as soon as it is wanted: what is tested here is how, not when
+AT_ONCE: dict[str, Any] = {"policy_type": PolicyType.FIFO, "min_active_secs": 0.0}
 
 STOP = Eviction(Weights.RETAIN, Process.STOP)
 OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
@@ -40,8 +57,13 @@ def model(name: str, **settings: Any) -> ModelConfig:
 
 
 def config_of(*models: ModelConfig, **policy: Any) -> Config:
-    settings = PolicyConfig(**({"min_active_secs": 0.0} | policy))
+    settings = PolicyConfig(**(AT_ONCE | policy))
     return Config(models=MappingProxyType({m.name: m for m in models}), policy=settings)
+
+
+def _files(world: World, name: str) -> dict[str, str]:
+    size = world.sizes.get(name)
+    return {} if size is None else {"file.model.safetensors": f"{size.weights} bytes, 1"}
 
 
 def drivers_on(world: World, runtime: str) -> Drivers:
@@ -52,9 +74,11 @@ def drivers_on(world: World, runtime: str) -> Drivers:
         output=MemoryOutput(world),
         gpu=MemoryGpu(world),
         places=Places(runtime, environment={"PATH": "/usr/bin"}),
-        identity=lambda config, spec: {"model": config.model_path},
-        dumper=MemoryDumper(world),
-        cuda=MemoryCheckpointer(world),
+        identity=lambda config, spec: {"model": config.model_path, **_files(world, config.name)},
+        portable_identity=lambda config, spec, salt: {"model": config.model_path, "salt": salt},
+        checkpointer=MemoryCheckpointer(world),
+        cuda=MemoryCuda(world),
+        available_memory=lambda: world.memory_bytes,
     )
 
 
@@ -103,7 +127,7 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
         async def bounded() -> None:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await test(*args, **kwargs)
 
         asyncio.run(bounded())
@@ -126,12 +150,16 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
 class Shop:
     """An executor and whatever it posts."""
 
-    def __init__(self, world: World, runtime: str) -> None:
+    def __init__(self, world: World, runtime: str, **drivers: Any) -> None:
+        """``drivers`` replace the twins of these names."""
         self.world = world
         self.posted: asyncio.Queue[Event] = asyncio.Queue()
         self.phases: list[tuple[str, str]] = []
+        self.quarantined: list[str] = []
+        chosen = self.drivers = replace(drivers_on(world, runtime), **drivers)
         self.executor = Executor(
-            drivers_on(world, runtime),
+            chosen,
+            ImageLifecycle(chosen, self.posted.put_nowait, self.quarantined.append),
             self.posted.put_nowait,
             lambda _model, kind, _secs, result: self.phases.append((str(kind), result)),
         )
@@ -170,7 +198,11 @@ class Life:
     """One life of a supervisor: reconcile, then the loop. ``drop`` ends it as a crash does."""
 
     loop: Loop
+    executor: Executor
+    images: ImageLifecycle
+    drivers: Drivers
     sent: list[tuple[str, Message]] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)  # models, as told to metrics
     running: asyncio.Task[None] | None = None
 
     async def until(self, predicate: Callable[[State], bool]) -> State:
@@ -181,15 +213,14 @@ class Life:
 
     async def settled(self) -> None:
         """Everything that was posted so far has been handled and what it began has ended."""
-        mark = self.loop.posted
-        await self.until(lambda state: self.loop.handled >= mark and at_rest(state))
+        await self.until(lambda state: not self.loop.pending and at_rest(state))
 
     def state_of(self, name: str) -> str:
         return self.loop.state.models[name].state.value
 
     def demand(self, name: str, waiting: int = 0, in_flight: int = 0) -> None:
-        age = 0.0 if waiting else None
-        self.loop.post(DemandChanged("w", name, waiting, age, in_flight, 0))
+        since = monotonic() if waiting else None
+        self.loop.post(DemandChanged("w", name, waiting, since, in_flight, 0))
 
     def said(self, kind: type[Message]) -> list[Message]:
         return [message for _, message in self.sent if isinstance(message, kind)]
@@ -198,7 +229,15 @@ class Life:
         assert self.running is not None
         self.running.cancel()
         await asyncio.gather(self.running, return_exceptions=True)
-        await self.loop.executor.close()
+        await self.executor.close()
+
+    def verbs(self) -> Verbs:
+        async def reload() -> None: ...
+
+        return Verbs(self.loop, self.executor, self.images, self.drivers, reload)
+
+    def validation(self, name: str, report: ProgressCallback = ignore_progress) -> Validation:
+        return Validation(self.loop, self.executor, self.drivers, name, report)
 
 
 async def begin_life(
@@ -207,10 +246,13 @@ async def begin_life(
     runtime: str,
     store: MemoryStore,
     holds: Mapping[str, str] | None = None,
+    interrupted: Sequence[Interrupted] = (),
 ) -> Life:
     """As the composition root does; one worker, "w", whose requests are over as soon as they are
     let in and which answers every revoke with drained."""
     drivers = drivers_on(world, runtime)
+    assert isinstance(drivers.checkpointer, MemoryCheckpointer)
+    drivers.checkpointer.interrupted = list(interrupted)
     life: Life
 
     def send(worker: str, message: Message) -> None:
@@ -219,17 +261,20 @@ async def begin_life(
             case Revoke():
                 life.loop.post(WorkerDrained(worker, message.model, message.epoch))
             case Grant() | Refuse():
-                life.demand(message.model)  # nobody waits any more; what was let in is over
+                life.demand(message.model)  # none waits any more; what was let in is over
 
     state = await first_state(config, drivers)
-    loop = Loop(
-        state,
-        executor=lambda post: Executor(drivers, post, lambda *_: None),
-        store=store,
-        send=send,
-    )
-    life = Life(loop)
-    adopted, effects = await adopt_engines(state, loop.executor, drivers, store.load())
+    images: ImageLifecycle
+    quarantined: list[str] = []
+
+    def executor(post: Callable[[Event], None]) -> Executor:
+        nonlocal images
+        images = ImageLifecycle(drivers, post, quarantined.append)
+        return Executor(drivers, images, post, lambda *_: None)
+
+    loop = Loop(state, executor=executor, store=store, send=send)
+    life = Life(loop, loop.executor, images, drivers, quarantined=quarantined)
+    adopted, effects = await adopt_engines(state, loop.executor, images, drivers, store.load())
     loop.enter(adopted, effects)
     life.running = asyncio.create_task(loop.run())
     loop.post(WorkerJoined("w", dict(holds or {})))

@@ -1,4 +1,4 @@
-"""A supervisor may end at any point. Whoever comes after it finds every engine, harms none that
+"""A supervisor may end at any point. The one after it finds every engine, harms none that
 serves, and answers everyone: Hypothesis chooses what happens and where the crash comes."""
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from runtime_harness import (
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.events import EvictionSet, LoadAsked, ModeSet, ParkAsked
 from llmux.core.records import ROUNDING, Parked, State, share_now
-from llmux.drivers.memory import Hold, World
-from llmux.drivers.memory_disk import MemoryStore
 from llmux.protocol import Grant
+from tests.twins.disk import MemoryStore
+from tests.twins.world import Hold, World
 
 # Every act of the supervisor on the world; it may end in, before or after any of them.
 ACTS = (
@@ -41,9 +41,9 @@ ACTS = (
     "engine.wake",
     "engine.reload_weights",
     "cuda.suspend",
-    "dumper.dump",
-    "dumper.restore",
-    "dumper.settle",
+    "checkpointer.dump",
+    "checkpointer.restore",
+    "checkpointer.confirm_restore",
     "cuda.resume",
     "units.terminate",
     "units.kill",
@@ -62,6 +62,7 @@ steps = st.lists(
 )
 
 
+@pytest.mark.timeout(300)  # a hundred examples, on a busy machine
 @settings(max_examples=100, deadline=None)
 @given(
     script=steps,
@@ -75,7 +76,7 @@ steps = st.lists(
 @example([("load", "a"), ("park", "a")], (OFFLOAD_FREEZE, STOP), "freezer.freeze", 1, True, "kept")
 @example([("load", "a"), ("park", "a")], (OFFLOAD_FREEZE, STOP), "freezer.freeze", 1, True, "lost")
 @example([("load", "a"), ("ask", "b")], (DISCARD, OFFLOAD), "engine.sleep", 1, True, "kept")
-@example([("load", "b"), ("load", "a")], (STOP, CHECKPOINT), "dumper.dump", 1, False, "kept")
+@example([("load", "b"), ("load", "a")], (STOP, CHECKPOINT), "checkpointer.dump", 1, False, "kept")
 @example([("load", "a"), ("park", "a")], (OFFLOAD_SUSPEND, STOP), "cuda.suspend", 1, True, "kept")
 @example([("load", "a"), ("park", "a")], (SUSPEND, STOP), "freezer.freeze", 1, True, "kept")
 @example([("load", "a"), ("park", "a")], (SUSPEND, STOP), "freezer.freeze", 1, True, "lost")
@@ -111,7 +112,7 @@ async def _crash_and_go_on(
         await _play(life, script, hold)
         served = _serving(life)
         pids = {name: engine.handle.pid for name, engine in world.engines.items()}
-        if done:  # the act takes effect, and nobody hears of it
+        if done:  # the act takes effect, and its answer is lost
             hold.release()
             await asyncio.sleep(0)
         await life.drop()

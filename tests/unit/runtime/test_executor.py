@@ -18,11 +18,9 @@ from runtime_harness import (
 )
 
 from llmux.config.schema import Eviction, Process, Weights
-from llmux.core.effects import Probe
-from llmux.core.events import EngineExited, ProbeFinished
+from llmux.core.events import EngineExited
 from llmux.core.plans import Outcome, Plan, park_plan, start_plan, stop_plan, wake_plan
-from llmux.drivers.memory import GIB, World
-from llmux.errors import EngineUnhealthy
+from tests.twins.world import GIB, World
 
 MODEL = model("a", eviction=OFFLOAD_FREEZE)
 START = start_plan(MODEL, 60.0)
@@ -42,7 +40,7 @@ STEPS: list[tuple[str, Eviction | None, Plan]] = [
     ("engine.wait_healthy", OFFLOAD, wake_plan(MODEL, OFFLOAD)),
     ("engine.canary", OFFLOAD, wake_plan(MODEL, OFFLOAD)),
 ]
-NAMES = [f"{operation}-{plan.name}-{plan.eviction}" for operation, _, plan in STEPS]
+NAMES = [f"{operation}-{plan.kind}-{plan.eviction}" for operation, _, plan in STEPS]
 STARTED = [step for step in STEPS if step[0] != "units.start"]
 STARTED_NAMES = [name for name in NAMES if not name.startswith("units.start")]
 
@@ -139,6 +137,36 @@ async def test_the_death_of_the_engine_ends_the_step_it_happens_in(
 
 
 @in_loop
+async def test_a_death_is_told_by_its_root_cause_in_one_line(world: World, tmp_path: Path) -> None:
+    shop = Shop(world, str(tmp_path))
+    hold = world.hold("engine.wait_healthy")
+    shop.begin(MODEL, START)
+    await hold.reached.wait()
+    frames = ["Traceback (most recent call last):", '  File "/x.py", line 1, in y']
+    cause = "ValueError: No available memory for the cache blocks."
+    failed = "RuntimeError: Engine core initialization failed. See root cause above."
+    world.output["a"] = [*frames, cause, *frames * 20, failed]
+    world.exit("a", "exit status 1")
+    ended = await shop.ended()
+    assert f"it died: exit status 1: {cause} (see `llmux logs a`)" in ended.detail
+    assert "\n" not in ended.detail
+
+
+@in_loop
+async def test_a_death_with_a_full_disk_under_its_output_names_the_disk(
+    world: World, tmp_path: Path
+) -> None:
+    shop = Shop(world, str(tmp_path))
+    hold = world.hold("engine.wait_healthy")
+    shop.begin(MODEL, START)
+    await hold.reached.wait()
+    world.output["no room"] = ["the disk of /images is full"]
+    world.exit("a", "exit status 1")
+    ended = await shop.ended()
+    assert "it died: exit status 1, perhaps of its own output: the disk of /images" in ended.detail
+
+
+@in_loop
 async def test_an_optional_step_that_fails_is_passed_over(world: World, tmp_path: Path) -> None:
     shop = Shop(world, str(tmp_path))
     world.fail("engine.describe")
@@ -155,7 +183,7 @@ async def test_an_engine_that_does_not_listen_is_killed(world: World, tmp_path: 
     assert world.engines == {}
 
 
-@pytest.mark.parametrize("plan", [park_plan(MODEL, OFFLOAD), STOPPING], ids=lambda p: p.name)
+@pytest.mark.parametrize("plan", [park_plan(MODEL, OFFLOAD), STOPPING], ids=lambda p: p.kind)
 @in_loop
 async def test_an_engine_that_cannot_even_be_killed_is_reported_stuck(
     world: World, tmp_path: Path, plan: Plan
@@ -196,7 +224,9 @@ async def test_a_death_between_operations_is_an_event_of_its_own(
     shop = Shop(world, str(tmp_path))
     await shop.run(MODEL, START)
     world.exit("a", "killed by SIGKILL")
-    assert await shop.posted.get() == EngineExited("a", "killed by SIGKILL")
+    assert await shop.posted.get() == EngineExited(
+        "a", "killed by SIGKILL (out of memory? see `journalctl -k`)"
+    )
 
 
 @in_loop
@@ -205,29 +235,6 @@ async def test_a_stop_that_was_asked_for_is_not_a_death(world: World, tmp_path: 
     await shop.run(MODEL, START)
     await shop.run(MODEL, STOPPING)
     assert shop.posted.empty()
-
-
-@in_loop
-async def test_a_probe_says_whether_the_engine_answers(world: World, tmp_path: Path) -> None:
-    shop = Shop(world, str(tmp_path))
-    await shop.run(MODEL, START)
-    shop.executor.probe(Probe("a", "t.1", MODEL))
-    assert await shop.posted.get() == ProbeFinished("a", "t.1", None)
-    world.fail("engine.canary", EngineUnhealthy("test", "it", "500"))
-    shop.executor.probe(Probe("a", "t.1", MODEL))
-    assert await shop.posted.get() == ProbeFinished("a", "t.1", "cannot test it: 500")
-
-
-@in_virtual_time
-async def test_a_probe_is_as_patient_as_the_model_s_stall_time_out(
-    world: World, tmp_path: Path
-) -> None:
-    hasty = model("a", stall_timeout_secs=3.0)
-    shop = Shop(world, str(tmp_path))
-    await shop.run(hasty, START)
-    world.hold("engine.canary")
-    shop.executor.probe(Probe("a", "t.1", hasty))
-    assert await shop.posted.get() == ProbeFinished("a", "t.1", "no answer to a probe within 3 s")
 
 
 @in_loop

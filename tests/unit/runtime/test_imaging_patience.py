@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmux.runtime.imaging import patience
+from llmux.runtime.engines.images import patience
 
 
 @pytest.mark.parametrize(

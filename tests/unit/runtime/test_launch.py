@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
-from llmux.errors import LlmuxError
+from llmux.ports import EngineUser
 from llmux.protocol import Address
-from llmux.runtime.drivers import Places
-from llmux.runtime.launch import engine_address, engine_argv, engine_environment
+from llmux.runtime.engines.launch import (
+    engine_address,
+    engine_argv,
+    engine_environment,
+    home_name,
+)
+from llmux.runtime.host import Places
 
 SUPERVISOR = {
     "PATH": "/usr/bin",
@@ -35,10 +42,36 @@ def test_nothing_of_the_supervisors_unit_reaches_the_engine() -> None:
     assert not {"NOTIFY_SOCKET", "INVOCATION_ID", "CREDENTIALS_DIRECTORY"} & set(env)
 
 
-def test_an_engine_user_that_is_not_there_is_named_with_the_remedy() -> None:
-    nowhere = Places("/run/llmux", engine_user="no-such-user")
-    with pytest.raises(LlmuxError, match=r'no user "no-such-user".*systemd-sysusers'):
-        engine_environment(model(), (0,), nowhere)
+def test_the_programs_own_directory_is_searched_first(tmp_path: Path) -> None:
+    program = tmp_path / "venv" / "bin" / "vllm"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    env = engine_environment(model(vllm_command=(str(program),)), (0,), places())
+    assert env["PATH"] == f"{program.parent}:/usr/bin"
+    own = model(vllm_command=(str(program),), env={"PATH": "/mine"})
+    assert engine_environment(own, (0,), places())["PATH"] == "/mine"
+
+
+class OneUser:
+    def __init__(self, temporary: str | None) -> None:
+        self.temporary = temporary
+
+    def find(self, model: str) -> EngineUser:
+        return EngineUser("llmux-60706", 60706, 60706, f"/cache/{model}", (), self.temporary)
+
+
+def test_a_users_files_are_below_its_own_home() -> None:
+    own = Places("/run/llmux", OneUser("/cache/alpha/tmp"), environment=SUPERVISOR)
+    env = engine_environment(model(), (0,), own)
+    assert (env["HOME"], env["TMPDIR"]) == ("/cache/alpha", "/cache/alpha/tmp")
+    assert env["USER"] == env["LOGNAME"] == "llmux-60706"
+    # HF_HOME may be shared, for its weights; code that comes with models is not
+    assert env["HF_MODULES_CACHE"] == "/cache/alpha/.cache/huggingface/modules"
+    shared = Places("/run/llmux", OneUser(None), environment=SUPERVISOR)
+    env = engine_environment(model(), (0,), shared)
+    assert env["HOME"] == "/cache/alpha"
+    assert not {"TMPDIR", "HF_MODULES_CACHE"} & set(env)
 
 
 def test_the_models_own_environment_has_the_last_word() -> None:
@@ -112,15 +145,33 @@ def test_the_command_line_ends_with_what_the_operator_wrote() -> None:
     argv = engine_argv(config, Address(uds="/x"), ("uv", "run", "vllm"))
     assert argv == (
         *("uv", "run", "vllm", "serve", "models/alpha"),
-        *("--served-model-name", "alpha", "--uds", "/x", "--max-model-len", "4096"),
+        *("--served-model-name", "alpha", "--uds", "/x", "--gpu-memory-utilization", "0.9"),
+        *("--max-model-len", "4096"),
     )
+
+
+@pytest.mark.parametrize("own", ["--gpu-memory-utilization=0.3", "--gpu_memory_utilization=0.3"])
+def test_the_claim_is_what_the_engine_is_told_to_take(own: str) -> None:
+    def told(**settings: Any) -> list[str]:
+        argv = engine_argv(model(**settings), Address(uds="/x"), ("vllm",))
+        return [word for word in argv if "memory" in word]
+
+    assert told(gpu_memory=0.4) == ["--gpu-memory-utilization"]
+    argv = engine_argv(model(gpu_memory=0.4), Address(uds="/x"), ("vllm",))
+    assert argv[argv.index("--gpu-memory-utilization") + 1] == "0.4"
+    assert told(gpu_memory=0.3, extra_args=(own,)) == [own]
+    assert told(gpu_memory=0.3, extra_args=("--config", "/etc/vllm.yaml")) == []
+
+
+def test_an_api_key_of_the_unit_does_not_reach_the_engine() -> None:
+    assert "VLLM_API_KEY" not in engine_environment(model(), (0,), places(VLLM_API_KEY="x"))
 
 
 def test_a_configured_port_is_on_the_loopback() -> None:
     config = model(port=8001)
     address = engine_address(config, places())
     argv = engine_argv(config, address, ("vllm",))
-    assert argv[-4:] == ("--host", "127.0.0.1", "--port", "8001")
+    assert argv[5:9] == ("--host", "127.0.0.1", "--port", "8001")
 
 
 def test_a_long_name_fits_into_a_socket_address() -> None:
@@ -130,3 +181,12 @@ def test_a_long_name_fits_into_a_socket_address() -> None:
     assert address.uds is not None
     assert len(address.uds) < 108
     assert address.uds != other.uds
+
+
+def test_a_homes_name_means_nothing_to_a_shell() -> None:
+    assert home_name("qwen3-8b.v2_x") == "qwen3-8b.v2_x"
+    names = ["a/b", "a-b", "-rf", ".ssh", "..", "$(x)", "a b", "é", "x" * 200, "x" * 201, "a\\b"]
+    found = [home_name(name) for name in names]
+    assert len(set(found)) == len(names)
+    for name in found:
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}", name)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+from time import monotonic
 
 import pytest
 from runtime_harness import OFFLOAD, begin_life, config_of, in_loop, model
 
+from llmux.config.schema import Eviction
 from llmux.core.adopt import Note
-from llmux.core.events import LoadAsked, ParkAsked
+from llmux.core.events import LoadAsked, ParkAsked, PinSet
+from llmux.core.reducer import initial
 from llmux.core.states import ModelState
-from llmux.drivers.memory import World
-from llmux.drivers.memory_disk import MemoryStore
 from llmux.ports import Canary
-from llmux.runtime.notes import VERSION, models_in, note_from
-from llmux.runtime.words import address_from, canary_from, parse_eviction
+from llmux.runtime.engines.facts import EngineFacts
+from llmux.runtime.notes import VERSION, models_in, note_from, pins_in
+from llmux.runtime.reconcile import restore_orders
+from llmux.typed_json import BadJson
+from tests.twins.disk import MemoryStore
+from tests.twins.world import World
 
 
 @in_loop
@@ -28,16 +34,33 @@ async def test_notes_survive_json_and_say_the_same() -> None:
         document = json.loads(json.dumps(store.document))
         notes = models_in(document)
         a = life.loop.state.models["a"]
-        assert note_from(notes["a"]) == Note(ModelState.SERVING, a.epoch, None, (0,))
+        since = a.phase.since
+        assert note_from(notes["a"]) == Note(ModelState.SERVING, a.epoch, None, (0,), since)
         assert note_from(notes["b"]) == Note(ModelState.STOPPED)
         instance = life.loop.executor.instances["a"]
-        assert address_from(notes["a"]) == instance.address
-        assert canary_from(notes["a"]) == instance.canary == Canary("a says Paris", (-0.5, -0.25))
+        assert EngineFacts.from_json(notes["a"]) == instance.facts
+        assert instance.facts.canary == Canary("a says Paris", (-0.5, -0.25))
         life.loop.post(ParkAsked("a"))
         await life.until_state("a", "parked")
         parked = note_from(models_in(json.loads(json.dumps(store.document)))["a"])
         assert (parked.state, parked.eviction) == (ModelState.PARKED, OFFLOAD)
         await life.drop()
+
+
+@in_loop
+async def test_a_failure_outlives_the_supervisor_with_its_reason_and_its_back_off() -> None:
+    world, store = World(), MemoryStore()
+    world.fail("units.start", always=True)
+    with tempfile.TemporaryDirectory() as runtime:
+        config = config_of(model("a"), backoff_secs=50.0)
+        life = await begin_life(config, world, runtime, store)
+        life.loop.post(LoadAsked("a"))
+        await life.until_state("a", "failed")
+        before = life.loop.state.models["a"]
+        await life.drop()
+        after = (await begin_life(config, world, runtime, store)).loop.state.models["a"]
+    assert after.phase == before.phase
+    assert after.failures == before.failures == 1
 
 
 @pytest.mark.parametrize(
@@ -50,12 +73,35 @@ def test_a_document_of_another_shape_says_nothing(document: dict[str, object]) -
 def test_words_that_are_not_ours_count_as_not_written() -> None:
     note = note_from({"state": "dreaming", "eviction": "x+y", "epoch": 7, "gpus": [0, "1"]})
     assert note == Note(gpus=(0,))
-    assert address_from({"uds": None}) is None
-    assert canary_from({"canary": ["text"]}) is None
+    damaged = {"since": "x", "until": True, "message": 1, "failures": -1}
+    assert note_from(damaged) == Note()
+    assert EngineFacts.from_json({"uds": None}).address is None
+    with pytest.raises(BadJson, match="canary: expected a list of 2"):
+        EngineFacts.from_json({"canary": ["text"]})
+
+
+@in_loop
+async def test_pins_outlive_the_supervisor() -> None:
+    store = MemoryStore()
+    with tempfile.TemporaryDirectory() as runtime:
+        life = await begin_life(config_of(model("a"), model("b")), World(), runtime, store)
+        later = monotonic() + 600
+        life.loop.post(PinSet("a", later))
+        life.loop.post(PinSet("b", math.inf))
+        await life.loop.wait_for(lambda state: len(state.pins) == 2, 5)
+        document = json.loads(json.dumps(store.document, allow_nan=False))
+        fresh = initial(config_of(model("a"), model("b")), gpu_count=1, epoch_prefix="n")
+        assert restore_orders(fresh, document).pins == {"a": later, "b": math.inf}
+        await life.drop()
+
+
+def test_damaged_pins_count_as_not_written() -> None:
+    assert pins_in({"pins": []}) == {}
+    assert pins_in({"pins": {"a": "x", "b": True, "c": 7}}) == {"c": 7.0}
 
 
 def test_evictions_are_read_as_they_are_printed() -> None:
-    assert parse_eviction(str(OFFLOAD)) == OFFLOAD
+    assert Eviction.parse(str(OFFLOAD)) == OFFLOAD
     for wrong in ("offload", "offload+", "+stop", "a+b"):
         with pytest.raises(ValueError, match=r"\w"):
-            parse_eviction(wrong)
+            Eviction.parse(wrong)

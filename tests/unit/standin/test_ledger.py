@@ -38,4 +38,4 @@ def test_a_held_lock_is_waited_for_and_then_given_up(tmp_path: Path) -> None:
         waiting.start()
     waiting.join()
     assert sorted(Ledger(path).show()["gpus"]) == ["0", "1"]
-    Ledger(path).init()  # nobody who gave up has kept it
+    Ledger(path).init()  # none that gave up has kept it

@@ -1,0 +1,116 @@
+"""``fair``: the default. Stay as long as leaving costs more waiting than it saves, and no longer.
+
+1. An idle model leaves at once.
+2. While requests queue here for a place at the engine, they are served first: an exhausted queue
+   is what makes the most of a switch. For load that is not feasible this is bounded: by eight times
+   what the switches to all models that wait take, their drains included.
+3. Busy, with none queueing here: leave when staying open gains no more than it costs. The drain of
+   n requests of mean length s takes s × (1 + 1/2 + … + 1/n) in any case. To stay open lets λ
+   requests per second in, each of which delays its end by s/(n+1) for all that wait elsewhere or
+   will come there until their turn, and is saved the time until the model is back, after the turns
+   of all that wait: leave when (n+1) × away ≤ s × (waiting elsewhere).
+4. At the latest when the oldest request elsewhere has waited ``max_wait_secs``, and not before half
+   the model's own way out and back was served, and one and a half times what the drain would take
+   now. Where all turns together last longer than ``max_wait_secs`` that is over before a model
+   comes up, and one that left at once would be closed while its batch is answered.
+
+Next comes, of the model that has been waited for longest and those that were not resident since its
+first request came, the one that gives the most answers for the time of its switch and turn. So each
+model is overtaken by each other one once at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmux.config.schema import PolicyConfig
+from llmux.core.policies.base import Resident, Waiting, idle_first
+
+TURN = 0.5  # of the way out and back: the least that a model serves before it is sent away
+DRAINS = 1.5  # of the drain as it would be now: the least as well
+EULER = 0.5772  # the sum's distance from the logarithm
+OVERHEAD = 8.0  # seconds between switches for a second of switching, when queues never end
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """What leaving now means. ``delayed``: requests that wait elsewhere when their turn comes;
+    ``away``: seconds until the model is back; ``switching``: those of them that serve nothing but
+    drains."""
+
+    delayed: float
+    away: float
+    switching: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fair:
+    config: PolicyConfig
+
+    def order(self, waiting: Sequence[Waiting], now: float) -> Sequence[str]:
+        left = sorted(waiting, key=lambda one: (-one.priority, one.oldest_since, one.model))
+        order: list[str] = []
+        while left:
+            first = left[0]
+            round_ = [
+                one
+                for one in left
+                if one.priority == first.priority and one.away_since <= first.oldest_since
+            ]
+            best = max((first, *round_), key=answers_per_second)
+            left.remove(best)
+            order.append(best.model)
+        return order
+
+    def victims(self, residents: Sequence[Resident]) -> Sequence[str]:
+        return idle_first(residents)
+
+    def earliest(
+        self, target: Waiting, victim: Resident, waiting: Sequence[Waiting], now: float
+    ) -> float:
+        oldest = min(one.oldest_since for one in waiting)
+        if not victim.in_flight:  # 1
+            return oldest
+        drain = drained_in(victim.service, min(victim.in_flight, victim.places))
+        cycle = cycle_of(victim, waiting, drain)
+        if victim.queued:  # 2
+            turn = OVERHEAD * cycle.switching
+        else:  # 3
+            if (victim.in_flight + 1) * cycle.away <= victim.service * cycle.delayed:
+                return oldest
+            turn = TURN * (victim.leave + victim.back) + DRAINS * drain
+        return max(oldest + self.config.max_wait_secs, victim.serving_since + turn)
+
+
+def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float) -> Cycle:
+    """As if they came in the order of their wait."""
+    away, switching, delayed = drain, drain + victim.back, 0.0
+    for one in sorted(waiting, key=lambda one: one.oldest_since):
+        switch = one.cost + victim.leave
+        away += switch
+        batch = one.waiting + one.rate * away
+        delayed += batch
+        away += turn_of(one, batch)
+        switching += switch + drain_of(one, one.waiting)
+    return Cycle(delayed, away + victim.back, switching)
+
+
+def answers_per_second(one: Waiting) -> float:
+    return one.waiting / max(one.cost + turn_of(one, one.waiting), 1e-9)
+
+
+def turn_of(one: Waiting, requests: float) -> float:
+    """Seconds to answer so many requests at all places, to the last answer."""
+    return one.service * max(0.0, requests / one.places - 1) + drain_of(one, requests)
+
+
+def drain_of(one: Waiting, requests: float) -> float:
+    """Seconds until the last of so many answers has ended, or of as many as have places."""
+    return drained_in(one.service, min(requests, one.places))
+
+
+def drained_in(service: float, requests: float) -> float:
+    """Mean of the longest of so many exponential times: service × (1 + 1/2 + … + 1/requests)."""
+    return service * max(0.0, math.log(requests + 0.5) + EULER)

@@ -1,0 +1,74 @@
+"""What becomes due as time passes: operations that hang, kills to repeat, models that are idle or
+whose engine is silent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from dataclasses import replace
+
+from llmux.core.ladder import rung_for
+from llmux.core.operations import drain, fail, stop
+from llmux.core.records import Failed, Parking, Serving, Starting, Stopping, Waking, frees_memory
+from llmux.core.transaction import Transaction
+
+
+def end_overdue(tx: Transaction) -> None:
+    """An operation always ends: by its own deadlines, and else by this one. Its engine is presumed
+    to hold its GPU until a kill was seen to work."""
+    for name, record in list(tx.models.items()):
+        if not isinstance(record.phase, (Starting, Parking, Waking, Stopping)):
+            continue
+        if tx.now < record.overdue_at:
+            tx.wake_at(record.overdue_at)
+            continue
+        seconds = tx.now - record.phase.since
+        tx.put(replace(record, failures=record.failures + 1))
+        fail(tx, name, f"its operation has not ended after {seconds:.0f} s", held=True)
+
+
+def retry_kills(tx: Transaction) -> None:
+    """An engine that could not be killed keeps its GPU: try again."""
+    for name, record in list(tx.models.items()):
+        phase = record.phase
+        if isinstance(phase, Failed) and phase.held:
+            if tx.now >= phase.until:
+                stop(tx, name, phase.message, grace=False, crashed=True)
+            else:
+                tx.wake_at(phase.until)
+
+
+def park_idle(tx: Transaction, waiting: Container[str]) -> None:
+    """Models that were not used for their idle timeout leave although no model needs the room."""
+    for name, record in list(tx.models.items()):
+        limit = record.keep_alive
+        if limit is None:
+            limit = tx.config.idle_timeout(record.config) or math.inf
+        if limit == math.inf or not isinstance(record.phase, Serving) or tx.manual:
+            continue
+        if tx.demand(name).in_flight or tx.is_kept(name) or name in waiting:
+            continue
+        if not frees_memory(record.config, record.eviction):
+            continue
+        due = max(record.last_active, record.phase.since) + limit
+        if tx.now >= due:
+            eviction = rung_for(tx, name, record.eviction)
+            drain(tx, name, eviction, None, reason=f"not used for {limit:g} s")
+        else:
+            tx.wake_at(due)
+
+
+def watch_for_stalls(tx: Transaction) -> None:
+    """Look for signs of life of a busy engine that sent no byte for half its stall timeout."""
+    for name, demand in tx.demands().items():
+        record = tx.models.get(name)
+        if not demand.in_flight or record is None or record.epoch is None or record.probing:
+            continue
+        limit = record.config.stall_timeout_secs
+        if not limit:
+            continue
+        due = record.progress_at + limit / 2
+        if tx.now >= due:
+            tx.suspect(name, stalled=True)
+        else:
+            tx.wake_at(due)

@@ -1,0 +1,145 @@
+"""What the doctor's checks are made of: a result, and the host as they may see it.
+
+Checks read the host only through ``Host``, so a test hands them a directory in place of / and
+canned program output in place of programs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from llmux.config.schema import Config, Process, Weights
+from llmux.drivers import memory
+from llmux.drivers.processes import run as programs
+from llmux.errors import DriverError
+
+GIB = 1 << 30
+
+
+class Level(StrEnum):
+    OK = "OK"
+    WARN = "WARN"  # works, or is not needed by this configuration
+    FAIL = "FAIL"  # something that is configured, or llmux itself, cannot work
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at: what was seen, and when it is not OK, what to do."""
+
+    name: str
+    level: Level
+    seen: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A program that has ended. ``status`` is None when it is not there or took too long."""
+
+    status: int | None
+    output: str
+
+
+def run(argv: Sequence[str], seconds: float) -> Ran:
+    """Programs that only look, so they may be killed when they take too long. Not inside a loop."""
+    try:
+        done = asyncio.run(programs.run(argv, seconds))
+    except DriverError as error:
+        return Ran(None, error.message)
+    return Ran(done.code, f"{done.stdout}\n{done.stderr}".strip())
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    total: int
+    free: int
+
+
+def space(path: Path) -> Space:
+    return Space(*memory.disk_space(path))
+
+
+def available_and_swap() -> tuple[int, int]:
+    return memory.available_bytes(), memory.swap_bytes()
+
+
+def user_exists(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The machine."""
+
+    root: Path = Path("/")
+    run: Callable[[Sequence[str], float], Ran] = run
+    which: Callable[[str], str | None] = shutil.which
+    space: Callable[[Path], Space] = space
+    memory: Callable[[], tuple[int, int]] = available_and_swap
+    user_exists: Callable[[str], bool] = user_exists
+    euid: int = field(default_factory=os.geteuid)
+    release: str = field(default_factory=lambda: os.uname().release)
+
+    def path(self, name: str) -> Path:
+        return self.root / name.lstrip("/")
+
+    def read(self, name: str) -> str | None:
+        """The text of a file, None when there is none or it may not be read."""
+        try:
+            return self.path(name).read_text(errors="replace")
+        except OSError:
+            return None
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return version(self.release)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the configured models need; nothing without a configuration."""
+
+    cuda: bool = False
+    criu: bool = False
+    sleep: bool = False
+    freeze: bool = False
+    ram: bool = False
+
+    @classmethod
+    def of(cls, config: Config | None) -> Needs:
+        ways = [model.eviction for model in config.models.values()] if config else []
+        how = {way.process for way in ways}
+        return cls(
+            cuda=bool(how & {Process.CUDA_SUSPEND, Process.CHECKPOINT}),
+            criu=Process.CHECKPOINT in how,
+            sleep=any(way.weights is not Weights.RETAIN for way in ways),
+            freeze=bool(how & {Process.FREEZE, Process.CUDA_SUSPEND}),
+            ram=Process.CUDA_SUSPEND in how or any(w.weights is Weights.OFFLOAD for w in ways),
+        )
+
+
+def version(text: str) -> tuple[int, ...]:
+    """The first dotted number in a text as integers; () when there is none."""
+    found = re.search(r"\d+(?:\.\d+)+|\d+", text)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def dotted(numbers: Sequence[int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def bad(needed: bool) -> Level:
+    """FAIL when the configuration needs what is missing, else WARN."""
+    return Level.FAIL if needed else Level.WARN

@@ -1,0 +1,239 @@
+"""What ``llmux doctor`` looks at. Only looks: nothing on the host is changed.
+
+Each check is a function (Host, Config or None) → Check. What the configuration does not use is a
+WARN when it is missing, what it uses a FAIL. Printing is llmux/cli/doctor.py's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import stat
+from collections.abc import Callable
+
+from llmux.config.schema import ENGINES, CheckpointConfig, Config
+from llmux.drivers.doctor import cuda, gpus, parking
+from llmux.drivers.doctor import deep as throughput
+from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs, bad, dotted, version
+from llmux.drivers.processes.listeners import find_on_port
+from llmux.trusted import USE_OWN_DIRECTORY, untrusted
+
+OLDEST_KERNEL = (5, 14)  # cgroup.kill; pidfds and cgroup.freeze are older
+OLDEST_SYSTEMD = 252  # Debian 12; the oldest that llmux's units are tested with
+SHM = "/dev/shm"  # noqa: S108  # the mount itself, no file of ours
+SHM_SPARE = 1 * GIB  # vLLM's shared-memory rings and CRIU's link_remap copies
+DISK_SPARE = 20 * GIB  # about one image of an 8B model with its weights, and room to write it
+RAM_SPARE = 8 * GIB
+
+
+def check_root(host: Host, config: Config | None) -> Check:
+    if host.euid == 0:
+        return Check("privilege", Level.OK, "root")
+    remedy = (
+        "run llmux.service (root), or use `llmux serve`, which can neither freeze nor checkpoint"
+    )
+    return Check("privilege", Level.WARN, f"uid {host.euid}", remedy)
+
+
+def check_kernel(host: Host, config: Config | None) -> Check:
+    if host.kernel < OLDEST_KERNEL:
+        remedy = f"boot a kernel >= {dotted(OLDEST_KERNEL)}"
+        return Check("kernel", Level.FAIL, f"{host.release}: no cgroup.kill", remedy)
+    return Check("kernel", Level.OK, host.release)
+
+
+def check_cgroup(host: Host, config: Config | None) -> Check:
+    top = host.path("/sys/fs/cgroup")
+    remedy = "boot with systemd.unified_cgroup_hierarchy=1"
+    if not (top / "cgroup.controllers").exists():
+        return Check("cgroup v2", Level.FAIL, "/sys/fs/cgroup is not the unified one", remedy)
+    # The root cgroup itself has neither file (Documentation/admin-guide/cgroup-v2.rst).
+    groups = [entry for entry in sorted(top.iterdir()) if entry.is_dir()]
+    for name in ("cgroup.freeze", "cgroup.kill"):
+        if not any((group / name).exists() for group in groups):
+            return Check("cgroup v2", Level.FAIL, f"no {name}", "boot a kernel >= 5.14")
+    names = (host.read("/sys/fs/cgroup/cgroup.controllers") or "").split()
+    if "memory" not in names:
+        seen = f"no memory controller ({' '.join(names) or 'none'}): MemoryMax has no effect"
+        return Check("cgroup v2", Level.WARN, seen, "boot with cgroup_enable=memory")
+    return Check("cgroup v2", Level.OK, f"unified, freezer and kill, {' '.join(names)}")
+
+
+def check_systemd(host: Host, config: Config | None) -> Check:
+    if not host.path("/run/systemd/system").is_dir():
+        remedy = "only `llmux serve` works without systemd"
+        return Check("systemd", Level.FAIL, "systemd is not PID 1 here", remedy)
+    ran = host.run(["systemctl", "--version"], 10.0)
+    numbers = version(ran.output)
+    if ran.status != 0 or not numbers:
+        return Check("systemd", Level.FAIL, ran.output.strip()[:100], "is systemctl on the PATH?")
+    if numbers[0] < OLDEST_SYSTEMD:
+        remedy = f"systemd >= {OLDEST_SYSTEMD}: Debian 12, Ubuntu 24.04 or later"
+        return Check("systemd", Level.FAIL, str(numbers[0]), remedy)
+    return Check("systemd", Level.OK, str(numbers[0]))
+
+
+def check_pystemd(host: Host, config: Config | None) -> Check:
+    try:
+        importlib.import_module("pystemd")
+        seen = importlib.metadata.version("pystemd")
+    except ImportError as error:  # PackageNotFoundError is one
+        remedy = "apt install python3-pystemd, or pip install pystemd (needs libsystemd-dev)"
+        return Check("pystemd", Level.FAIL, f"cannot be imported: {error}", remedy)
+    return Check("pystemd", Level.OK, seen)
+
+
+def check_journal(host: Host, config: Config | None) -> Check:
+    path = host.path("/run/systemd/journal/socket")
+    try:
+        there = stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:
+        there = False
+    if there:
+        return Check("journal", Level.OK, "/run/systemd/journal/socket")
+    remedy = "start systemd-journald.socket; without it logs go to stderr"
+    return Check("journal", Level.WARN, "no /run/systemd/journal/socket", remedy)
+
+
+def check_user(host: Host, config: Config | None) -> Check:
+    own = None if config is None else config.engine_user
+    name = own or ENGINES
+    if not host.user_exists(name):
+        remedy = "run systemd-sysusers, or set engine_user to a user that exists"
+        return Check("engine user", bad(config is not None), f"no user {name}", remedy)
+    if name == "root":
+        remedy = "set engine_user to an unprivileged user: engines run code that comes with models"
+        return Check("engine user", Level.WARN, "engines run as root", remedy)
+    device = host.path("/dev/nvidiactl")
+    if device.exists() and not device.stat().st_mode & stat.S_IWOTH:
+        remedy = f"add {name} to the group that owns /dev/nvidia*"
+        return Check("engine user", Level.WARN, "/dev/nvidiactl is not open to everyone", remedy)
+    seen = name if own else f"one for each model, with the groups of {name}"
+    return Check("engine user", Level.OK, seen)
+
+
+def check_io_uring(host: Host, config: Config | None) -> Check:
+    """Never a problem by itself; shown because it explains a failed dump of a foreign process."""
+    value = (host.read("/proc/sys/kernel/io_uring_disabled") or "").strip()
+    if value == "2":
+        return Check("io_uring", Level.OK, "disabled for everyone (kernel.io_uring_disabled=2)")
+    return Check("io_uring", Level.OK, "available; llmux denies it to each engine, CRIU needs that")
+
+
+def check_images(host: Host, config: Config | None) -> Check:
+    needed = Needs.of(config).criu
+    name = (config.checkpoint if config else CheckpointConfig()).images_dir
+    path = host.path(name)
+    if reason := untrusted(str(path)):
+        return Check("images directory", Level.FAIL, reason, USE_OWN_DIRECTORY)
+    if path.is_dir():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            remedy = f"chmod 0700 {name}: images hold keys, prompts and weights"
+            return Check("images directory", bad(needed), f"{name} has mode {mode:04o}", remedy)
+    above = path
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    room = host.space(above)
+    most = config.checkpoint.max_bytes if config else None
+    seen = f"{name}: {room.free / GIB:.0f} GiB free of {room.total / GIB:.0f} GiB"
+    if needed and room.free < min(DISK_SPARE, most or DISK_SPARE):
+        remedy = "free space, set checkpoint.images_dir to a larger disk, or use weights: discard"
+        return Check("images directory", Level.WARN, seen, remedy)
+    if most and most > room.total:
+        remedy = "lower checkpoint.max_bytes to what the disk can hold"
+        return Check("images directory", Level.WARN, f"{seen}; max_bytes is more", remedy)
+    return Check("images directory", Level.OK, seen)
+
+
+def check_shm(host: Host, config: Config | None) -> Check:
+    path = host.path(SHM)
+    if not path.is_dir():
+        return Check(SHM, Level.FAIL, "not there", "mount a tmpfs on /dev/shm: vLLM needs it")
+    room = host.space(path)
+    seen = f"{room.free / GIB:.1f} GiB free of {room.total / GIB:.1f} GiB"
+    if room.free < SHM_SPARE:
+        return Check(SHM, Level.WARN, seen, "mount -o remount,size=50% /dev/shm")
+    return Check(SHM, Level.OK, seen)
+
+
+def check_memory(host: Host, config: Config | None) -> Check:
+    available, swap = host.memory()
+    seen = f"{available / GIB:.1f} GiB available, {swap / GIB:.1f} GiB of swap"
+    if Needs.of(config).ram and available < RAM_SPARE:
+        remedy = "cuda_suspend and offload keep what leaves the GPU in RAM: use discard, or add RAM"
+        return Check("memory", Level.WARN, seen, remedy)
+    return Check("memory", Level.OK, seen)
+
+
+def check_ports(host: Host, config: Config | None) -> Check:
+    """Ports that the gateway listens at, and another process has."""
+    ours = host.read("/sys/fs/cgroup/llmux.slice/llmux-gateway.service/cgroup.procs") or ""
+    pids = [1, *map(int, ours.split())]  # systemd keeps the gateway's sockets
+    ports = _gateway_ports(config or Config())
+    for port in ports:
+        if (taker := find_on_port(port, pids, str(host.path("/proc")))) is not None:
+            remedy = f"stop it, or set another port (ss -ltnp 'sport = :{port}')"
+            return Check("ports", Level.FAIL, f"{taker} has port {port}", remedy)
+    seen = f"{', '.join(map(str, ports)) or 'none'}: the gateway's, or free"
+    return Check("ports", Level.OK, seen)
+
+
+def _gateway_ports(config: Config) -> list[int]:
+    addresses = [*config.gateway.listen, *config.gateway.metrics_listen]
+    ports = [int(one.rpartition(":")[2]) for one in addresses if not one.startswith("unix:")]
+    if not config.gateway.listen:
+        ports.append(config.port)
+    if not config.gateway.metrics_listen and config.metrics_port:
+        ports.append(config.metrics_port)
+    return sorted(set(ports))
+
+
+CHECKS: tuple[tuple[str, Callable[[Host, Config | None], Check | list[Check]]], ...] = (
+    ("privilege", check_root),
+    ("kernel", check_kernel),
+    ("systemd", check_systemd),
+    ("pystemd", check_pystemd),
+    ("cgroup v2", check_cgroup),
+    ("journal", check_journal),
+    ("ports", check_ports),
+    ("engine user", check_user),
+    ("NVIDIA driver", parking.check_driver),
+    ("GPUs", parking.check_gpus),
+    ("GPU memory", gpus.check_memory),
+    ("libcuda", parking.check_libcuda),
+    ("cuda-checkpoint", parking.check_cuda_checkpoint),
+    ("CRIU", parking.check_criu),
+    ("criu check", parking.check_criu_works),
+    ("network lock", parking.check_network_lock),
+    ("io_uring", check_io_uring),
+    ("images directory", check_images),
+    (SHM, check_shm),
+    ("memory", check_memory),
+    ("engines", parking.check_engines),
+)
+
+
+DEEP_CHECKS = (
+    (throughput.NAME, throughput.check_throughput),
+    (cuda.NAME, cuda.check_cuda),
+)
+
+
+def run_checks(
+    config: Config | None, host: Host | None = None, *, deep: bool = False
+) -> list[Check]:
+    """All of them, in the order of the table; one that cannot be made is a WARN of its own.
+    ``deep``: those that take seconds, too."""
+    host = host or Host()
+    results: list[Check] = []
+    for name, check in (*CHECKS, *(DEEP_CHECKS if deep else ())):
+        try:
+            found = check(host, config)
+        except OSError as error:
+            found = Check(name, Level.WARN, f"could not be checked: {error}")
+        results += found if isinstance(found, list) else [found]
+    return results
+
+
+__all__ = ["Check", "Host", "Level", "run_checks"]

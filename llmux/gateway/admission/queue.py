@@ -1,0 +1,113 @@
+"""The records admission keeps: tickets, leases and one queue per model. No rules here."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from math import inf
+from typing import Any, Final, Generic, TypeVar
+
+from llmux.gateway.admission.retry_after import Throughput
+from llmux.protocol import Address
+
+
+class Stage(Enum):
+    NEW = auto()
+    WAITING = auto()
+    IN_FLIGHT = auto()
+    ENDED = auto()
+
+
+# For the path of every request: a member's lookup costs six of these.
+NEW: Final = Stage.NEW
+IN_FLIGHT: Final = Stage.IN_FLIGHT
+ENDED: Final = Stage.ENDED
+
+
+class Ticket:
+    """One request as admission sees it; ``repeatable`` until the first byte of its answer.
+    ``deaths``: engines that died with it in flight, the last one after ``lived`` seconds, which is
+    set then, as ``admitted_at`` is with each admission."""
+
+    __slots__ = (
+        "admitted_at", "arrived", "deadline", "deaths", "lease", "limit", "lived", "model",
+        "repeatable", "retried", "stage", "switch",
+    )  # fmt: skip
+    admitted_at: float
+    lived: float
+
+    def __init__(self, model: str, arrived: float, deadline: float) -> None:
+        self.limit = inf  # the client's own deadline; a second wait does not exceed it
+        self.model = model
+        self.arrived = arrived
+        self.deadline = deadline
+        self.stage = NEW
+        self.lease: Lease[Any] | None = None
+        self.repeatable = True
+        self.retried = False  # it could not be sent to an engine once
+        self.deaths = 0
+        self.switch = b"none"  # the switch it waited for, as X-Llmux-Switch names it
+
+    @property
+    def in_flight(self) -> bool:
+        return self.stage is Stage.IN_FLIGHT
+
+
+T = TypeVar("T", bound=Ticket)
+
+
+class Lease(Generic[T]):
+    """One epoch of one model: the right to send to ``address``. The dispatch sets ``pool``. When
+    its engine died: the ``suspects`` in flight, what was ``counted``, and the ``culprit``."""
+
+    __slots__ = (
+        "address", "counted", "culprit", "epoch", "in_flight", "pool", "queue", "reported_at",
+        "revoked", "suspect_until", "suspects",
+    )  # fmt: skip
+
+    def __init__(self, queue: ModelQueue[T], epoch: str, address: Address) -> None:
+        self.queue = queue
+        self.epoch = epoch
+        self.address = address
+        self.in_flight: set[T] = set()
+        self.revoked = False
+        self.suspect_until: float | None = None
+        self.pool: Any = None
+        self.granted_again()
+        self.reported_at = float("-inf")  # when the supervisor was last sent an EngineLost
+
+    @property
+    def model(self) -> str:
+        return self.queue.model
+
+    def granted_again(self) -> None:
+        """Its engine lives: what is known of a death is of the past."""
+        self.suspects: frozenset[T] | None = None
+        self.counted: set[T] = set()
+        self.culprit: T | None = None
+
+
+class ModelQueue(Generic[T]):
+    """One model: its waiting tickets in order of arrival, its leases and its counters."""
+
+    __slots__ = (
+        "completed", "group", "in_flight", "lease", "leases", "model", "progress", "suspected",
+        "throughput", "trial", "trial_ends", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.waiting: dict[T, None] = {}  # a dict for order and removal in constant time
+        self.lease: Lease[T] | None = None  # the one that new requests go to
+        self.leases: dict[str, Lease[T]] = {}  # by epoch, draining ones included
+        self.in_flight = 0
+        self.progress = 0
+        self.completed = 0
+        self.throughput = Throughput()
+        self.suspected = False  # False: no ticket that waits has seen a death
+        self.trial: set[T] = set()  # suspects in flight that the others wait for
+        self.trial_ends = 0.0
+        self.group = 0  # how many are tried together; 0: not known since the last death
+
+    @property
+    def usable(self) -> bool:
+        return self.lease is not None and self.lease.suspect_until is None

@@ -1,0 +1,49 @@
+"""Keep-alive comments (pings on Anthropic's routes) until the first byte of an event stream.
+
+Sent while a request waits for its model and while its engine has not answered yet. The first one
+commits the status 200; a later failure is reported as an error event in the stream.
+"""
+
+from __future__ import annotations
+
+import json
+
+from llmux.errors import Reason, Refused
+
+MAX_ERROR = 64 * 1024  # bytes of an engine's error response that are passed on in an event
+
+HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    b"cache-control: no-cache\r\nx-accel-buffering: no\r\ntransfer-encoding: chunked\r\n"
+)
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+
+class KeepAlive:
+    """``started``: the head was sent before the engine answered. ``error``: collects an engine's
+    response that cannot follow that head; None: none does."""
+
+    __slots__ = ("chunk", "error", "interval", "started")
+
+    def __init__(self, model: str, interval: float, *, anthropic: bool) -> None:
+        comment = PING if anthropic else f": waiting for {model}\n\n".encode()
+        self.chunk = b"%x\r\n%b\r\n" % (len(comment), comment)
+        self.interval = interval
+        self.started = False
+        self.error: bytearray | None = None
+
+    def collect(self, data: bytes) -> None:
+        assert self.error is not None, "collecting was begun"
+        if len(self.error) <= MAX_ERROR:
+            self.error += data
+
+    def problem(self) -> Refused:
+        """The collected error response as a refusal."""
+        return Refused(Reason.BAD_REQUEST, _message(bytes(self.error or b"")))
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"the engine answered: {body[:500].decode('utf-8', 'replace')}"

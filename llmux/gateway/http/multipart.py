@@ -1,0 +1,182 @@
+"""Multipart uploads: kept out of memory while they are received, searched for the model's name.
+
+An upload is forwarded when it is complete: engines read a form to its end before they begin, so
+this costs no time, a slow client occupies no engine, and the request can be repeated when an engine
+dies.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+
+MEMORY_BYTES = 256 * 1024  # of one upload; a longer one is kept in an unlinked file
+MAX_PART_HEAD = 16 * 1024
+MAX_MODEL = 1024
+
+# A directory on disk: /tmp is memory on many systems.
+SPOOL_DIR = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108  # mkstemp, unlinked at once
+
+_PARAMETER = re.compile(rb';\s*([^=;\s]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
+_MULTIPART = re.compile(rb"multipart/form-data\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
+
+
+class FormError(Exception):
+    """The form cannot be read; the text says why."""
+
+
+class Upload:
+    """A body that grows by ``write`` and is read at any offset. Its file has no name and is closed
+    with this object."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._patch = (0, 0, b"")  # (start, end, replacement)
+        self._memory = bytearray()
+        self._fd: int | None = None
+
+    def __del__(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def write(self, data: bytes) -> None:
+        """Raises OSError when the disk is full."""
+        if self._fd is None and self.size + len(data) <= MEMORY_BYTES:
+            self._memory += data
+        else:
+            if self._fd is None:
+                self._move_to_disk()
+            self._append(data)
+        self.size += len(data)
+
+    def _move_to_disk(self) -> None:
+        self._fd, path = tempfile.mkstemp(prefix="llmux-upload-", dir=SPOOL_DIR)
+        os.unlink(path)
+        self._append(bytes(self._memory))
+        self._memory = bytearray()
+
+    def _append(self, data: bytes) -> None:
+        assert self._fd is not None, "moved to disk already"
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def replace(self, start: int, end: int, data: bytes) -> None:
+        """Replace a span. Call at most once, after the last ``write``."""
+        self._patch = (start, end, data)
+        self.size += len(data) - (end - start)
+
+    def read(self, offset: int, count: int) -> bytes:
+        start, end, data = self._patch
+        if offset < start:
+            return self._written(offset, min(count, start - offset))
+        if offset < start + len(data):
+            return data[offset - start :][:count]
+        return self._written(offset - len(data) + end - start, count)
+
+    def _written(self, offset: int, count: int) -> bytes:
+        if self._fd is None:
+            return bytes(self._memory[offset : offset + count])
+        return os.pread(self._fd, count, offset)
+
+
+def boundary_of(content_type: bytes) -> bytes:
+    """The boundary in a multipart form's content-type. Raises FormError."""
+    if not _MULTIPART.fullmatch(content_type.strip()):
+        raise FormError("expected a body of type multipart/form-data")
+    boundary = _parameters(content_type).get(b"boundary", b"")
+    if not 0 < len(boundary) <= 200:
+        raise FormError("the content-type names no boundary")
+    return boundary
+
+
+def _parameters(value: bytes) -> dict[bytes, bytes]:
+    found: dict[bytes, bytes] = {}
+    for name, text in _PARAMETER.findall(value):
+        text = text.strip()
+        if text[:1] == b'"':
+            text = re.sub(rb"\\(.)", rb"\1", text[1:-1])
+        found.setdefault(name.lower(), text)
+    return found
+
+
+class ModelFinder:
+    """Finds the part named "model" in a form that is fed piece by piece.
+
+    Holds at most one part's head or the model's name, never the content of a file.
+    """
+
+    def __init__(self, boundary: bytes) -> None:
+        self.model: str | None = None
+        self.span = (0, 0)  # the name's offsets in the form
+        self._at = -2  # the offset of ``_rest`` in the form
+        self._delimiter = b"\r\n--" + boundary
+        self._rest = b"\r\n"  # the first delimiter may stand at the very beginning
+        self._in_head = False
+        self._value: bytes | None = None  # the model's part, while inside it
+        self._ended = False
+
+    def feed(self, data: bytes) -> None:
+        """Raises FormError."""
+        self._rest += data
+        while not self._ended and (self._read_head() if self._in_head else self._read_part()):
+            pass
+
+    def _read_part(self) -> bool:
+        """Read up to the next delimiter. False: more data is needed."""
+        before, found, after = self._rest.partition(self._delimiter)
+        if not found:
+            keep = len(self._delimiter) - 1
+            self._take(self._rest[:-keep])
+            self._at += max(0, len(self._rest) - keep)
+            self._rest = self._rest[-keep:]
+            return False
+        if len(after) < 2:  # "--" ends the form, CRLF begins a part
+            return False
+        self._take(before)
+        self._end_value(self._at + len(before))
+        self._at += len(before) + len(found)
+        self._rest = after
+        self._ended = after.startswith(b"--")
+        self._in_head = True
+        return True
+
+    def _read_head(self) -> bool:
+        head, found, after = self._rest.partition(b"\r\n\r\n")
+        if len(head) > MAX_PART_HEAD:
+            raise FormError(f"a part's head is larger than {MAX_PART_HEAD} bytes")
+        if not found:
+            return False
+        self._in_head = False
+        self._at += len(head) + len(found)
+        self._rest = after
+        if _part_name(head) == b"model":
+            if self.model is not None:
+                raise FormError('the form has more than one "model"')
+            self._value = b""
+        return True
+
+    def _take(self, data: bytes) -> None:
+        if self._value is not None:
+            self._value += data
+            if len(self._value) > MAX_MODEL:
+                raise FormError(f'"model" is longer than {MAX_MODEL} bytes')
+
+    def _end_value(self, end: int) -> None:
+        if self._value is None:
+            return
+        value, self._value = self._value, None
+        self.span = (end - len(value), end)
+        try:
+            self.model = value.decode()
+        except UnicodeDecodeError:
+            raise FormError('"model" is not UTF-8') from None
+
+
+def _part_name(head: bytes) -> bytes | None:
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-disposition":
+            return _parameters(value).get(b"name")
+    return None

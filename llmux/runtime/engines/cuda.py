@@ -1,0 +1,67 @@
+"""Suspend an engine's CUDA state into host memory and resume it, as steps of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import monotonic
+
+from llmux.core.effects import RunPlan
+from llmux.core.plans import Step
+from llmux.errors import CheckpointFailed, Unsupported
+from llmux.ports import UnitHandle
+from llmux.runtime.engines.gpu_memory import held_before, require_room
+from llmux.runtime.engines.instance import Instance
+from llmux.runtime.host import Drivers
+
+
+async def suspend(drivers: Drivers, handle: UnitHandle, instance: Instance, step: Step) -> None:
+    """``instance.used_before`` is what it holds now. Raises CheckpointFailed, and Unsupported
+    where there is no CUDA and the step needs one."""
+    cuda, target = drivers.cuda, f'model "{instance.config.name}"'
+    if cuda is None:
+        if step.if_any:
+            return
+        raise Unsupported("suspend", target, "there is no CUDA driver here")
+    pids = await drivers.units.pids(handle)
+    held = sum(instance.used_before.values())
+    await cuda.check_memory(pids, held)
+    suspended = tuple(await cuda.suspend(pids, step.deadline))
+    instance.facts = replace(instance.facts, cuda_pids=suspended, cuda_bytes=held)
+    if not suspended and not step.if_any:
+        text = "none of its processes uses CUDA, so nothing would be freed"
+        raise CheckpointFailed("suspend", target, text)
+
+
+async def resume(drivers: Drivers, effect: RunPlan, instance: Instance, step: Step) -> None:
+    """Resume the processes named by the image's recipe or the notes, once there is room for what
+    they held. A supervisor that ended before it wrote them down leaves none: then all processes of
+    the engine are asked."""
+    if drivers.cuda is None:
+        return
+    pids: Sequence[int] = instance.facts.cuda_pids
+    if not pids and not step.if_any and instance.handle is not None:
+        pids = await drivers.units.pids(instance.handle)
+    if pids and instance.handle is not None:
+        began = monotonic()
+        needed = await _missing(drivers, instance, instance.handle)
+        await require_room(drivers.gpu, effect, needed, step.deadline)
+        # Before the call: one that fails half-way has brought some of it back.
+        instance.facts = replace(instance.facts, resumed=True, cuda_pids=())
+        await drivers.cuda.resume(pids, step.deadline - (monotonic() - began))
+
+
+async def _missing(drivers: Drivers, instance: Instance, handle: UnitHandle) -> int:
+    """Bytes that a resume will bring back: some may be there, when it was begun before."""
+    here = await held_before(drivers, handle)
+    return max(0, instance.facts.cuda_bytes - sum(here.values()))
+
+
+async def leave_gpu(drivers: Drivers, handle: UnitHandle, instance: Instance, step: Step) -> None:
+    """Suspend an engine whose CUDA state was resumed, since it ends next. The driver has seen its
+    state in host memory then; a failure is the caller's to ignore."""
+    if drivers.cuda is None or instance.facts.cuda_pids:
+        return
+    if await drivers.freezer.frozen(handle):
+        await drivers.freezer.thaw(handle, step.deadline)  # frozen threads cannot be locked
+    await suspend(drivers, handle, instance, replace(step, if_any=True))

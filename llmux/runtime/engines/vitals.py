@@ -1,0 +1,142 @@
+"""Signs of life: does an engine from which no byte comes work, or does it hang?
+
+Judged by what moves, never by a request that would queue behind the work in question:
+
+1. no HTTP answer and no CPU time: it hangs (stopped, deadlocked).
+2. an HTTP answer, and no counters to judge by: it lives.
+3. its counters move, or they say that nothing runs and a short completion, which then queues
+   behind nothing, gets any answer: it lives.
+4. its counters stand still, and its processes compute (a compilation, a long prefill): it lives,
+   but not for longer than STEP_LIMITS times the limit.
+5. its counters stand still with requests running, and nothing computes: it hangs.
+
+An engine that was only suspected (a connection broke) lives with any answer but its own 5xx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from llmux.errors import DriverError, EngineUnhealthy
+from llmux.ports import UnitHandle, Vitals
+from llmux.protocol import Address
+from llmux.runtime.host import Drivers
+
+STEP_LIMITS = 10.0  # one step of an engine may take minutes; 20 of them with the default limit
+# Of one processor, over the whole watch. Answering our own questions takes 1 %; an engine that
+# waits for its GPU spins (100 %) or, where it blocks, is judged by its counters alone.
+COMPUTES = 0.25
+MIN_WATCH_SECS = 1.0  # over less, CPU time in ticks of 10 ms says nothing
+FIRST_PAUSE_SECS = 0.05
+LAST_PAUSE_SECS = 5.0
+ANSWER_SECS = 5.0  # a busy API server answers late
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An engine's counters, and since when (the event loop's time) they have stood there."""
+
+    value: float
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    vitals: Vitals
+    cpu: float
+    at: float
+
+
+class Watch:
+    """One look at one engine, for up to ``seconds``. ``progress``: where the last one ended."""
+
+    def __init__(
+        self,
+        drivers: Drivers,
+        model: str,
+        address: Address,
+        handle: UnitHandle | None,
+        *,
+        stalled: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._drivers = drivers
+        self._model = model
+        self._address = address
+        self._handle = handle
+        self._stalled = stalled
+        self.progress = progress
+        self._baseline: float | None = None
+
+    async def run(self, seconds: float) -> None:
+        """Returns with the first sign of life. Raises EngineUnhealthy when there was none."""
+        first = await self._sample(seconds)
+        ends = first.at + seconds
+        pause = FIRST_PAUSE_SECS
+        latest = first
+        while not (self._lives(first, latest, seconds) or await self._idles(latest, ends)):
+            left = ends - latest.at
+            if left <= 0:
+                raise EngineUnhealthy(
+                    "trust", f"the engine at {self._address}", self._verdict(latest, seconds)
+                )
+            await asyncio.sleep(min(pause, left))
+            pause = min(pause * 1.5, LAST_PAUSE_SECS)
+            latest = await self._sample(max(ends - _now(), FIRST_PAUSE_SECS))
+
+    async def _idles(self, latest: _Sample, ends: float) -> bool:
+        """Whether it says that it has no request, and answers one."""
+        left = ends - latest.at
+        if latest.vitals.running != 0 or left <= 0:
+            return False
+        try:
+            await self._drivers.engine.canary(self._address, self._model, left)
+        except EngineUnhealthy as error:
+            return "status" in error.fields  # 404, 500: it answered
+        except DriverError:
+            return False
+        return True
+
+    async def _sample(self, left: float) -> _Sample:
+        vitals = await self._drivers.engine.vitals(self._address, min(left, ANSWER_SECS))
+        units, handle = self._drivers.units, self._handle
+        cpu = await units.cpu_seconds(handle) if handle is not None else 0.0
+        now = _now()
+        value = vitals.progress
+        if value is not None and (self.progress is None or self.progress.value != value):
+            self.progress = Progress(value, now)
+        return _Sample(vitals, cpu, now)
+
+    def _lives(self, first: _Sample, latest: _Sample, seconds: float) -> bool:
+        vitals = latest.vitals
+        if vitals.status is None:  # 1
+            return self._computes(first, latest, seconds)
+        if not self._stalled or vitals.progress is None:  # 2
+            return vitals.status < 500
+        if self._baseline is None:
+            self._baseline = vitals.progress
+        if vitals.progress != self._baseline:  # 3
+            return True
+        still = latest.at - self.progress.since if self.progress is not None else 0.0
+        return still < STEP_LIMITS * 2 * seconds and self._computes(first, latest, seconds)  # 4, 5
+
+    @staticmethod
+    def _computes(first: _Sample, latest: _Sample, seconds: float) -> bool:
+        elapsed = latest.at - first.at
+        if elapsed < min(MIN_WATCH_SECS, seconds):
+            return False
+        return latest.cpu - first.cpu >= COMPUTES * elapsed
+
+    @staticmethod
+    def _verdict(latest: _Sample, seconds: float) -> str:
+        status = latest.vitals.status
+        if status is None:
+            return f"no answer and no computing for {seconds:g} s"
+        if status >= 500:
+            return f"/health says {status} for {seconds:g} s"
+        return f"its counters stand still and it does not compute, for {seconds:g} s"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,1 @@
+"""What ``bench proxy`` compares, and the programs that drive it."""

@@ -1,0 +1,121 @@
+"""An engine that answers 500: its answer when it lives, its last word when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from gateway_harness import EngineRequest, a_config, echo, eof_watch, in_loop, stage, until
+
+from llmux.protocol import Demand, EngineLost, Revoke
+
+ERROR = {"error": {"message": "EngineCore encountered an issue", "code": 500}}
+
+
+class Erring:
+    """Answers everything with 500, and /health with ``health``; None hangs there."""
+
+    def __init__(self, health: str | None, *, size: int = 0) -> None:
+        self.health = health
+        self.error = ERROR | {"more": "x" * size}
+
+    async def __call__(self, request: EngineRequest) -> None:
+        if not request.line.startswith("GET /health "):
+            request.json(self.error, "500 Internal Server Error")
+        elif self.health is None:
+            await eof_watch(request)
+        else:
+            request.json({}, self.health)
+
+
+@in_loop
+async def test_the_answer_of_an_engine_that_lives() -> None:
+    async with stage() as s:
+        engine = await s.granted(Erring("200 OK"))
+        client = await s.chat()
+        for _ in range(2):  # its connections are used again
+            answer = await client.answer()
+            assert (answer.status, answer.json()["error"]) == (500, ERROR["error"])
+            client.chat()
+        await client.answer()
+        assert len(engine.requests) == 6
+        await until(lambda: s.in_flight() == 0)
+        assert not any(isinstance(message, EngineLost) for message in s.supervisor.heard)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dead_engines_request_goes_to_the_next_one(stream: bool) -> None:
+    @in_loop
+    async def body() -> None:
+        async with stage(a_config(keep_alive_comment_secs=0.01)) as s:
+            await s.granted(Erring("503 Service Unavailable"))
+            client = await s.chat(stream=stream)
+            lost = await s.supervisor.hear(EngineLost)
+            assert (lost.model, lost.epoch) == ("alpha", "e1")
+            await s.supervisor.hear(Demand, lambda d: d.waiting == 1)
+            s.supervisor.say(Revoke("alpha", "e1", dead=True))
+            s.supervisor.grant(await s.engine(stream_or_echo, name="next"), epoch="e2")
+            answer = await client.answer()
+            assert answer.status == 200
+            assert b"EngineCore" not in answer.body
+
+    body()
+
+
+async def stream_or_echo(request: EngineRequest) -> None:
+    if b'"stream": true' in request.body or b'"stream":true' in request.body:
+        request.start_stream()
+        request.event("{}")
+        request.end_stream()
+    else:
+        await echo(request)
+
+
+@in_loop
+async def test_an_engine_that_can_not_be_asked_any_more_is_dead() -> None:
+    async def err_and_die(request: EngineRequest) -> None:
+        if request.line.startswith("GET /health "):
+            request.die()
+        else:
+            request.json(ERROR, "500 Internal Server Error")
+
+    async with stage() as s:
+        await s.granted(err_and_die)
+        client = await s.chat()
+        await s.supervisor.hear(EngineLost)
+        s.supervisor.say(Revoke("alpha", "e1", dead=True))
+        s.supervisor.grant(await s.engine(name="next"), epoch="e2")
+        assert (await client.answer()).status == 200
+
+
+@in_loop
+async def test_one_that_does_not_say_is_believed() -> None:
+    async with stage() as s:
+        await s.granted(Erring(None))
+        client = await s.chat()
+        answer = await client.answer()
+        assert answer.json()["error"] == ERROR["error"]
+        await until(lambda: s.in_flight() == 0)
+
+
+@in_loop
+async def test_a_long_error_is_passed_on_as_it_comes() -> None:
+    async with stage() as s:
+        engine = await s.granted(Erring("503 Service Unavailable", size=300_000))
+        client = await s.chat()
+        answer = await client.answer()
+        assert (answer.status, len(answer.json()["more"])) == (500, 300_000)
+        assert len(engine.requests) == 1
+
+
+@in_loop
+async def test_a_client_that_leaves_meanwhile_leaves_nothing_behind() -> None:
+    async with stage() as s:
+        engine = await s.granted(Erring(None))
+        client = await s.chat()
+        await engine.next_request(2)
+        client.leave()
+        await s.supervisor.hear(Demand, lambda d: d.in_flight == 0)
+        s.supervisor.revoke("e1")
+        async with asyncio.timeout(20):
+            await engine.requests[1].gone.wait()

@@ -1,0 +1,82 @@
+"""An operator's order that pinned models stand in the way of is refused at once (it used to wait
+for 39 minutes without a word); requests wait, since a pin may end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from core_harness import Core, model
+
+from llmux.core.effects import OrderAnswered, Verdict
+from llmux.core.events import LoadAsked, ModeSet, PinSet
+from llmux.core.states import ModelState
+from llmux.errors import Reason
+
+
+def answer(core: Core) -> OrderAnswered:
+    (found,) = core.done(OrderAnswered)
+    return found
+
+
+@pytest.mark.parametrize("how", ["pin", "mode", "never_evict"])
+def test_an_order_is_refused_at_once_and_leaves_nothing_behind(how: str) -> None:
+    core = Core(model("alpha", never_evict=how == "never_evict"), model("beta"))
+    core.serve("alpha")
+    if how == "pin":
+        core.happen(PinSet("alpha", math.inf))
+    elif how == "mode":
+        core.happen(ModeSet(True, "alpha"))
+    core.happen(LoadAsked("beta", 7))
+    found = answer(core)
+    assert (found.verdict, found.reason) == (Verdict.REFUSED, Reason.PINNED)
+    assert found.message == ("alpha stays resident, pinned or by never_evict (llmux unpin alpha)")
+    assert not core.state.wants
+    assert not core.state.reservations
+    core.happen(PinSet("alpha", None))
+    core.happen(ModeSet(False, None))
+    assert core.at("alpha") is ModelState.SERVING, "nothing displaces it later"
+
+
+def test_requests_wait_and_get_their_turn_when_the_pin_ends() -> None:
+    core = Core(model("alpha"), model("beta"))
+    core.serve("alpha")
+    core.happen(PinSet("alpha", core.now + 60))
+    core.demand("beta", waiting=1)
+    assert core.refused() == []
+    assert core.at("alpha") is ModelState.SERVING
+    core.pass_time(61)
+    assert core.at("alpha") is ModelState.DRAINING
+
+
+def test_an_order_waits_for_what_can_still_leave() -> None:
+    half = {"gpu_memory": 0.5, "gpu_memory_parked": 0.0}
+    core = Core(model("alpha", **half), model("gamma", **half), model("beta", **half))
+    core.serve("alpha")
+    core.happen(PinSet("alpha", math.inf))
+    core.demand("gamma", waiting=1)  # it starts beside alpha, and may leave again
+    core.happen(LoadAsked("beta", 7))
+    assert answer(core).verdict is Verdict.ACCEPTED
+    core.finish("gamma")
+    core.demand("gamma")
+    assert core.at("gamma") is ModelState.DRAINING
+
+
+def test_a_pin_on_one_gpu_stops_nothing_on_another() -> None:
+    core = Core(model("alpha"), model("beta", gpus=(1,)), model("gamma", gpus=(1,)), gpu_count=2)
+    core.serve("alpha")
+    core.happen(PinSet("alpha", math.inf))
+    core.serve("beta")
+    core.happen(LoadAsked("gamma", 7))
+    assert answer(core).verdict is Verdict.ACCEPTED
+    assert core.at("beta") is ModelState.DRAINING
+
+
+def test_two_pinned_models_are_both_named() -> None:
+    half = {"gpu_memory": 0.5}
+    core = Core(model("alpha", **half), model("gamma", **half), model("beta"))
+    for name in ("alpha", "gamma"):
+        core.serve(name)
+        core.happen(PinSet(name, math.inf))
+    core.happen(LoadAsked("beta", 7))
+    assert answer(core).message.startswith("alpha, gamma stay resident")

@@ -1,0 +1,59 @@
+"""The core's own deadline: an operation that never reports its end does not keep its model."""
+
+from __future__ import annotations
+
+import pytest
+from core_harness import Core, model
+
+from llmux.core.events import OperationFinished
+from llmux.core.plans import Outcome
+from llmux.core.states import ModelState
+from llmux.core.transaction import OVERDUE_SECS
+
+
+def _starting() -> Core:
+    core = Core(model("a"))
+    core.demand("a", waiting=1)
+    return core
+
+
+def _parking() -> Core:
+    core = Core(model("a"), model("b"))
+    core.serve("a")
+    core.demand("b", waiting=1)
+    core.drained("a")
+    return core
+
+
+def _waking() -> Core:
+    core = _parking()
+    core.finish("a")
+    core.finish("b")
+    core.demand("b")
+    core.demand("a", waiting=1)
+    core.park("b")
+    return core
+
+
+@pytest.mark.parametrize("begin", [_starting, _parking, _waking])
+def test_an_operation_without_an_end_is_given_up_and_its_engine_killed(begin: object) -> None:
+    assert callable(begin)
+    core: Core = begin()
+    plan = core.running["a"]
+    limit = plan.plan.deadline + OVERDUE_SECS
+    assert core.state.wakeup is not None
+    assert core.state.wakeup <= core.now + limit
+    core.pass_time(limit - 1)
+    assert core.at("a") is not ModelState.FAILED
+    core.pass_time(1)
+    assert core.at("a") is ModelState.FAILED
+    failed = core.record("a").phase
+    assert getattr(failed, "held", False), "its GPU is not given out before a kill was seen"
+    assert "has not ended after" in getattr(failed, "message", "")
+    core.happen(OperationFinished("a", plan.op, Outcome.UP))  # it comes after all
+    assert core.at("a") is ModelState.FAILED
+    core.pass_time(60)
+    assert core.at("a") is ModelState.STOPPING
+    core.finish("a")
+    assert core.at("a") in (ModelState.FAILED, ModelState.STOPPED)
+    assert not getattr(core.record("a").phase, "held", False)

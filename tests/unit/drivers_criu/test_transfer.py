@@ -1,0 +1,95 @@
+"""Images as streams: what arrives is the image, this host's own, and goes on where it broke off."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+
+import pytest
+from transfer_site import Site, quiet
+
+from llmux.daemon.images import ExportedImage, import_image
+from llmux.drivers.images.files import SEGMENT
+from llmux.drivers.images.manifest import load_manifest
+from llmux.drivers.transfer.header import BadStream, Header
+from llmux.drivers.transfer.stream import Import, receive_header, segments
+from llmux.errors import LlmuxError
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+def test_an_image_arrives_as_it_was_and_is_this_hosts_own(sites: tuple[Site, Site]) -> None:
+    there, here = sites
+    stream = there.export()
+    assert len(stream) < SEGMENT * 2 + 100_000, "holes are not sent"
+    result = here.take(stream)
+    assert here.asked == ["image_here", "image_adopt"]
+    assert here.left() == ["images"]
+    assert result["warnings"] == []
+    old = load_manifest(there.store.directory("m") + "/images")
+    new = load_manifest(result["path"])
+    assert new.files == old.files
+    assert new.identity == here.identity
+    assert new.recipe["identity"] == here.identity
+    for file in old.files:
+        name = f"{there.store.directory('m')}/images/{file.name}"
+        assert (
+            pathlib.Path(result["path"], file.name).read_bytes() == pathlib.Path(name).read_bytes()
+        )
+    pages = os.stat(f"{result['path']}/pages-1.img")
+    assert pages.st_blocks * 512 < SEGMENT, "zeros are holes here, too"
+
+
+def test_a_stream_that_broke_goes_on_where_it_did(sites: tuple[Site, Site]) -> None:
+    there, here = sites
+    stream = there.export()
+    with pytest.raises(BadStream, match=r"ended too early .*what has arrived is kept"):
+        here.take(stream[: len(stream) // 2])
+    home = here.store.directory("m")
+    known = Import(home).received()
+    assert known is not None
+    assert known[1] > 0
+    rest = io.BytesIO()
+    ExportedImage("m", there.ask, quiet).to_stream(rest, f"{known[0]}:{known[1]}")
+    assert len(rest.getvalue()) < len(stream)
+    assert here.take(rest.getvalue())["path"]
+    assert here.left() == ["images"]
+
+
+def test_a_resumed_stream_needs_what_came_before(sites: tuple[Site, Site]) -> None:
+    there, here = sites
+    image = receive_header(io.BytesIO(there.export())).id
+    rest = io.BytesIO()
+    ExportedImage("m", there.ask, quiet).to_stream(rest, f"{image}:2")
+    with pytest.raises(BadStream, match="begins with segment 2, and 0 have arrived"):
+        here.take(rest.getvalue())
+    whole = io.BytesIO()
+    ExportedImage("m", there.ask, quiet).to_stream(whole, "0" * 32 + ":2")  # another image's
+    assert here.take(whole.getvalue())["path"]
+
+
+@pytest.mark.parametrize("cut", [100, 3000, 9000, SEGMENT + 9000])
+def test_a_file_that_was_cut_is_completed(
+    sites: tuple[Site, Site], home: pathlib.Path, cut: int
+) -> None:
+    there, here = sites
+    image = ExportedImage("m", there.ask, quiet)
+    path = pathlib.Path(image.to_directory(str(home)))
+    assert path == home / "m.tar"
+    path.rename(home / "m.tar.part")
+    os.truncate(home / "m.tar.part", cut)
+    assert image.to_directory(str(home)) == str(path)
+    result = import_image(here.config, str(path), here.ask, quiet)
+    assert load_manifest(result["path"]).model == "m"
+    path.chmod(0o666)
+    with pytest.raises(LlmuxError, match="can be written by others"):
+        import_image(here.config, str(path), here.ask, quiet)
+
+
+def test_every_segment_has_a_name_that_a_tar_header_holds(sites: tuple[Site, Site]) -> None:
+    there, _ = sites
+    header: Header = receive_header(io.BytesIO(there.export()))
+    names = [segment.name for segment in segments(header.manifest)]
+    assert len(names) == len(set(names))
+    assert max(map(len, names)) <= 100

@@ -1,0 +1,120 @@
+"""The finder sees what json.loads sees of the top level, however the body is cut into pieces."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from llmux.gateway.http.json_finder import JsonError, JsonFinder
+
+keys = st.sampled_from(["model", "stream", "mod\\el", "x", 'a"b', "models", "", "é", "model "])
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20), st.sampled_from(["alpha", 'a"\\b', "{", "]", ":", ",", "\\", "true"]),
+)  # fmt: skip
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(keys | st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+members = st.lists(st.tuples(keys, values), max_size=6)
+
+
+def written(pairs: list[tuple[str, Any]], ascii_only: bool, indent: int) -> bytes:
+    """An object that may have a key more than once."""
+    space = " " * indent
+    inner = f",{space}".join(
+        f"{space}{json.dumps(key, ensure_ascii=ascii_only)}{space}:{space}"
+        f"{json.dumps(value, ensure_ascii=ascii_only)}{space}"
+        for key, value in pairs
+    )
+    return f"{space}{{{inner}}}{space}\n".encode("utf-8", "surrogatepass")
+
+
+def found(body: bytes, cuts: list[int]) -> JsonFinder:
+    finder = JsonFinder()
+    at = 0
+    for cut in [*sorted({cut % (len(body) + 1) for cut in cuts}), len(body)]:
+        finder.feed(body[at:cut])
+        at = cut
+    finder.close()
+    return finder
+
+
+@given(members, st.booleans(), st.integers(0, 2), st.lists(st.integers(0, 500), max_size=8))
+@example([("model", "a"), ("x", {"model": "b"}), ("model", None)], True, 0, [])
+def test_it_sees_what_the_engines_parser_sees(
+    pairs: list[tuple[str, Any]], ascii_only: bool, indent: int, cuts: list[int]
+) -> None:
+    body = written(pairs, ascii_only, indent)
+    whole = json.loads(body)
+    finder = found(body, cuts)
+    model = whole.get("model")
+    assert finder.model == (model if isinstance(model, str) and model else None)
+    assert finder.stream == (whole.get("stream") is True)
+    if finder.model is not None:
+        start, end = finder.span
+        assert json.loads(body[start:end]) == model
+        renamed = json.loads(body[:start] + b'"renamed"' + body[end:])
+        assert renamed == whole | {"model": "renamed"}
+
+
+def test_every_letter_of_the_key_may_be_escaped() -> None:
+    body = b'{"\\u006d\\u006f\\u0064\\u0065\\u006c": "\\u0061lpha"}'
+    for cut in range(len(body)):
+        finder = found(body, [cut])
+        assert finder.model == "alpha"
+        assert body[slice(*finder.span)] == b'"\\u0061lpha"'
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        (b"{}", "missing"),
+        (b'{"model": null}', "missing"),
+        (b'{"model": 5}', "not a string"),
+        (b'{"model": ["a"]}', "not a string"),
+        (b'{"model": ""}', "empty"),
+    ],
+)
+def test_it_says_what_is_wrong(body: bytes, wrong: str) -> None:
+    finder = found(body, [])
+    assert finder.model is None and finder.wrong == wrong
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b'"x"', b'{"model": "a"', b'{"a": "b', b"{} x", b"{\0", b'{"a": ' + b"[" * 2000],
+)
+def test_what_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(JsonError):
+        found(body, [])
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        b"[" + b'"ab",' * (1 << 18) + b"1]",
+        b'"' + b"A" * (1 << 20) + b'"',
+        b"[" + b"123456," * (1 << 17) + b"1]",
+        b"[" + b"{}," * (1 << 18) + b"{}]",
+        b'"' + b"\\n" * (1 << 19) + b'"',
+        b"[" + b"[1,[2,[3,[4]]]]," * (1 << 16),
+        b'"' + b'\\"' * (1 << 19) + b'"',
+    ],
+    ids=["strings", "text", "numbers", "objects", "escapes", "depth", "quotes"],
+)  # fmt: skip
+def test_its_work_is_linear_and_its_memory_bounded(inner: bytes) -> None:
+    """1 MiB of anything; a nested tree of it is never built."""
+    finder = JsonFinder()
+    body = b'{"model": "a", "x": ' + inner
+    for at in range(0, len(body), 1 << 16):
+        finder.feed(body[at : at + (1 << 16)])
+    assert finder.model == "a"
+    assert finder._capture is None or len(finder._capture) < 1 << 16

@@ -1,0 +1,98 @@
+"""A validation is in manual mode: neither its end nor a crash in the middle leaves llmux there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from runtime_harness import OFFLOAD, STOP, begin_life, config_of, in_loop, model
+
+from llmux.core.events import ConfigChanged, LoadAsked, ModeSet
+from tests.twins.disk import MemoryStore
+from tests.twins.world import World
+
+CONFIG = config_of(model("a"), model("b"))
+
+
+@in_loop
+async def test_the_mode_that_operators_set_is_what_is_noted(tmp_path: Path) -> None:
+    world, store = World(), MemoryStore()
+    life = await begin_life(CONFIG, world, str(tmp_path), store)
+    noted: list[tuple[bool, object, object]] = []
+
+    def report(_phase: str, _seconds: float, _done: int, _total: int) -> None:
+        notes = store.load()
+        noted.append((life.loop.state.manual, notes.get("manual"), notes.get("pinned")))
+
+    result = await life.validation("a", report).run([OFFLOAD])
+    assert result["passed"]
+    assert (True, False, None) in noted
+    assert (True, True, "a") not in noted
+    await life.settled()
+    assert not life.loop.state.manual
+    life.loop.post(ModeSet(True, "b"))
+    await life.settled()
+    assert (store.load()["manual"], store.load()["pinned"]) == (True, "b")
+    await life.drop()
+
+
+@in_loop
+async def test_a_supervisor_killed_in_the_middle_is_followed_by_one_in_automatic_mode(
+    tmp_path: Path,
+) -> None:
+    world, store = World(), MemoryStore()
+    life = await begin_life(CONFIG, world, str(tmp_path), store)
+    documents = []
+
+    def report(phase: str, _seconds: float, _done: int, _total: int) -> None:
+        if phase == "sleep":
+            documents.append(store.load())
+
+    await life.validation("a", report).run([OFFLOAD])
+    await life.drop()
+    store.save(documents[0])  # what was on disk when it was killed
+    successor = await begin_life(CONFIG, world, str(tmp_path), store)
+    assert not successor.loop.state.manual
+    await successor.drop()
+
+
+@in_loop
+async def test_a_reload_during_a_validation_is_not_undone(tmp_path: Path) -> None:
+    world = World()
+    config = config_of(model("a", eviction=STOP), model("b"))
+    life = await begin_life(config, world, str(tmp_path), MemoryStore())
+    changed = replace(config.models["a"], eviction=STOP, wake_timeout_secs=77.0)
+    models = {**config.models, "a": changed}
+
+    def report(phase: str, _seconds: float, _done: int, _total: int) -> None:
+        if phase == "sleep":
+            life.loop.post(ConfigChanged(replace(config, models=MappingProxyType(models))))
+
+    result = await life.validation("a", report).run([OFFLOAD])
+    assert result["passed"], result
+    await life.settled()
+    assert life.loop.state.config.models["a"] == changed
+    assert life.loop.state.models["a"].config == changed
+    started = [call.args[0] for call in world.calls if call.operation == "units.start"]
+    assert ["--enable-sleep-mode" in spec.argv for spec in started] == [True]
+    life.loop.post(LoadAsked("a"))
+    await life.until_state("a", "serving")
+    assert "--enable-sleep-mode" not in world.engines["a"].spec.argv  # the trial is over
+    await life.drop()
+
+
+@in_loop
+async def test_an_engine_that_answers_without_its_memory_was_not_woken(tmp_path: Path) -> None:
+    world, store = World(), MemoryStore()
+    life = await begin_life(CONFIG, world, str(tmp_path), store)
+
+    def report(_phase: str, _seconds: float, _done: int, _total: int) -> None:
+        if "engine.wake a" in world.names():
+            world.engines["a"].held = dict.fromkeys(world.engines["a"].held, 0)
+
+    result = await life.validation("a", report).run([OFFLOAD])
+    (row,) = result["policies"]
+    assert not result["passed"]
+    assert [problem for problem in row["problems"] if "woke without its memory" in problem]
+    await life.drop()

@@ -1,0 +1,180 @@
+"""GPU and host memory as they are seen, not as a constant says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runtime_harness import (
+    DISCARD,
+    OFFLOAD,
+    Shop,
+    begin_life,
+    config_of,
+    in_loop,
+    in_virtual_time,
+    model,
+)
+
+from llmux.config.schema import Eviction, Process, Weights
+from llmux.core.events import ParkAsked
+from llmux.core.plans import Outcome, park_plan, start_plan, wake_plan
+from llmux.core.records import share_now
+from llmux.core.reducer import initial
+from llmux.runtime.learned import Learned
+from tests.twins.disk import MemoryStore
+from tests.twins.world import GIB, Size, World
+
+MODEL = model("a")
+
+
+def with_residue(gib: int) -> World:
+    """A sleep leaves so much of model a on its GPU of 80 GiB."""
+    world = World()
+    world.sizes["a"] = Size(context=gib * GIB)
+    return world
+
+
+@in_virtual_time
+async def test_an_engine_that_gave_back_half_has_left(tmp_path: Path) -> None:
+    """Before, what a sleep left beyond 3 % and 1 GiB ended the engine each time it slept."""
+    world = with_residue(7)
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, start_plan(MODEL, 60.0))
+    ended = await shop.run(MODEL, park_plan(MODEL, OFFLOAD))
+    assert ended.outcome is Outcome.PARKED, ended
+    assert world.used(0) == 7 * GIB
+
+
+@in_virtual_time
+async def test_one_that_keeps_its_weights_has_not(tmp_path: Path) -> None:
+    world = with_residue(60)
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, start_plan(MODEL, 60.0))
+    ended = await shop.run(MODEL, park_plan(MODEL, OFFLOAD))
+    assert ended.outcome is Outcome.DOWN
+    assert "still held" in ended.detail
+
+
+@in_virtual_time
+async def test_what_a_sleep_leaves_is_claimed_from_then_on(tmp_path: Path) -> None:
+    """b's 0.9 and a's 7 GiB do not fit: before, b's start ended for want of memory."""
+    world, store = with_residue(16), MemoryStore()
+    config = config_of(model("a"), model("b", gpu_memory=0.9))
+    life = await begin_life(config, world, str(tmp_path), store)
+    life.demand("a", waiting=1)
+    await life.until_state("a", "serving")
+    life.demand("b", waiting=1)
+    await life.until_state("b", "serving")
+    assert life.state_of("a") == "stopped", "nothing but that makes the room"
+    assert world.violations == []
+    await life.drop()
+
+
+@in_virtual_time
+async def test_the_next_supervisor_knows_what_was_learned(tmp_path: Path) -> None:
+    world, store = with_residue(8), MemoryStore()
+    config = config_of(model("a"), model("b", gpu_memory=0.5))
+    life = await begin_life(config, world, str(tmp_path), store)
+    life.demand("a", waiting=1)
+    await life.until_state("a", "serving")
+    life.demand("b", waiting=1)
+    await life.until_state("b", "serving")
+    assert share_now(life.loop.state.models["a"]) == pytest.approx(0.1)
+    await life.drop()
+    life = await begin_life(config, world, str(tmp_path), store)
+    assert share_now(life.loop.state.models["a"]) == pytest.approx(0.1)
+    await life.drop()
+
+
+@pytest.mark.parametrize("process", [Process.KEEP_RUNNING, Process.CHECKPOINT], ids=str)
+@in_loop
+async def test_weights_that_do_not_fit_into_host_memory_are_discarded(
+    tmp_path: Path, process: Process
+) -> None:
+    world = World()
+    world.sizes["a"] = Size(weights=40 * GIB)
+    world.memory_bytes = 32 * GIB
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, start_plan(MODEL, 60.0))
+    wanted = Eviction(Weights.OFFLOAD, process)
+    ended = await shop.run(MODEL, park_plan(MODEL, wanted))
+    kept = Eviction(Weights.DISCARD, process)
+    assert (ended.outcome, ended.eviction) == (Outcome.PARKED, kept)
+    assert "41.0 GiB of host memory, and MemAvailable is 32.0 GiB" in ended.detail
+    assert (await shop.run(MODEL, wake_plan(MODEL, kept))).outcome is Outcome.UP
+    assert world.names("engine.reload_weights") == ["engine.reload_weights a"]
+    assert world.violations == []
+
+
+@pytest.mark.parametrize("eviction", [OFFLOAD, DISCARD], ids=str)
+@in_loop
+async def test_weights_that_fit_are_parked_as_ordered(tmp_path: Path, eviction: Eviction) -> None:
+    world = World()
+    world.sizes["a"] = Size(weights=8 * GIB)
+    world.memory_bytes = 9 * GIB
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, start_plan(MODEL, 60.0))
+    ended = await shop.run(MODEL, park_plan(MODEL, eviction))
+    assert (ended.outcome, ended.eviction, ended.detail) == (Outcome.PARKED, None, "")
+
+
+@in_virtual_time
+async def test_a_release_is_verified_by_the_next_supervisor(tmp_path: Path) -> None:
+    """It finds an engine that says that it sleeps, in the middle of its parking."""
+    world, store = with_residue(60), MemoryStore()
+    config = config_of(model("a"))
+    life = await begin_life(config, world, str(tmp_path), store)
+    life.demand("a", waiting=1)
+    await life.until_state("a", "serving")
+    hold = world.hold("gpu.look", nth=2)  # after the sleep
+    life.loop.post(ParkAsked("a"))
+    await hold.reached.wait()
+    await life.drop()
+    life = await begin_life(config, world, str(tmp_path), store)
+    await life.loop.wait_for(lambda state: state.models["a"].state.value == "stopped", 30.0)
+    assert world.used(0) == 0
+    await life.drop()
+
+
+@in_virtual_time
+async def test_what_was_learned_outlives_a_reboot(tmp_path: Path) -> None:
+    """No note of a former supervisor is left then, and no engine."""
+    world, kept = with_residue(8), MemoryStore()
+    config = config_of(model("a"), model("b", gpu_memory=0.5))
+    life = await begin_life(config, world, str(tmp_path), MemoryStore())
+    life.loop.listeners.append(Learned(kept, life.drivers.places))
+    life.demand("a", waiting=1)
+    await life.until_state("a", "serving")
+    life.demand("b", waiting=1)
+    await life.until_state("b", "serving")
+    await life.drop()
+    places = life.drivers.places
+    state = initial(config, gpu_count=1, epoch_prefix="t")
+    record = Learned(kept, places).recall(state).models["a"]
+    assert (record.residue, record.awake) == (0.1, 0.9)
+
+    other = config_of(model("a", extra_args=("--max-model-len", "9")), model("b", gpu_memory=0.5))
+    state = initial(other, gpu_count=1, epoch_prefix="t")
+    found = Learned(kept, places).recall(state).models
+    assert (found["a"].residue, found["a"].awake) == (None, None), "it is another engine"
+    assert found["b"].awake == 0.5
+    for damaged in ({"a": 5}, {"a": {"started_as": "x", "awake": "much"}}):
+        assert Learned(MemoryStore(damaged), places).recall(state) == state
+    kept.broken = "cut short"
+    assert Learned(kept, places).recall(state) == state
+
+
+@in_virtual_time
+async def test_an_engine_that_holds_more_than_it_claims_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CUDA graphs come beside what vLLM is told to use."""
+    world = World()
+    shop = Shop(world, str(tmp_path))
+    world.sizes["a"] = Size(context=50 * GIB, weights=8 * GIB)
+    small = model("a", gpu_memory=0.5)
+    with caplog.at_level("WARNING"):
+        await shop.run(small, start_plan(small, 60.0))
+    print(world.used(0) / GIB, caplog.messages)
+    assert any("a holds 72.5 % of its GPUs, and claims 50.0 %" in text for text in caplog.messages)
