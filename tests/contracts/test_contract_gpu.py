@@ -101,6 +101,19 @@ def test_processes_and_devices(observer: Observer, hold: Holder) -> None:
     see(observer, look)
 
 
+@BOTH
+@pytest.mark.parametrize(("ticks", "seen"), [(-2, 0), (-1, 1), (1, 1), (2, 0)])
+def test_a_start_time_may_differ_by_the_tick_that_a_time_namespace_rounds(
+    observer: Observer, hold: Holder, ledger: Ledger, ticks: int, seen: int
+) -> None:
+    pid = hold(0, weights=7 * GIB)
+    start = find_start_time(pid)
+    assert start is not None
+    text = Path(ledger.path).read_text()
+    Path(ledger.path).write_text(text.replace(f'"start": {start}', f'"start": {start + ticks}'))
+    assert len(see(observer, observer.processes)) == seen
+
+
 def _end(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)

@@ -19,9 +19,8 @@ log = logging.getLogger("llmux")
 
 LOOK_SECS = 0.5  # before an engine is ended; NVML answers in milliseconds, or hangs
 POLL_SECS = 0.02  # NVML answers in well under a millisecond per device
-ROOM_SECS = (
-    5.0  # before a start or a wake: a driver that is late with a release needs a second or two
-)
+# Before a start or a wake: a driver that is late with a release needs a second or two.
+ROOM_SECS = 5.0
 SETTLED_SECS = 0.5  # so long without a change: the driver has given back what it will
 CLAIM_SLACK = 0.01  # of a GPU: more than rounding, less than what a neighbour would miss
 SLACK_BYTES = 1 << 30  # contexts and graphs differ between versions by some hundred MiB

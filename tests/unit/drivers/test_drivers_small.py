@@ -168,17 +168,11 @@ class TestRun:
 class TestGpus:
     def test_only_rows_of_the_living_count(self, tmp_path: Path) -> None:
         own, ticks = os.getpid(), start_ticks(os.getpid())
+        former = (ticks or 0) - 100  # of a process that had the pid before
         rows = [
             {"gpu": 0, "pid": own, "start": ticks, "model": "a", "kind": "weights", "bytes": 5},
             {"gpu": 0, "pid": own, "start": ticks, "model": "a", "kind": "kv", "bytes": 7},
-            {
-                "gpu": 1,
-                "pid": own,
-                "start": (ticks or 0) + 1,
-                "model": "b",
-                "kind": "kv",
-                "bytes": 9,
-            },
+            {"gpu": 1, "pid": own, "start": former, "model": "b", "kind": "kv", "bytes": 9},
         ]
         gpus = {"0": {"capacity": 80}, "1": {"capacity": 40}}
         path = tmp_path / "ledger.json"
