@@ -18,20 +18,9 @@ from typing import Any
 from llmux.config.schema import Eviction, ModelConfig
 from llmux.core.effects import DropAhead, Probe, ReadAhead, RestoreAhead, RunPlan
 from llmux.core.events import EngineExited, Event, OperationFinished, ProbeFinished
-from llmux.core.plans import (
-    Outcome,
-    PlanKind,
-    Step,
-    StepKind,
-)
+from llmux.core.plans import Outcome, PlanKind, Step, StepKind
 from llmux.core.records import ModelRecord
-from llmux.errors import (
-    Blame,
-    CheckpointFailed,
-    DriverTimeout,
-    EngineUnhealthy,
-    LlmuxError,
-)
+from llmux.errors import Blame, CheckpointFailed, DriverTimeout, EngineUnhealthy, LlmuxError
 from llmux.image_ports import Image
 from llmux.ports import UnitHandle
 from llmux.runtime.engines.deaths import with_cause

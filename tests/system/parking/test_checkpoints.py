@@ -46,6 +46,21 @@ def test_the_running_supervisor_makes_an_image_and_shows_it(lab: ParkingLab) -> 
     assert told["error"]["code"] == "invalid_request"  # its engine is started otherwise
 
 
+def test_the_order_of_the_page_makes_an_image_that_is_restored(lab: ParkingLab) -> None:
+    """The page's button posts to this route; root on a unix socket needs no key for it."""
+    socket = "/run/llmux-gateway/http.sock"
+    listen = [f"unix:{socket}", "127.0.0.1:3000"]
+    lab.begin({"alpha": small("discard+checkpoint")}, gateway={"listen": listen})
+    lab.good("alpha")
+    words = ["curl", "-sS", "--unix-socket", socket, "-H", "content-type: application/json"]
+    url = "http://localhost/control/checkpoint"
+    said = json.loads(lab.run([*words, "-d", '{"model": "alpha"}', url]).stdout)
+    assert said["message"].startswith("Model alpha has an image in /var/lib/llmux/checkpoints"), said
+    assert list(lab.images()) == ["alpha"]
+    lab.good("alpha")
+    assert lab.said("Restoring alpha from checkpoint")
+
+
 def test_an_image_that_fits_no_more_says_why(lab: ParkingLab) -> None:
     lab.begin({"alpha": small("discard+checkpoint")})
     lab.cli("checkpoint", "alpha", "--no-warmup")
