@@ -6,7 +6,6 @@ import http.client
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,8 @@ def test_tree_has_vllms_processes_and_goes_without_a_trace(start: Start, ledger:
     ]
     assert shared_files(children["VLLM::Worker_TP"]) == files
     assert [row.pid for row in ledger.rows()] == [children["VLLM::Worker_TP"]] * 3
-    begun = time.monotonic()
     engine.process.send_signal(signal.SIGTERM)
     assert engine.wait_exit() == 0
-    assert time.monotonic() - begun < 2, "an orderly end takes a moment, not seconds"
     assert not [path for path in files if os.path.exists(path)]
     assert ledger.rows() == []
     assert not [pid for pid in children.values() if find_start_time(pid) is not None]
