@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from llmux.config.schema import PolicyConfig
 from llmux.core.policies.base import Resident, Waiting
-from llmux.core.policies.fair import DRAINS, OVERHEAD, TURN, Fair, drain_of, drained_in
+from llmux.core.policies.fair import (
+    DRAINS,
+    OVERHEAD,
+    TURN,
+    Fair,
+    answers_per_second,
+    drain_of,
+    drained_in,
+)
 
 SECONDS = st.floats(0, 600, allow_nan=False)
 NOW = 10_000.0
@@ -83,3 +91,28 @@ def test_a_model_is_overtaken_only_by_those_that_were_away_all_the_time(
             early = models[former]
             if early.oldest_since > late.oldest_since:
                 assert early.away_since <= late.oldest_since
+
+
+FEW = st.integers(0, 4)  # so that ties are drawn
+
+
+@settings(max_examples=examples(300), deadline=None)
+@given(st.lists(st.tuples(FEW, FEW, FEW, FEW, st.integers(0, 1)), max_size=12))
+def test_the_order_is_the_rule_word_by_word(facts: list[tuple[int, int, int, int, int]]) -> None:
+    waiting = [
+        Waiting(f"m{number}", requests, since, cost, priority=priority, away_since=away)
+        for number, (requests, since, cost, away, priority) in enumerate(facts)
+    ]
+    left = sorted(waiting, key=lambda one: (-one.priority, one.oldest_since, one.model))
+    expected: list[str] = []
+    while left:
+        first = left[0]
+        may_come = [
+            one
+            for one in left
+            if one.priority == first.priority and one.away_since <= first.oldest_since
+        ]
+        best = max((first, *may_come), key=answers_per_second)
+        left.remove(best)
+        expected.append(best.model)
+    assert list(Fair(PolicyConfig()).order(waiting, NOW)) == expected

@@ -21,7 +21,10 @@ model is overtaken by each other one once at most.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,16 +55,8 @@ class Fair:
     def order(self, waiting: Sequence[Waiting], now: float) -> Sequence[str]:
         left = sorted(waiting, key=lambda one: (-one.priority, one.oldest_since, one.model))
         order: list[str] = []
-        while left:
-            first = left[0]
-            round_ = [
-                one
-                for one in left
-                if one.priority == first.priority and one.away_since <= first.oldest_since
-            ]
-            best = max((first, *round_), key=answers_per_second)
-            left.remove(best)
-            order.append(best.model)
+        for _, ties in itertools.groupby(left, key=lambda one: one.priority):
+            order += _rounds(list(ties))
         return order
 
     def victims(self, residents: Sequence[Resident]) -> Sequence[str]:
@@ -82,6 +77,31 @@ class Fair:
                 return oldest
             turn = TURN * (victim.leave + victim.back) + DRAINS * drain
         return max(oldest + self.config.max_wait_secs, victim.serving_since + turn)
+
+
+def _rounds(left: list[Waiting]) -> list[str]:
+    """Models of one priority, the longest waiting in front, in the order in which they come. Each
+    is weighed once, since hundreds may wait."""
+    by_absence = deque(sorted(range(len(left)), key=lambda at: left[at].away_since))
+    heap: list[tuple[float, int]] = []  # who may come now; of equals the longest waiting
+    entered = [False] * len(left)
+    came = [False] * len(left)
+    order: list[str] = []
+
+    def enter(at: int) -> None:
+        if not entered[at]:
+            entered[at] = True
+            heapq.heappush(heap, (-answers_per_second(left[at]), at))
+
+    for at, first in enumerate(left):
+        while not came[at]:
+            enter(at)
+            while by_absence and left[by_absence[0]].away_since <= first.oldest_since:
+                enter(by_absence.popleft())
+            _, next_ = heapq.heappop(heap)
+            came[next_] = True
+            order.append(left[next_].model)
+    return order
 
 
 def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float) -> Cycle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_of_those_that_were_away_all_the_time_fair_takes_the_one_with_the_most_a
     assert policy.order([early, crowd], 10.0) == ["crowd", "early"]
     served = replace(crowd, away_since=4.0)
     assert policy.order([early, served], 10.0) == ["early", "crowd"], "it had its turn"
+
+
+@pytest.mark.parametrize("kind", list(PolicyType))
+def test_twice_as_many_models_that_wait_cost_about_twice_the_work(kind: PolicyType) -> None:
+    policy = policy_for(config(kind))
+
+    def calls(count: int) -> int:
+        waiting = [Waiting(f"m{n:03}", n % 7 + 1, float(n), away_since=0.0) for n in range(count)]
+        made = 0
+
+        def count_one(_frame: object, _event: str, _what: object) -> None:
+            nonlocal made
+            made += 1
+
+        sys.setprofile(count_one)
+        try:
+            policy.order(waiting, 1000.0)
+        finally:
+            sys.setprofile(None)
+        return made
+
+    assert calls(400) < 3 * calls(200)
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))
