@@ -22,8 +22,9 @@ from llmux.engines import is_shown_variable
 BOOT_ID: Final = "boot_id"
 _READ_WHOLE: Final = 1 << 30
 _END: Final = 16 << 20
+# A token in the middle of a name is one of text: --max-num-batched-tokens, --tokenizer.
 _SECRET_ARGUMENT: Final = re.compile(
-    r"^--?[\w-]*(api-?key|token|secret|password)[\w-]*", re.IGNORECASE
+    r"^--?[\w-]*((api-?key|secret|password)[\w-]*|token)$", re.IGNORECASE
 )
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _TOKENIZER_FILES: Final = (

@@ -400,6 +400,22 @@ def test_secrets_are_hashed_and_their_change_is_seen() -> None:
     assert [key for key in one if one[key] != other[key]] == ["env.VLLM_API_KEY"]
 
 
+def test_tokens_of_text_are_no_secrets() -> None:
+    argv = [
+        "vllm",
+        "serve",
+        "m",
+        "--max-num-batched-tokens",
+        "2048",
+        "--max_num_batched_tokens=1",
+        "--tokenizer",
+        "t",
+    ]
+    assert images_identity.hidden_argv(argv) == " ".join(argv)
+    for name in ("--api-key", "--hf-token", "--hf_token", "--ssl-password-file", "-token"):
+        assert "hush" not in images_identity.hidden_argv([name, "hush"])
+
+
 def test_a_snapshot_is_known_by_its_commit_and_a_directory_by_its_files(
     tmp_path: pathlib.Path,
 ) -> None:

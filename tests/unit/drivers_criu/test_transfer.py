@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pathlib
+from typing import Any
 
 import pytest
 from transfer_site import Site, quiet
 
+from llmux.cli.images import transfer
+from llmux.cli.main import main
 from llmux.daemon.images import ExportedImage, import_image
 from llmux.drivers.images.files import SEGMENT
 from llmux.drivers.images.manifest import load_manifest
 from llmux.drivers.transfer.header import BadStream, Header
 from llmux.drivers.transfer.stream import Import, receive_header, segments
 from llmux.errors import LlmuxError
+from tests.json_shape import faults, schema
+
+OUTPUTS = schema("outputs.schema.json")["$defs"]
 
 # ---- there and back ------------------------------------------------------------------------------
 
@@ -93,3 +100,27 @@ def test_every_segment_has_a_name_that_a_tar_header_holds(sites: tuple[Site, Sit
     names = [segment.name for segment in segments(header.manifest)]
     assert len(names) == len(set(names))
     assert max(map(len, names)) <= 100
+
+
+# ---- what the verbs print ------------------------------------------------------------------------
+
+
+def test_what_the_verbs_print_is_as_described(
+    sites: tuple[Site, Site],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    there, here = sites
+
+    def printed(site: Site, *words: str) -> Any:
+        monkeypatch.setattr(transfer, "order", lambda _, verb, values: site.ask(verb, values))
+        assert main(["images", *words, "--json", "-c", site.config]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    exported = printed(there, "export", "m", "--to", str(tmp_path))
+    assert faults(OUTPUTS["images_export"], exported) == []
+    assert faults(OUTPUTS["images_received"], printed(here, "received", "m")) == []
+    imported = printed(here, "import", exported["to"])
+    assert faults(OUTPUTS["images_import"], imported) == []
+    assert imported["path"] == f"{here.store.directory('m')}/images"

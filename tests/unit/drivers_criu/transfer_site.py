@@ -80,7 +80,14 @@ class Site:
         model = values["model"]
         if verb == "image_adopt":
             image = self.store.adopt(model, self.identity)
-            return {"model": model, "path": image.path, "disk_bytes": image.disk_bytes}
+            return {
+                "message": f"Model {model} has an image in {image.path}",
+                "model": model,
+                "path": image.path,
+                "eviction": str(image.recipe["eviction"]),
+                "apparent_bytes": image.apparent_bytes,
+                "disk_bytes": image.disk_bytes,
+            }
         found = self.store.find(model, self.identity)
         path = getattr(found, "path", None)
         return {

@@ -12,7 +12,7 @@ from runtime_harness import OFFLOAD, begin_life, config_of, in_loop, model
 
 from llmux.config.schema import Eviction
 from llmux.core.adopt import Note
-from llmux.core.events import LoadAsked, ParkAsked, PinSet
+from llmux.core.events import ConfigChanged, LoadAsked, ParkAsked, PinSet
 from llmux.core.reducer import initial
 from llmux.core.states import ModelState
 from llmux.ports import Canary
@@ -105,3 +105,19 @@ def test_evictions_are_read_as_they_are_printed() -> None:
     for wrong in ("offload", "offload+", "+stop", "a+b"):
         with pytest.raises(ValueError, match=r"\w"):
             Eviction.parse(wrong)
+
+
+@in_loop
+async def test_the_journal_says_last_that_a_removed_model_is_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    with tempfile.TemporaryDirectory() as runtime:
+        life = await begin_life(config_of(model("a"), model("b")), World(), runtime, MemoryStore())
+        life.loop.post(LoadAsked("a"))
+        await life.until_state("a", "serving")
+        life.loop.post(ConfigChanged(config_of(model("b"))))
+        await life.settled()
+        said = [r.getMessage() for r in caplog.records if getattr(r, "model", None) == "a"]
+        assert said[-1] == "a: gone, it was removed from the configuration"
+        await life.drop()

@@ -22,6 +22,9 @@ from llmux.errors import LlmuxError
 from llmux.runtime.arrivals import ArrivalLog
 from llmux.sim.journal import read_journal
 from llmux.sim.trace import Arrival
+from tests.json_shape import faults, schema
+
+SIM = schema("outputs.schema.json")["$defs"]["sim"]
 
 START = 1_700_000_000.0
 
@@ -132,6 +135,8 @@ def test_the_verb_compares_all_policies(tmp_path: Path, capsys: pytest.CaptureFi
     assert "fair (configured)" in said
     assert "time_slice" in said
     assert main([*verb, "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"fair", "fifo", "cost_aware", "time_slice"}
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"fair", "fifo", "cost_aware", "time_slice"}
+    assert [faults(SIM, one) for one in found.values()] == [[]] * 4
     assert main([*verb, "--policy", "fifo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["requests"] == 9

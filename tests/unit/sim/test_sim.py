@@ -30,6 +30,9 @@ from llmux.sim.plot import drawing, svg
 from llmux.sim.report import jain, report
 from llmux.sim.trace import Arrival, read_trace
 from llmux.sim.world import Result, Simulation
+from tests.json_shape import faults, schema
+
+SIM = schema("outputs.schema.json")["$defs"]["sim"]
 
 OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
 COSTS = Costs(ModelCosts(start=10.0, wake=4.0, park=1.0))
@@ -194,6 +197,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["wait_s"]["max"] == 7
     assert found["bound"]["exact"]
+    assert faults(SIM, found) == []
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
     assert main(verb) == 0
     assert "2 requests" in capsys.readouterr().out

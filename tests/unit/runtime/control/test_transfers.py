@@ -11,7 +11,9 @@ from test_verbs import Desk, desk
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.errors import CheckpointFailed, Reason
 from llmux.image_ports import NONE_MADE, Image
+from tests.json_shape import faults, schema
 
+OUTPUTS = schema("outputs.schema.json")["$defs"]
 CHECKPOINT = Eviction(Weights.DISCARD, Process.CHECKPOINT)
 SALT = "0" * 32
 
@@ -48,7 +50,9 @@ async def test_an_image_that_arrived_is_what_the_model_wakes_from() -> None:
         with pytest.raises(CheckpointFailed):
             await d.ask("image_adopt", model="a")
         d.world.arrived["a"] = image
-        assert (await d.ask("image_adopt", model="a"))["path"] == image.path
+        adopted = await d.ask("image_adopt", model="a")
+        assert adopted["path"] == image.path
+        assert faults(OUTPUTS["images_import"], {**adopted, "warnings": []}) == []
         await d.life.settled()
         assert d.life.loop.state.models["a"].image == CHECKPOINT
         d.world.calls.clear()
