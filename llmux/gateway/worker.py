@@ -16,6 +16,7 @@ from llmux.gateway.admission.key_limits import share
 from llmux.gateway.admission.keys import Guard, LoadKeys
 from llmux.gateway.admission.queue import T
 from llmux.gateway.admission.retry_after import Switches
+from llmux.gateway.client.turns import Turns
 from llmux.gateway.http.budget import BodyBudget
 from llmux.gateway.http.cors import Cors
 from llmux.gateway.http.hosts import Hosts
@@ -47,6 +48,7 @@ class Worker(Generic[T]):
         self.max_body_bytes = settings.max_body_bytes
         self.max_connections = share(settings.max_connections, settings.workers)
         self.bodies = BodyBudget(share(settings.max_buffered_bytes, settings.workers))
+        self.turns = Turns()
         self.keep_alive_secs = settings.keep_alive_comment_secs
         self.startup_secs = config.startup_timeout_secs
         self.draining = self.closing = self.supervisor_lost = False

@@ -15,7 +15,7 @@ import httptools
 
 from llmux.errors import Reason, Refused
 from llmux.gateway.client.authorize import authorize
-from llmux.gateway.client.body import BodyReceiver
+from llmux.gateway.client.body import MAX_PIECES_BYTES, BodyReceiver
 from llmux.gateway.client.sanic_bridge import SanicBridge
 from llmux.gateway.dispatch import Dispatch
 from llmux.gateway.exchange.exchange import Exchange
@@ -93,6 +93,7 @@ class ClientConnection(SanicBridge):
 
     def data_received(self, data: bytes) -> None:
         if self._discarding:
+            self.worker.turns.wait(self.transport)
             return
         head = self._headers
         self._fed = len(data)
@@ -108,8 +109,11 @@ class ClientConnection(SanicBridge):
                 self._head_bytes += len(data)
                 if self._head_bytes > MAX_HEAD:
                     self._reject_head()
-        if self._current is not None and self.exchange is None and not self.sanic_busy:
-            self._check_rate()
+        if self._current is not None:
+            if self.exchange is None and not self.sanic_busy:
+                self._check_rate()
+            if self._body.size > MAX_PIECES_BYTES and not self._paused:
+                self.worker.turns.wait(self.transport)
         if self._queue:
             self._next()
 
@@ -240,6 +244,8 @@ class ClientConnection(SanicBridge):
         """Refuse the request being received, after the queued ones, and discard further input."""
         if self._discarding:
             return
+        # its frames refer to the body's last piece and to what keeps this, in a circle
+        problem.__traceback__ = problem.__context__ = None
         incoming = self._current or Incoming()
         incoming.problem = problem
         incoming.drop_body()

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 
-MEMORY_BYTES = 256 * 1024  # of one upload; a longer one is kept in an unlinked file
+MEMORY_BYTES = 128 * 1024  # of one upload; a longer one is kept in an unlinked file
 MAX_PART_HEAD = 16 * 1024
 MAX_MODEL = 1024
 

@@ -25,7 +25,8 @@ CONNECTIONS = 500 if WHOLE else 40
 BUDGET = 1 << 30 if WHOLE else 80 << 20
 BODY = 60 << 20
 MOST_RESIDENT = 300 << 20
-STALLED_SECS = 3.0  # nothing was taken or answered for so long: what comes is held back
+# nothing was taken or answered for so long: what comes is held back
+STALLED_SECS = 20.0 if WHOLE else 3.0
 PIECE = b" " * (1 << 18)
 STARTS = {
     "OPTIONS": "OPTIONS /v1/chat/completions", "POST health": "POST /health",

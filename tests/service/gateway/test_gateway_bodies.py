@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 
@@ -12,6 +13,7 @@ from gateway_harness import EngineRequest, Stage, a_config, in_loop, stage, unti
 from llmux.config.keyfile import hash_key
 from llmux.config.schema import Key, KeyRole
 from llmux.gateway.client import connection
+from llmux.gateway.http.request import Incoming
 
 ADMIN = "sk-admin"
 KEYS = (Key("admin", hash_key(ADMIN), role=KeyRole.ADMIN),)
@@ -49,6 +51,34 @@ def test_no_body_is_kept_where_none_is_needed(start: str) -> None:
             await until(lambda: s.gateway.clients == 3)
             assert s.gateway.bodies.used == 0
             del kept
+
+    run()
+
+
+@pytest.mark.parametrize("wrong", ["no room", "not JSON"])
+def test_of_a_refused_body_nothing_is_kept(wrong: str) -> None:
+    """The refusal's frames kept its last piece until the garbage collector came."""
+
+    def refused() -> list[Incoming]:
+        found = [thing for thing in gc.get_objects() if isinstance(thing, Incoming)]
+        return [incoming for incoming in found if incoming.problem is not None]
+
+    @in_loop
+    async def run() -> None:
+        async with stage(a_config(max_buffered_bytes=2 * MIB)) as s:
+            if wrong == "no room":
+                await half(s, "POST /v1/completions", 2 * MIB // 8 * 7, b"{" + b" " * MIB)
+                await until(lambda: s.gateway.bodies.used > MIB)
+            gc.collect()
+            gc.disable()
+            try:
+                client = await s.client()
+                body = b"{" + (b" " if wrong == "no room" else b"}{") * MIB
+                client.send("/v1/completions", body=body[:MIB])
+                assert (await client.answer()).status == {"no room": 503, "not JSON": 400}[wrong]
+                await until(lambda: refused() == [])
+            finally:
+                gc.enable()
 
     run()
 
