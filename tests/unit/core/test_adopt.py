@@ -60,6 +60,7 @@ def test_a_failed_model_goes_on_backing_off_no_longer_than_configured() -> None:
     adopted, effects = adopt(state, [], [], 100.0, {"a": note, "gone": note})
     record = adopted.models["a"]
     assert record.phase == Failed(90.0, 160.0, "it died")
+    assert not record.phase.held, "its GPU may be given out"
     assert (record.failures, effects) == (3, ())
 
 
@@ -102,6 +103,14 @@ def test_parking_goes_on_behind_what_is_seen_done(process: Process) -> None:
     assert plan_of(found(note, sleeping=True)[1]) == f"park from {next_one}"
     _, effects = found(note, healthy=False, sleeping=None, suspended=True)
     assert plan_of(effects) == "park from cuda_suspend", "it may not answer what comes before"
+
+
+def test_a_note_of_a_parked_engine_that_does_not_say_how_is_no_note() -> None:
+    record, _ = found(Note(S.PARKED), sleeping=True)
+    assert isinstance(record.phase, Parked)
+    assert record.phase.eviction.process is Process.KEEP_RUNNING
+    serving, _ = found(Note(S.PARKED))
+    assert isinstance(serving.phase, Serving)
 
 
 def test_a_parked_engine_stays_parked_as_it_was() -> None:

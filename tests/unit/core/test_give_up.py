@@ -8,7 +8,7 @@ from core_harness import Core, config_of, model
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.effects import OrderAnswered, Verdict
 from llmux.core.events import ConfigChanged, EngineExited, LoadAsked, OperationFinished, ParkAsked
-from llmux.core.plans import Outcome
+from llmux.core.plans import Outcome, stop_plan
 from llmux.core.states import ModelState
 from llmux.errors import Reason
 
@@ -29,6 +29,7 @@ def test_unload_ends_a_start_and_refuses_what_waits_for_it() -> None:
     core.happen(ParkAsked("a", STOP, 7))
     assert [answer.verdict for answer in core.done(OrderAnswered)] == [Verdict.ACCEPTED]
     assert core.plans() == ["stop a"]
+    assert core.running["a"].plan == stop_plan(core.record("a").config, grace=False), "it may hang"
     assert core.refused() == [("a", Reason.START_FAILED)]
     assert core.at("a") is ModelState.STOPPING
     core.happen(OperationFinished("a", former.op, Outcome.UP))  # it was ready at the last moment
@@ -45,6 +46,17 @@ def test_a_reload_that_removes_the_model_ends_its_start() -> None:
     assert core.plans() == ["stop a"]
     core.finish("a")
     assert set(core.state.models) == {"b"}
+
+
+def test_a_reload_forgets_a_model_that_failed_but_not_one_that_cannot_be_killed() -> None:
+    failed, held = starting(), starting()
+    failed.finish("a", Outcome.DOWN, "exit status 1")
+    held.finish("a", Outcome.STUCK, "state D")
+    for core in (failed, held):
+        assert core.at("a") is ModelState.FAILED
+        core.happen(ConfigChanged(config_of(model("b"))))
+    assert set(failed.state.models) == {"b"}
+    assert set(held.state.models) == {"a", "b"}, "it holds its GPU"
 
 
 def test_sleep_lets_a_start_end_and_parks_then() -> None:

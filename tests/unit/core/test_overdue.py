@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 from core_harness import Core, model
 
+from llmux.core.effects import SendCut
 from llmux.core.events import OperationFinished
 from llmux.core.plans import Outcome
+from llmux.core.records import Draining
 from llmux.core.states import ModelState
 from llmux.core.transaction import OVERDUE_SECS
 
 
 def _starting() -> Core:
-    core = Core(model("a"))
+    core = Core(model("resting"), model("a"))
     core.demand("a", waiting=1)
     return core
 
@@ -57,3 +59,33 @@ def test_an_operation_without_an_end_is_given_up_and_its_engine_killed(begin: ob
     core.finish("a")
     assert core.at("a") in (ModelState.FAILED, ModelState.STOPPED)
     assert not getattr(core.record("a").phase, "held", False)
+
+
+def drain_limit(core: Core, name: str) -> float:
+    """Seconds from the beginning of its drain to the cut."""
+    draining = core.record(name).phase
+    assert isinstance(draining, Draining)
+    return draining.deadline - draining.since
+
+
+def test_a_victim_of_a_cut_gets_one_turn_without() -> None:
+    core = Core(model("a"), model("b"), drain_timeout_secs=5.0, request_timeout_secs=300.0)
+    core.serve("a")
+
+    def switch(leaves: str, comes: str, *, cut: bool) -> float:
+        core.demand(leaves, in_flight=1)
+        core.demand(comes, waiting=1)
+        limit = drain_limit(core, leaves)
+        if cut:
+            core.pass_time(5)
+            assert core.done(SendCut)
+        core.park(leaves)
+        core.finish(comes)
+        core.demand(comes)
+        return limit
+
+    assert switch("a", "b", cut=True) == 5.0
+    assert switch("b", "a", cut=False) == 5.0
+    assert switch("a", "b", cut=False) == 300.0, "else they cut each other for ever"
+    assert switch("b", "a", cut=False) == 5.0
+    assert switch("a", "b", cut=False) == 5.0

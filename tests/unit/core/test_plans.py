@@ -12,8 +12,10 @@ from llmux.core.plans import (
     Outcome,
     Plan,
     StepKind,
+    deepen_plan,
     park_plan,
     resume_start_plan,
+    reuse_plan,
     start_plan,
     stop_plan,
     wake_plan,
@@ -45,6 +47,7 @@ def all_plans() -> list[Plan]:
         stop_plan(MODEL, grace=False),
         *(park_plan(MODEL, eviction) for eviction in EVICTIONS),
         *(wake_plan(MODEL, eviction) for eviction in PARKED),
+        reuse_plan(MODEL, Eviction(Weights.DISCARD, Process.CHECKPOINT)),
     ]
 
 
@@ -86,6 +89,39 @@ def test_level_two_wakes_weights_then_reloads_then_the_cache(process: Process) -
         (K.WAKE_UP, ("kv_cache",)),
         (K.RESET_PREFIX_CACHE, ()),
     ]
+
+
+def test_a_woken_engine_that_cannot_empty_its_cache_is_used_all_the_same() -> None:
+    plan = wake_plan(MODEL, DISCARD)
+    assert [step.kind for step in plan.steps if step.optional] == [K.RESET_PREFIX_CACHE]
+
+
+def test_what_has_an_image_already_is_not_asked_politely() -> None:
+    plan = reuse_plan(MODEL, Eviction(Weights.DISCARD, Process.CHECKPOINT))
+    assert kinds(plan) == [K.LEAVE_GPU, K.KILL, K.VERIFY_RELEASE]
+    assert (plan.success, plan.fallback) == (Outcome.PARKED, plan.steps)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "present", [p for p in Process if p not in (Process.STOP, Process.CHECKPOINT)]
+)
+def test_what_is_parked_goes_deeper_by_what_it_has_not_done(present: Process, ranks: int) -> None:
+    model = ModelConfig(
+        "m",
+        "org/m",
+        extra_args=("--tensor-parallel-size", str(ranks)),
+        allow_tensor_parallel_parking=True,
+    )
+    plan = deepen_plan(
+        model,
+        Eviction(Weights.OFFLOAD, present),
+        Eviction(Weights.OFFLOAD, Process.CHECKPOINT),
+    )
+    thawed = [] if present is Process.KEEP_RUNNING else [K.THAW]
+    asked = [K.RESET_PREFIX_CACHE, *([K.COMM_SUSPEND] if ranks > 1 else []), K.CUDA_SUSPEND]
+    suspended = [] if present is Process.CUDA_SUSPEND else asked
+    assert kinds(plan) == [*thawed, *suspended, K.LEAVE_CLAIM, K.DUMP, K.VERIFY_RELEASE]
 
 
 def test_the_sleep_level_follows_the_weights() -> None:

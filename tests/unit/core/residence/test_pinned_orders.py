@@ -49,6 +49,17 @@ def test_requests_wait_and_get_their_turn_when_the_pin_ends() -> None:
     assert core.at("alpha") is ModelState.DRAINING
 
 
+def test_an_order_for_what_requests_wait_for_waits_with_them() -> None:
+    core = Core(model("alpha"), model("beta"))
+    core.serve("alpha")
+    core.happen(PinSet("alpha", math.inf))
+    core.demand("beta", waiting=1)
+    core.happen(LoadAsked("beta", 7))
+    assert answer(core).verdict is Verdict.ACCEPTED
+    core.happen(PinSet("alpha", None))
+    assert core.at("alpha") is ModelState.DRAINING
+
+
 def test_an_order_waits_for_what_can_still_leave() -> None:
     half = {"gpu_memory": 0.5, "gpu_memory_parked": 0.0}
     core = Core(model("alpha", **half), model("gamma", **half), model("beta", **half))
