@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from core_harness import OFFLOAD, config_of, model
+from core_harness import CHECKPOINT, OFFLOAD, config_of, model
 
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.adopt import Note, Observation, adopt
 from llmux.core.effects import Effect, Probe, RunPlan
+from llmux.core.events import ImageKnown
 from llmux.core.plans import StepKind, resume_wake_plan, wake_plan
 from llmux.core.records import Failed, ModelRecord, Parked, Serving, Waking
 from llmux.core.reducer import initial
@@ -103,6 +104,15 @@ def test_parking_goes_on_behind_what_is_seen_done(process: Process) -> None:
     assert plan_of(found(note, sleeping=True)[1]) == f"park from {next_one}"
     _, effects = found(note, healthy=False, sleeping=None, suspended=True)
     assert plan_of(effects) == "park from cuda_suspend", "it may not answer what comes before"
+
+
+def test_images_on_disk_are_what_their_models_are_restored_from() -> None:
+    state = initial(config_of(model("a"), model("b")), gpu_count=1, epoch_prefix="new")
+    images = [ImageKnown("gone", CHECKPOINT, 5), ImageKnown("a", CHECKPOINT, 7)]
+    adopted, _ = adopt(state, [], images, now=100.0)
+    record = adopted.models["a"]
+    assert (record.image, record.image_bytes) == (CHECKPOINT, 7)
+    assert adopted.models["b"].image is None
 
 
 def test_a_note_of_a_parked_engine_that_does_not_say_how_is_no_note() -> None:

@@ -61,6 +61,16 @@ def test_an_operation_without_an_end_is_given_up_and_its_engine_killed(begin: ob
     assert not getattr(core.record("a").phase, "held", False)
 
 
+def test_an_operation_without_an_end_is_a_failure_like_others() -> None:
+    core = _starting()
+    core.finish("a", Outcome.DOWN, "exit status 1")
+    core.pass_time(600)
+    core.demand("a", waiting=1)
+    assert core.at("a") is ModelState.STARTING
+    core.pass_time(core.running["a"].plan.deadline + OVERDUE_SECS)
+    assert (core.at("a"), core.record("a").failures) == (ModelState.FAILED, 2)
+
+
 def drain_limit(core: Core, name: str) -> float:
     """Seconds from the beginning of its drain to the cut."""
     draining = core.record(name).phase

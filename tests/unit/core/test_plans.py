@@ -19,6 +19,7 @@ from llmux.core.plans import (
     start_plan,
     stop_plan,
     wake_plan,
+    without_image_plan,
 )
 
 K = StepKind
@@ -91,15 +92,40 @@ def test_level_two_wakes_weights_then_reloads_then_the_cache(process: Process) -
     ]
 
 
-def test_a_woken_engine_that_cannot_empty_its_cache_is_used_all_the_same() -> None:
-    plan = wake_plan(MODEL, DISCARD)
-    assert [step.kind for step in plan.steps if step.optional] == [K.RESET_PREFIX_CACHE]
+CHECKPOINTED = Eviction(Weights.DISCARD, Process.CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("plan", "may_fail"),
+    [
+        (start_plan(MODEL, 600.0), [K.DESCRIBE]),
+        (wake_plan(MODEL, DISCARD), [K.RESET_PREFIX_CACHE]),
+        (park_plan(MODEL, DISCARD), []),
+        (park_plan(MODEL, CHECKPOINTED), [K.RESET_PREFIX_CACHE, K.LEAVE_CLAIM]),
+        (stop_plan(MODEL), [K.LEAVE_GPU, K.TERMINATE]),
+    ],
+    ids=["start", "wake", "sleep", "dump", "stop"],
+)
+def test_what_may_fail_and_is_passed_over(plan: Plan, may_fail: list[StepKind]) -> None:
+    assert [step.kind for step in plan.steps if step.optional] == may_fail
 
 
 def test_what_has_an_image_already_is_not_asked_politely() -> None:
-    plan = reuse_plan(MODEL, Eviction(Weights.DISCARD, Process.CHECKPOINT))
+    plan = reuse_plan(MODEL, CHECKPOINTED)
     assert kinds(plan) == [K.LEAVE_GPU, K.KILL, K.VERIFY_RELEASE]
     assert (plan.success, plan.fallback) == (Outcome.PARKED, plan.steps)
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_an_engine_that_stays_after_a_failed_dump_is_not_asked_politely(suspended: bool) -> None:
+    plan = without_image_plan(MODEL, DISCARD, suspended=suspended)
+    assert plan is not None
+    assert plan.fallback == reuse_plan(MODEL, DISCARD).steps
+
+
+def test_only_a_checkpoint_makes_an_image() -> None:
+    dumping = [e for e in EVICTIONS if park_plan(MODEL, e).dumps]
+    assert dumping == [e for e in EVICTIONS if e.process is Process.CHECKPOINT]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -192,6 +192,16 @@ def test_a_model_whose_image_has_no_room_beside_others_is_stopped() -> None:
     assert sorted(leaving(core, name).process for name in "ab") == ["checkpoint", "stop"]
 
 
+def test_what_is_parked_and_has_no_room_for_an_image_is_stopped_by_the_rung_below() -> None:
+    core = core_of("a", below=(Eviction(Weights.OFFLOAD, Process.CHECKPOINT), STOP))
+    core.serve("a")
+    park(core, "a", 30)
+    config = replace(core.state.config, checkpoint=CheckpointConfig(max_bytes=GIB))
+    core.happen(ConfigChanged(config))
+    core.happen(MemoryPressure(True))
+    assert core.at("a") is ModelState.STOPPING
+
+
 def test_without_a_ladder_nothing_goes_down() -> None:
     core = core_of("a", below=(), parked_max_bytes=GIB, idle_timeout_secs=10.0)
     core.serve("a")

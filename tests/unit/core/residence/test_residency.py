@@ -131,10 +131,12 @@ def test_zero_means_never_and_manual_mode_leaves_models_alone() -> None:
 
 
 def test_an_eviction_that_frees_nothing_is_not_applied_for_idleness() -> None:
-    core = Core(model("a", eviction=FREEZE), idle_timeout_secs=10.0)
+    models = (model("a", eviction=FREEZE, gpus=(0,)), model("b", gpus=(1,)))
+    core = Core(*models, gpu_count=2, idle_timeout_secs=10.0)
     core.serve("a")
+    core.serve("b")
     core.pass_time(1e6)
-    assert core.at("a") is ModelState.SERVING
+    assert (core.at("a"), core.at("b")) == (ModelState.SERVING, ModelState.DRAINING)
 
 
 @pytest.mark.parametrize(("seconds", "leaves_after"), [(5.0, 5), (0.0, 0), (math.inf, None)])
@@ -252,3 +254,10 @@ def test_an_operator_may_still_load_what_is_exclusive() -> None:
     core.finish("a")
     core.finish("b")
     assert core.states() == {"a": "parked", "b": "serving", "c": "stopped"}
+
+
+def test_room_on_two_gpus_is_made_where_one_of_them_was_never_used() -> None:
+    core = Core(model("narrow", gpus=(0,)), model("wide", gpus=(0, 1)), gpu_count=2)
+    core.serve("narrow")
+    core.demand("wide", waiting=1)
+    assert core.at("narrow") is ModelState.DRAINING
