@@ -44,6 +44,7 @@ def test_a_serving_engine_goes_on_on_its_epoch() -> None:
     assert isinstance(record.phase, Serving)
     assert record.phase.epoch == "old.7"
     assert record.gpus == (1,)
+    assert record.progress_at == 100.0, "it is not taken to have been silent until now"
     assert effects == ()
 
 

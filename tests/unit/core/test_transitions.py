@@ -10,6 +10,7 @@ from core_harness import FREEZE, OFFLOAD, STOP, Core, model
 from llmux.core.effects import SendCut
 from llmux.core.events import EngineExited, LoadAsked, ParkAsked
 from llmux.core.plans import Outcome
+from llmux.core.records import Stopped
 from llmux.core.states import ModelState
 
 
@@ -129,9 +130,22 @@ def test_a_cold_start_after_a_failed_wake_waits_for_a_neighbour_s_end() -> None:
     assert core.at("a") is ModelState.WAKING
     core.happen(EngineExited("b", "exit status 1"))
     core.finish("a", Outcome.DOWN, "500")
-    assert core.at("a") is ModelState.STOPPED
+    assert core.record("a").phase == Stopped(core.now, "wake failed: 500")
     assert core.refused() == []
     core.finish("b")
+    assert core.plans() == ["start a"]
+
+
+def test_a_cold_start_after_a_failed_wake_waits_for_nothing_on_other_gpus() -> None:
+    core = Core(model("a", gpus=(0,)), model("b", gpus=(1,)), gpu_count=2)
+    core.serve("a")
+    core.happen(ParkAsked("a"))
+    core.park("a")
+    core.demand("a", waiting=1)
+    assert core.at("a") is ModelState.WAKING
+    core.demand("b", waiting=1)
+    assert core.at("b") is ModelState.STARTING
+    core.finish("a", Outcome.DOWN, "500")
     assert core.plans() == ["start a"]
 
 

@@ -9,6 +9,7 @@ import pytest
 from core_harness import DISCARD, OFFLOAD, STOP, Core, model
 
 from llmux.config.schema import CheckpointConfig, Eviction, Process, Weights
+from llmux.core.adopt import Note, Observation, adopt
 from llmux.core.events import (
     ConfigChanged,
     EvictionSet,
@@ -19,6 +20,7 @@ from llmux.core.events import (
 )
 from llmux.core.plans import Outcome, StepKind, deepen_plan
 from llmux.core.records import Draining, Parked, Parking, Stopping
+from llmux.core.reducer import initial, reduce
 from llmux.core.states import ModelState
 
 GIB = 1024**3
@@ -200,6 +202,14 @@ def test_what_is_parked_and_has_no_room_for_an_image_is_stopped_by_the_rung_belo
     core.happen(ConfigChanged(config))
     core.happen(MemoryPressure(True))
     assert core.at("a") is ModelState.STOPPING
+
+
+def test_one_that_a_former_supervisor_parked_goes_down_although_nobody_has_used_it() -> None:
+    config = core_of("a").state.config
+    seen = Observation("a", False, True, True, Note(ModelState.PARKED, eviction=OFFLOAD))
+    state, _ = adopt(initial(config, gpu_count=1, epoch_prefix="new"), [seen], images=[], now=100.0)
+    state, _ = reduce(state, MemoryPressure(True), 100.0)
+    assert state.models["a"].state is ModelState.STOPPING
 
 
 def test_without_a_ladder_nothing_goes_down() -> None:
