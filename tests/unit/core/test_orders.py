@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from core_harness import OFFLOAD, STOP, WORKER, Core, model
+from core_harness import DISCARD, OFFLOAD, STOP, WORKER, Core, model
 
 from llmux.core.effects import OrderAnswered, Verdict
-from llmux.core.events import DemandChanged, LoadAsked, ParkAsked
+from llmux.core.events import DemandChanged, LoadAsked, ParkAsked, TrialSet
 from llmux.core.plans import Outcome
 from llmux.core.reducer import reduce_all
 from llmux.errors import Reason
@@ -96,3 +96,12 @@ def test_a_batch_is_applied_before_one_decision_is_made() -> None:
             "a": "stopped",
             "b": "starting",
         }
+
+
+def test_a_trial_changes_how_the_engine_is_started_until_it_ends() -> None:
+    core = Core(model("a"))
+    core.happen(TrialSet("a", DISCARD))
+    core.happen(TrialSet("nosuch", DISCARD))
+    assert core.record("a").engine.eviction == DISCARD
+    core.happen(TrialSet("a", None))
+    assert core.record("a").engine is core.record("a").config

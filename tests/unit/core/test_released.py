@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from core_harness import CHECKPOINT, DISCARD, OFFLOAD, STOP, WORKER, Core, model
+from core_harness import CHECKPOINT, STOP, Core, model
 
-from llmux.core.effects import SwitchFinished
-from llmux.core.events import (
-    AwakeSeen,
-    DemandChanged,
-    EngineExited,
-    GpuReleased,
-    ImageKnown,
-    LoadAsked,
-    ParkAsked,
-    ResidueSeen,
-    TrialSet,
-)
+from llmux.core.events import GpuReleased, ImageKnown, LoadAsked, ParkAsked
 from llmux.core.plans import Outcome
-from llmux.core.records import coming, goes_into_ram, share_now
+from llmux.core.records import goes_into_ram, share_now
 from llmux.core.states import ModelState
 
 
@@ -117,80 +106,3 @@ def test_what_was_not_seen_gone_is_held(core: Core) -> None:
     core.finish("a", Outcome.STUCK, "a task in uninterruptible sleep")
     assert share_now(core.record("a")) == core.record("a").config.gpu_memory
     assert core.plans() == []
-
-
-def test_what_a_model_is_seen_to_hold_is_learned_from_its_own_operation() -> None:
-    core = Core(model("a"), model("b"))
-    core.serve("a")
-    core.demand("b", waiting=1)
-    core.drained("a")
-    op = core.running["a"].op
-    core.happen(ResidueSeen("a", op, 0.1))
-    core.happen(AwakeSeen("a", op, 0.8))
-    assert (core.record("a").residue, core.record("a").awake) == (0.1, 0.8)
-    core.happen(ResidueSeen("a", op + 7, 0.3))
-    core.happen(AwakeSeen("a", op + 7, 0.3))
-    core.happen(ResidueSeen("nosuch", op, 0.3))
-    assert (core.record("a").residue, core.record("a").awake) == (0.1, 0.8)
-
-
-def test_a_switch_says_what_it_was_and_what_took_how_long() -> None:
-    core = Core(model("a"), model("b"))
-    core.serve("a")
-    (cold,) = switch(core, "a", "b", drain=1, park=2, come=4)
-    (woken,) = switch(core, "b", "a", drain=10, park=20, come=40)
-    assert (cold.cold, woken.cold) == (True, False)
-    assert [
-        (
-            one.drained_at - one.decided_at,
-            one.room_at - one.drained_at,
-            one.serving_at - one.room_at,
-        )
-        for one in (cold, woken)
-    ] == [(1, 2, 4), (10, 20, 40)]
-    way = f"park by {OFFLOAD}"
-    assert {
-        "park": core.state.costs["a", way],
-        "cold": core.state.costs["b", coming(None)],
-        "wake": core.state.costs["a", coming(OFFLOAD)],
-    } == {"park": 2, "cold": 4, "wake": 40}
-
-
-def switch(
-    core: Core, leaves: str, comes: str, *, drain: float, park: float, come: float
-) -> list[SwitchFinished]:
-    core.demand(leaves, in_flight=1)
-    core.demand(comes, waiting=1)
-    core.now += drain
-    core.drained(leaves)
-    core.now += park
-    core.finish(leaves)
-    core.now += come
-    core.finish(comes)
-    return core.done(SwitchFinished)
-
-
-def test_a_trial_changes_how_the_engine_is_started_until_it_ends() -> None:
-    core = Core(model("a"))
-    core.happen(TrialSet("a", DISCARD))
-    core.happen(TrialSet("nosuch", DISCARD))
-    assert core.record("a").engine.eviction == DISCARD
-    core.happen(TrialSet("a", None))
-    assert core.record("a").engine is core.record("a").config
-
-
-def test_no_worker_holds_the_epoch_of_an_engine_that_died() -> None:
-    core = Core(model("a"))
-    core.serve("a")
-    assert core.state.workers[WORKER].holds == {"a": core.record("a").epoch}
-    core.happen(EngineExited("a", "exit status 1"))
-    assert core.state.workers[WORKER].holds == {}
-
-
-def test_an_answer_counts_once_for_how_long_answers_take() -> None:
-    core = Core(model("a"))
-    core.serve("a")
-    before = core.state.usage["a"].done
-    for completed in (3, 5, 5):
-        core.happen(DemandChanged(WORKER, "a", 0, None, 0, 0, completed))
-    assert core.state.usage["a"].done == before + 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from core_harness import FREEZE, OFFLOAD, STOP, Core, model
+from core_harness import FREEZE, OFFLOAD, STOP, WORKER, Core, model
 
 from llmux.core.effects import SendCut
 from llmux.core.events import EngineExited, LoadAsked, ParkAsked
@@ -174,3 +174,11 @@ def test_gpus_are_independent() -> None:
     core.demand("a", waiting=1)
     core.demand("b", waiting=1)
     assert core.states() == {"a": "starting", "b": "starting"}
+
+
+def test_no_worker_holds_the_epoch_of_an_engine_that_died() -> None:
+    core = Core(model("a"))
+    core.serve("a")
+    assert core.state.workers[WORKER].holds == {"a": core.record("a").epoch}
+    core.happen(EngineExited("a", "exit status 1"))
+    assert core.state.workers[WORKER].holds == {}
