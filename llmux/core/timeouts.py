@@ -33,7 +33,7 @@ def retry_kills(tx: Transaction) -> None:
         phase = record.phase
         if isinstance(phase, Failed) and phase.held:
             if tx.now >= phase.until:
-                stop(tx, name, phase.message, grace=False, crashed=True)
+                stop(tx, name, f"ended at a further try, after: {phase.message}", grace=False)
             else:
                 tx.wake_at(phase.until)
 

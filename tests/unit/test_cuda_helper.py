@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import subprocess
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
 from fake_cuda import COMPILER, FakeCuda
 
 from llmux.drivers.cuda.calls import CudaCallTimeout
-from llmux.drivers.cuda.driver import HELPER, HelperCalls, greeting_problem
+from llmux.drivers.cuda.driver import HELPER, Helper, HelperCalls, greeting_problem
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
 
@@ -150,3 +151,21 @@ def test_closing_the_driver_leaves_a_busy_helper_to_finish(fake: FakeCuda) -> No
 def test_a_greeting_says_what_is_wrong(greeting: dict[str, Any], words: str | None) -> None:
     problem = greeting_problem(greeting, "libcuda.so.1")
     assert (problem is None) if words is None else (problem is not None and words in problem[0])
+
+
+@pytest.mark.parametrize("turns", range(1, 4))
+def test_a_start_that_is_cancelled_at_any_point_forgets_no_child(
+    fake: FakeCuda, turns: int
+) -> None:
+    """A Popen that is collected before its child was seen to end warns, which is an error here."""
+
+    async def main() -> None:
+        starting = asyncio.create_task(Helper.start(str(fake.library), {}))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    asyncio.run(main())
+    gc.collect()

@@ -128,8 +128,9 @@ class ProcessTable:
 # What libcuda needs to be found, and nothing that changes what it sees (CUDA_VISIBLE_DEVICES).
 PASSED_ENV = ("PATH", "LD_LIBRARY_PATH")
 
-# Children left to finish when we go; held because a Popen that is collected warns of its child.
-ABANDONED: Final[list[subprocess.Popen[bytes]]] = []
+# Children that are not seen to have ended: a caller may be cancelled at any time, and a Popen that
+# is collected before warns of its child.
+_CHILDREN: Final[list[subprocess.Popen[bytes]]] = []
 
 
 def call_environment(extra: Mapping[str, str] | None) -> dict[str, str]:
@@ -163,6 +164,8 @@ def spawn(
         except OSError:
             ours.close()
             raise
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
+    _CHILDREN.append(process)
     return process, ours
 
 

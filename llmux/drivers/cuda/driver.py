@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from llmux.drivers.cuda.calls import (
-    ABANDONED,
     CudaCallError,
     CudaCallTimeout,
     call_environment,
@@ -88,7 +87,6 @@ class Helper:
             await helper._greet()
         except BaseException:  # cancelled while the helper is inside cuInit: not killed
             helper._writer.close()
-            ABANDONED.append(process)
             raise
         helper._reading = asyncio.create_task(helper._read())
         return helper
@@ -153,7 +151,6 @@ class Helper:
         if not done:
             self._reading.cancel()
             self._writer.close()
-            ABANDONED.append(self._process)
         return bool(done)
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmux.drivers.cuda.calls import (
-    ABANDONED,
     Code,
     CudaCallError,
     CudaCallTimeout,
@@ -127,14 +126,12 @@ class ToolCalls:
             process, ours = spawn(argv, self._env, requests=False)
         except OSError as error:
             raise CudaCallError(operation, pid, None, f"cannot run {argv[0]}: {error}") from error
-        ABANDONED.append(process)  # until it has ended: it must not be killed
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
             output = b""
             while part := await reader.read(OUTPUT_LIMIT):
                 output = (output + part)[-OUTPUT_LIMIT:]
             status = await asyncio.to_thread(process.wait)
-            ABANDONED.remove(process)
         finally:
             writer.close()
         if status < 0:

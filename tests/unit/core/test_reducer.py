@@ -34,7 +34,7 @@ from llmux.core.events import (
 )
 from llmux.core.operations import CUT_GRACE_SECS, HEALTHY_SECS, SEARCH_DEATHS
 from llmux.core.plans import Outcome
-from llmux.core.records import Draining, Failed, Parking, Stopping, Waking
+from llmux.core.records import Draining, Failed, Parking, Stopped, Stopping, Waking
 from llmux.core.states import ModelState
 from llmux.errors import Reason
 
@@ -303,6 +303,10 @@ def test_an_engine_that_cannot_be_killed_keeps_its_claim_and_is_tried_again() ->
     core.pass_time(4)
     core.finish("a", Outcome.DOWN)
     assert core.plans() == ["start b"]
+    # Twice stuck is no crash: nothing is left of it, and a next request starts it.
+    phase = core.record("a").phase
+    assert isinstance(phase, Stopped)
+    assert phase.reason == "ended at a further try, after: engine cannot be killed: state D"
 
 
 def test_a_stuck_engine_is_not_started_over_even_by_an_operator() -> None:
