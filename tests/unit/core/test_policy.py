@@ -67,6 +67,11 @@ def test_plain_would_keep_it() -> None:
     assert earliest(Plain(config(PolicyType.FAIR)), wanted(), full) == math.inf
 
 
+def test_plain_serves_for_as_long_as_both_switches_take() -> None:
+    plain = Plain(config(PolicyType.FAIR, max_wait_secs=1.0))
+    assert earliest(plain, wanted(cost=10.0), resident(leave=5.0)) == NOW + 15.0
+
+
 @pytest.mark.parametrize("kind", [PolicyType.COST_AWARE, PolicyType.TIME_SLICE, PolicyType.FAIR])
 def test_no_request_waits_longer_than_the_maximum_for_a_busy_model(kind: PolicyType) -> None:
     policy = policy_for(config(kind, max_wait_secs=15.0))

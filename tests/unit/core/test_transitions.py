@@ -10,7 +10,7 @@ from core_harness import FREEZE, OFFLOAD, STOP, WORKER, Core, model
 from llmux.core.effects import SendCut
 from llmux.core.events import EngineExited, LoadAsked, ParkAsked
 from llmux.core.plans import Outcome
-from llmux.core.records import Stopped
+from llmux.core.records import Starting, Stopped
 from llmux.core.states import ModelState
 
 
@@ -147,6 +147,7 @@ def test_a_cold_start_after_a_failed_wake_waits_for_nothing_on_other_gpus() -> N
     assert core.at("b") is ModelState.STARTING
     core.finish("a", Outcome.DOWN, "500")
     assert core.plans() == ["start a"]
+    assert core.record("a").phase == Starting(core.running["a"].op, core.now, "wake failed: 500")
 
 
 @pytest.mark.parametrize("behind", ["one", "other"])
