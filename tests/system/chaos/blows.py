@@ -65,10 +65,13 @@ class Blows:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _cli(self, *words: str) -> None:
-        """An order; what it answers is the business of who waits for it."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(run, "llmux", *words, timeout=90.0)
+    async def _cli(self, *words: str) -> bool:
+        """An order; whether it was carried out, which may be refused for good reasons."""
+        try:
+            done = await asyncio.to_thread(run, "llmux", *words, timeout=90.0)
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
 
     # ---- engines ----------------------------------------------------------------------------
 
@@ -286,7 +289,11 @@ class Blows:
     async def pin_for_a_while(self, model: str) -> None:
         async def pinned() -> None:
             await self._cli("pin", model)
-            await self._cli("unpin")
+            # A pin outlives the supervisor, which may be away or killed while it is to be ended.
+            for _ in range(100):
+                if await self._cli("unpin"):
+                    return
+                await asyncio.sleep(0.2)
 
         self._beside(pinned())
 
