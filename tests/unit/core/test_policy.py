@@ -12,6 +12,7 @@ import pytest
 from llmux.config.schema import PolicyConfig, PolicyType
 from llmux.core.policies.base import Policy, Resident, Waiting
 from llmux.core.policies.choose import policy_for
+from llmux.core.policies.fair import cycle_of, drain_of, turn_of
 from llmux.core.policies.plain import Plain
 
 NOW = 100.0
@@ -130,6 +131,21 @@ def test_fair_knows_that_all_that_wait_come_before_the_model_is_back() -> None:
     assert policy.earliest(one, busy, [one], NOW) <= NOW
     distant = replace(wanted(1, NOW, 60.0, service=30.0), model="distant")
     assert policy.earliest(one, busy, [one, distant], NOW) > NOW, "it is away for minutes"
+
+
+def test_a_cycle_is_all_switches_and_turns_until_the_model_is_back() -> None:
+    first = Waiting("first", 3, 0.0, cost=10.0, rate=0.5, service=4.0, places=1)
+    second = Waiting("second", 1, 5.0, cost=20.0)
+    victim = resident(leave=2.0, back=5.0)
+    one = cycle_of(victim, [first], 1.0)
+    batch = 3 + 0.5 * (1.0 + 12.0)
+    turn = turn_of(first, batch)
+    assert one.delayed == pytest.approx(batch)
+    assert one.away == pytest.approx(1.0 + 12.0 + turn + 5.0)
+    assert one.switching == pytest.approx(1.0 + 5.0 + 12.0 + drain_of(first, 3))
+    both = cycle_of(victim, [second, first], 1.0)
+    assert both.delayed == pytest.approx(batch + 1)
+    assert both.away == pytest.approx(one.away + 22.0 + turn_of(second, 1))
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))
