@@ -25,35 +25,38 @@ Command = Callable[[argparse.Namespace], int | None]
 
 
 def supervise(args: argparse.Namespace) -> None:
-    from llmux import daemon
+    from llmux.daemon.process import setup_logging
+    from llmux.daemon.supervise import supervise as work
 
-    daemon.setup_logging(args.verbose)
-    _run(daemon.supervise(args.config))
+    setup_logging(args.verbose)
+    _run(work(args.config))
 
 
 def gateway(args: argparse.Namespace) -> None:
-    from llmux import daemon
+    from llmux.daemon.gateway import gateway as work
+    from llmux.daemon.process import setup_logging
 
-    daemon.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     try:
-        daemon.gateway(args.config)
+        work(args.config)
     except OSError as error:
         raise _cannot_run(error) from error
 
 
 def serve(args: argparse.Namespace) -> None:
-    from llmux import daemon
+    from llmux.daemon.process import setup_logging
+    from llmux.daemon.serve import serve as work
 
-    daemon.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     port, control = getattr(args, "port", None), getattr(args, "socket", None)
-    _run(daemon.serve(args.config, port=port, control=control))
+    _run(work(args.config, port=port, control=control))
 
 
 def _run(work: Any) -> None:
-    from llmux import daemon
+    from llmux.daemon.process import run as run_loop
 
     try:
-        daemon.run(work)
+        run_loop(work)
     except OSError as error:
         raise _cannot_run(error) from error
 
@@ -117,17 +120,35 @@ def _problem(problem: Any) -> dict[str, Any]:
 
 def doctor(args: argparse.Namespace) -> int:
     """Check what the configuration needs; without a valid one, check the host alone."""
-    from llmux import daemon
     from llmux.cli.doctor import doctor as show
     from llmux.config.load import load_config
+    from llmux.daemon.host import look_at_host
 
     config = None
     try:
         config = load_config(args.config, check_files=False)
     except LlmuxError as error:
         print(f"llmux: checking the host only, without a configuration: {error}", file=sys.stderr)
-    look = partial(daemon.look_at_host, deep=args.deep)
+    look = partial(look_at_host, deep=args.deep)
     return show(config, as_json=args.json, run_checks=look)
+
+
+def key(args: argparse.Namespace) -> None:
+    from llmux.cli.key import key as work
+
+    work(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    from llmux.cli.prompt import run as ask_model
+
+    ask_model(args)
+
+
+def sim(args: argparse.Namespace) -> int:
+    from llmux.cli.sim import sim as simulate
+
+    return simulate(args)
 
 
 def version(args: argparse.Namespace) -> None:
@@ -234,6 +255,12 @@ def orders(args: argparse.Namespace) -> None:
     print_table(rows)
 
 
+def top(args: argparse.Namespace) -> None:
+    from llmux.cli.top import top as draw
+
+    draw(args)
+
+
 def reload(args: argparse.Namespace) -> None:
     result = _order(args, "reload", {"dry_run": True} if args.dry_run else {})
     if args.json:
@@ -241,7 +268,7 @@ def reload(args: argparse.Namespace) -> None:
     for what in ("added", "removed", "changed"):
         if names := result.get(what):
             print(f"{what}: {', '.join(names)}")
-    from llmux.daemon import reload_needs
+    from llmux.daemon.supervisor import reload_needs
 
     for line in reload_needs(result):
         print(line)

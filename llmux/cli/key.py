@@ -11,35 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 from llmux.cli.output import print_json, print_table
-from llmux.config.keyfile import load_keys, make_key, resolve_secret, without_key
+from llmux.config.keyfile import load_keys, make_key, without_key
 from llmux.config.load import load_config
 from llmux.config.schema import Key, KeyRole
 from llmux.errors import LlmuxError
 
 GATEWAY_GROUP = "llmux"
 IN_FORCE = "in force after `systemctl reload llmux-gateway`"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["new", "list", "revoke"])
-    parser.add_argument("name", metavar="NAME", nargs="?", help="the key's name; not for list")
-    parser.add_argument("--file", metavar="FILE", help="use FILE (default: gateway.keys_file)")
-    parser.add_argument(
-        "--role",
-        choices=[role.value for role in KeyRole],
-        default="use",
-        help="allow inference (use, the default), or control too (admin)",
-    )
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="allow MODEL only; may be repeated",
-    )
-    parser.add_argument("--max-in-flight", type=int, metavar="N", help="limit concurrent requests")
-    parser.add_argument("--max-waiting", type=int, metavar="N", help="limit waiting requests")
-    parser.add_argument("--requests-per-minute", type=float, metavar="N", help="limit the rate")
 
 
 def key(args: argparse.Namespace) -> None:
@@ -145,7 +123,7 @@ def _new(args: argparse.Namespace, path: str) -> None:
 
 
 def _configured(config: str) -> str:
-    from llmux.daemon import credentials_directory
+    from llmux.daemon.places import credentials_directory, resolve_secret
 
     path = load_config(config, check_files=False).gateway.keys_file
     if path is None:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmux import __version__
-from llmux.cli import commands, effective, prompt, ps, sim, watch
-from llmux.cli import key as keys
+from llmux.cli import arguments, commands, effective, ps, watch
 from llmux.cli.images import checkpoints, keeping, transfer
 from llmux.cli.output import failure, print_json
-from llmux.cli.top import top
 from llmux.errors import ConfigError, ControlError, LlmuxError, OrderTimeout, Reason, Refused
 
 CONFIG = "/etc/llmux/config.yaml"
@@ -180,14 +178,16 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--host", action="store_true", help="check this host's programs and users as well"
     )
-    watching = verb("top", top, "watch GPUs, orders and models in the terminal")
+    watching = verb("top", commands.top, "watch GPUs, orders and models in the terminal")
     watching.add_argument(
         "--socket", default=SOCKET, metavar="PATH", help=f"connect to PATH (default: {SOCKET})"
     )
     _add_orders(client)
     _add_watching(client)
-    keys.add_arguments(local("key", keys.key, "make, list and revoke API keys"))
-    prompt.add_arguments(local("run", prompt.run, "send a prompt to a model and print its answer"))
+    arguments.add_key(local("key", commands.key, "make, list and revoke API keys"))
+    arguments.add_prompt(
+        local("run", commands.run, "send a prompt to a model and print its answer")
+    )
     reload = client("reload", commands.reload, "apply the configuration file")
     reload.add_argument("--dry-run", action="store_true", help="print what would change, only")
     local("config", effective.config, "print the values in force with their sources")
@@ -195,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     images = verbs.group("images", "list and remove checkpoint images, move them between hosts")
     keeping.add_arguments(images.client)
     transfer.add_arguments(images.client)
-    sim.add_arguments(local("sim", sim.sim, "simulate a trace of requests under a policy"))
+    arguments.add_sim(local("sim", commands.sim, "simulate a trace of requests under a policy"))
     doctor = local("doctor", commands.doctor, "check this host's prerequisites")
     text = (
         "measure the disk of images, too, and make a CUDA context on each GPU as an engine would:"

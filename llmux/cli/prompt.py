@@ -18,56 +18,18 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from llmux import typed_json
+from llmux.cli.arguments import KEY_VARIABLE
 from llmux.cli.output import print_json
 from llmux.config.addresses import split_address
 from llmux.config.load import load_config
 from llmux.errors import LlmuxError
 from llmux.printable import printable
 
-KEY_VARIABLE: Final = "LLMUX_API_KEY"
 CONNECT_SECS: Final = 10.0
-# Comments come every 15 s until an answer begins, and an engine that stands still for 120 s is
-# ended; both are defaults of the gateway, which this may meet with others.
-SILENCE_SECS: Final = 300.0
 MAX_LINE: Final = 1 << 20
 NO_REASON: Final = "no reason given"
 _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _END: Final = "-----END CERTIFICATE-----"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="(default: standard input)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="limit the answer")
-    parser.add_argument(
-        "--url", metavar="URL", help="use the gateway at URL (default: as configured)"
-    )
-    # A key among the arguments would be there for every user to see: no --key, not even as short
-    # for this.
-    parser.allow_abbrev = False
-    parser.add_argument(
-        "--key-file", metavar="FILE", help=f"read the API key from FILE (default: ${KEY_VARIABLE})"
-    )
-    parser.add_argument(
-        "--ca-file",
-        metavar="FILE",
-        help="verify TLS with the authorities in FILE (default: the configured certificate; with"
-        " --url the system's authorities)",
-    )
-    parser.add_argument(
-        "--timeout",
-        metavar="SECS",
-        type=_positive,
-        default=SILENCE_SECS,
-        help=f"give up after SECS without a byte (default: {SILENCE_SECS:g})",
-    )
-
-
-def _positive(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < 1e6:
-        raise ValueError(text)
-    return seconds
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,23 +22,6 @@ from llmux.sim.trace import Arrival, read_trace
 from llmux.sim.world import Simulation
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, metavar="FILE.csv",
-                        help="read rows arrival_s,model,service_s[,deadline_s][,key]")  # fmt: skip
-    source.add_argument("--from-journal", type=Path, metavar="FILE",
-                        help="rebuild trace and costs from `journalctl -u llmux -o json`"
-                        " (- reads standard input);"
-                        " compare all policies unless one is named")  # fmt: skip
-    parser.add_argument("--policy", choices=[p.value for p in PolicyType],
-                        help="decide by this policy, not the configured one")  # fmt: skip
-    parser.add_argument("--costs", type=Path, metavar="FILE.json",
-                        help="read seconds of start, wake, park and stop per model")  # fmt: skip
-    parser.add_argument("--gpus", type=int, metavar="N", help="simulate N GPUs")
-    parser.add_argument("--seed", type=int, default=0, help="choose which operations fail")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the timeline")
-
-
 def sim(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     if args.from_journal:

@@ -24,12 +24,6 @@ _KNOWN: Final = (
 )  # fmt: skip
 
 
-def resolve_secret(path: str, credentials: str) -> str:
-    """Return the file's path; ``credential:NAME`` is a file in the directory ``credentials``."""
-    name = path.removeprefix("credential:")
-    return path if name == path else f"{credentials}/{name}"
-
-
 def load_keys(path: str) -> tuple[Key, ...]:
     """Raise ConfigError, which never quotes the file, when any key is wrong."""
     try:

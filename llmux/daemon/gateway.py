@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
+import importlib
 import logging
-import signal
+import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
+import llmux
 from llmux.config.files.last_good import LastGood
-from llmux.config.keyfile import load_keys, resolve_secret
 from llmux.config.schema import Config, Key
-from llmux.daemon.process import credentials_directory, run
-from llmux.daemon.supervisor import LAST_GOOD, SOCKET
+from llmux.daemon.places import LAST_GOOD, SOCKET, credentials_directory, resolve_secret
 from llmux.drivers.systemd.notify import SdNotifier, listen_fds
 from llmux.drivers.systemd.own_unit import OwnUnit
-from llmux.gateway.client.tls import Tls
-from llmux.gateway.server import WATCHDOG_BEATS, access_of, bind_all, serve_gateway
-from llmux.gateway.stopping import Handover
-from llmux.gateway.workers import BEATS, HAND_OVER, HANG_SECS, Parent, Unit, WorkerNotifier
+from llmux.gateway.client.listeners import access_of, bind_all
+from llmux.gateway.workers import HANG_SECS, Parent, Unit, WorkerNotifier
 
 log = logging.getLogger("llmux")
 
@@ -34,10 +31,12 @@ def gateway(
     hang_secs: float = HANG_SECS,
     orphan_secs: float = ORPHAN_SECS,
     unit: Unit | None = None,
+    code: str = llmux.__file__,
 ) -> None:
     """Run the front end as a service. Its sockets live in systemd's fd store; a worker that hangs
     for ``hang_secs`` is replaced; workers whose parent is gone serve on until its successor's are
-    up, for ``orphan_secs`` at most."""
+    up, for ``orphan_secs`` at most. This process is the workers' parent and imports little: their
+    modules are imported in each, or before the fork where several share them."""
     config = LastGood(last_good).load(path, check_files=False).config
     notifier = SdNotifier()
     secrets = Secrets(config)
@@ -45,53 +44,25 @@ def gateway(
     sockets, metrics_sockets = _kept_sockets(config, notifier)
 
     def work(told: WorkerNotifier) -> None:
-        serving = functools.partial(
-            serve_gateway,
+        from llmux.daemon import gateway_worker
+
+        gateway_worker.work(
             config,
+            told,
             link=link,
             sockets=sockets,
             metrics_sockets=metrics_sockets,
-            notifier=told,
-            watchdog_secs=WATCHDOG_BEATS * hang_secs / BEATS,
             keys=secrets.keys,
             tls=secrets.tls,
+            hang_secs=hang_secs,
+            orphan_secs=orphan_secs,
         )
-        run(_gateway_worker(serving, told.life, config.gateway.drain_timeout_secs, orphan_secs))
 
-    Parent(config.gateway.workers, work, notifier, unit or OwnUnit(), hang_secs).run()
-
-
-async def _gateway_worker(
-    serving: Callable[..., Awaitable[None]],
-    life: socket.socket,
-    drain_secs: float,
-    orphan_secs: float,
-) -> None:
-    loop = asyncio.get_running_loop()
-    stop, handover = asyncio.Event(), Handover(drain_secs)
-
-    def stop_now() -> None:
-        handover.hurried.set()
-        stop.set()
-
-    def hand_over() -> None:
-        if not stop.is_set():
-            # The kernel ends a worker that hangs while it drains: no parent watches it.
-            signal.setitimer(signal.ITIMER_REAL, drain_secs + HANG_SECS)
-            handover.begun = True
-            stop.set()
-
-    def orphaned() -> None:
-        loop.remove_reader(life)
-        loop.call_later(orphan_secs, hand_over)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop_now)
-    loop.add_signal_handler(HAND_OVER, hand_over)
-    reload: list[Callable[[], None]] = []
-    loop.add_signal_handler(signal.SIGHUP, lambda: [part() for part in reload])
-    loop.add_reader(life, orphaned)
-    await serving(stop=stop, handover=handover, reload=reload)
+    if config.gateway.workers > 1:
+        importlib.import_module("llmux.daemon.gateway_worker")  # once: workers share its memory
+    parent = Parent(config.gateway.workers, work, notifier, unit or OwnUnit(), hang_secs)
+    parent.outdated = Installed(code).is_replaced
+    parent.run()
 
 
 class Secrets:
@@ -102,6 +73,8 @@ class Secrets:
         resolve = functools.partial(resolve_secret, credentials=credentials_directory())
         self.keys: Callable[[], tuple[Key, ...]] | None = None
         if settings.keys_file is not None:
+            from llmux.config.keyfile import load_keys  # brings OpenSSL along
+
             self.keys = functools.partial(load_keys, resolve(settings.keys_file))
         self.tls: tuple[str, str] | None = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
@@ -112,7 +85,28 @@ class Secrets:
         if self.keys is not None:
             self.keys()
         if self.tls is not None:
+            from llmux.gateway.client.tls import Tls  # likewise
+
             Tls(*self.tls)
+
+
+class Installed:
+    """The package's code. A worker that starts after an upgrade would import what the parent's
+    does not fit."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._at_start = self._identity()
+
+    def is_replaced(self) -> bool:
+        return self._identity() != self._at_start
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._file)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
 
 def _kept_sockets(

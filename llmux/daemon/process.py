@@ -1,24 +1,11 @@
-"""What llmux's long-running processes share: signals, logging, reload, users and groups."""
+"""What llmux's long-running processes share: their log and their loop."""
 
 from __future__ import annotations
 
-import asyncio
-import grp
 import logging
-import os
-import pwd
-import signal
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable
 
-from llmux.daemon.supervisor import Supervisor
 from llmux.drivers.systemd import journal as journald
-from llmux.errors import LlmuxError
-from llmux.ports import Notifier
-from llmux.runtime.control.warmup import warm_up
-from llmux.runtime.watchdog import announce_ready
-
-log = logging.getLogger("llmux")
 
 
 def setup_logging(verbose: bool) -> None:
@@ -27,91 +14,15 @@ def setup_logging(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def stop_on_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-
-
-async def until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> None:
-    """Run the works until ``stop``. A work that ends earlier is an error and ends the others."""
-    tasks = [asyncio.create_task(work) for work in works]
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {stopping}:
-            task.result()
-    finally:
-        for task in (stopping, *tasks):
-            task.cancel()
-        await asyncio.gather(stopping, *tasks, return_exceptions=True)
-
-
 def run(main: Awaitable[None]) -> None:
     """Run ``main`` on uvloop."""
-    import uvloop  # imported late: the CLI's other verbs start faster without it
+    # Imported late: the gateway's parent has no loop.
+    import asyncio
+
+    import uvloop
 
     async def body() -> None:
         await main
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(body())
-
-
-def environment() -> dict[str, str]:
-    return dict(os.environ)
-
-
-def credentials_directory() -> str:
-    """The directory of the files that LoadCredential= names."""
-    return os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials")
-
-
-async def announce(supervisor: Supervisor, notifier: Notifier, stop: asyncio.Event) -> None:
-    await announce_ready(supervisor.loop, notifier)
-    await warm(supervisor, stop)
-
-
-async def warm(supervisor: Supervisor, stop: asyncio.Event) -> None:
-    if supervisor.loop.state.config.warmup:
-        await warm_up(supervisor.loop)
-    await stop.wait()
-
-
-def reload_on_hangup(
-    supervisor: Supervisor, notifier: Notifier, also: Sequence[Callable[[], None]] = ()
-) -> None:
-    pending: set[asyncio.Task[None]] = set()
-
-    async def reload() -> None:
-        notifier.reloading()
-        for part in also:
-            part()
-        try:
-            await supervisor.reload()
-        except LlmuxError:
-            notifier.status("configuration not reloaded: see the journal")
-        finally:
-            notifier.ready()
-
-    def hangup() -> None:
-        task = asyncio.create_task(reload())
-        pending.add(task)
-        task.add_done_callback(pending.discard)
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup)
-
-
-def uids_of(user: str) -> frozenset[int]:
-    try:
-        return frozenset({pwd.getpwnam(user).pw_uid})
-    except KeyError:
-        log.warning("there is no user %s: only root may use the control socket", user)
-        return frozenset()
-
-
-def gid_of(group: str) -> int | None:
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        return None

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from llmux.config.host import check_embedded
 from llmux.config.load import load_config, load_marked
 from llmux.config.schema import Config
+from llmux.daemon.duties import environment, reload_on_hangup, stop_on_signals, until, warm
 from llmux.daemon.gateway import Secrets, metrics_sockets
-from llmux.daemon.process import environment, reload_on_hangup, stop_on_signals, until, warm
 from llmux.daemon.supervisor import Supervisor
 from llmux.drivers.engine.identity import engine_identity, portable_identity
 from llmux.drivers.engine.output import EngineFiles
@@ -28,7 +28,8 @@ from llmux.drivers.processes.freezer import CgroupFreezer
 from llmux.drivers.store import FileStateStore
 from llmux.drivers.systemd.notify import SdNotifier
 from llmux.errors import ConfigError, LlmuxError
-from llmux.gateway.server import access_of, bind_all, serve_gateway
+from llmux.gateway.client.listeners import access_of, bind_all
+from llmux.gateway.server import serve_gateway
 from llmux.gateway.stopping import DrainLimits
 from llmux.runtime.host import Drivers, Places
 from llmux.runtime.watchdog import StatusLine

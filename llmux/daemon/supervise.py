@@ -6,7 +6,7 @@ import asyncio
 import fcntl
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -17,28 +17,21 @@ from llmux.config.host import check_directories, check_gateway_reads, check_host
 from llmux.config.load import MarkedConfig, load_marked
 from llmux.config.schema import AfterReboot, Config, Eviction
 from llmux.core.events import TrialSet
-from llmux.daemon.engine_environment import engine_environment
-from llmux.daemon.process import (
+from llmux.daemon.duties import (
     announce,
     gid_of,
     reload_on_hangup,
-    run,
     stop_on_signals,
     uids_of,
     until,
 )
-from llmux.daemon.supervisor import (
-    GATEWAY_USER,
-    LAST_GOOD,
-    RUNTIME,
-    SOCKET,
-    TAKEOVER_SECS,
-    Supervisor,
-)
+from llmux.daemon.engine_environment import engine_environment
+from llmux.daemon.places import LAST_GOOD, RUNTIME, SOCKET
+from llmux.daemon.process import run
+from llmux.daemon.supervisor import GATEWAY_USER, TAKEOVER_SECS, Supervisor
 from llmux.drivers.criu.driver import Criu
 from llmux.drivers.cuda.driver import CudaDriver
 from llmux.drivers.cuda.tool import CudaCheckpointTool
-from llmux.drivers.doctor.run import Check, run_checks
 from llmux.drivers.engine.identity import engine_identity, portable_identity
 from llmux.drivers.engine.output import EngineFiles
 from llmux.drivers.engine.vllm import VllmEngine
@@ -246,11 +239,6 @@ def _trial(args: Mapping[str, Any]) -> TrialSet | None:
         return TrialSet(str(args.get("model")), Eviction.parse(str(args["eviction"])))
     except (ValueError, KeyError):
         return None  # the verb reports what is wrong with it
-
-
-def look_at_host(config: Config | None, *, deep: bool = False) -> Sequence[Check]:
-    """Run the checks of ``llmux doctor``."""
-    return run_checks(config, deep=deep)
 
 
 def _keep(last_good: LastGood, config: Config) -> Config:

@@ -33,9 +33,6 @@ from llmux.runtime.reconcile import adopt_engines, first_state
 
 log = logging.getLogger("llmux")
 
-RUNTIME = "/run/llmux"
-SOCKET = f"{RUNTIME}/supervisor.sock"
-LAST_GOOD = f"{RUNTIME}/last-good"
 GATEWAY_USER = "llmux"
 THAW_SECS = 2.0  # measured 0.1 ms
 TAKEOVER_SECS = 60.0  # for an order that runs without a supervisor to finish

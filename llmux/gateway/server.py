@@ -1,4 +1,4 @@
-"""A gateway worker from start to stop: sockets, Sanic embedded in the caller's loop, READY, drain.
+"""A gateway worker from start to stop: Sanic embedded in the caller's loop, READY, drain.
 
 The caller owns the loop, the signal handlers and the process; this module owns the listening
 sockets. Sockets passed in (from systemd's fd store) are used as they are.
@@ -7,21 +7,19 @@ sockets. Sockets passed in (from systemd's fd store) are used as they are.
 from __future__ import annotations
 
 import asyncio
-import errno
-import grp
 import logging
 import os
 import socket
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 from llmux.config.schema import Config
 from llmux.gateway.admission.keys import LoadKeys
 from llmux.gateway.client.connection import ClientConnection
 from llmux.gateway.client.half_closed import check_half_closed
+from llmux.gateway.client.listeners import BACKLOG, access_of, bind_all, describe_socket
 from llmux.gateway.client.tls import Tls
 from llmux.gateway.control.app import App, build_app
 from llmux.gateway.dispatch import Dispatch
@@ -40,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 Reload = list[Callable[[], None]]  # filled by the worker with the actions of a SIGHUP
 
-BACKLOG = 4096  # connections queued while a worker restarts; the kernel caps it at somaxconn
 WATCHDOG_BEATS = 3  # watchdog pings per watchdog interval
 READY_SECS = 10.0  # then ready without a supervisor too: requests get an error that says so
 SWEEP_SECS = 1.0  # resolution of client connections' deadlines
+IDLE_SWEEPS = 4  # that one sweep stands for while nobody is connected
 
 
 async def serve_gateway(
@@ -106,109 +104,6 @@ async def serve_gateway(
         await drain(dispatch, servers, drain_limits or DrainLimits(), handover)
     finally:
         await _close(app, dispatch, servers, metrics_servers, background)
-
-
-# ---- sockets ------------------------------------------------------------------------------------
-
-
-class Access(NamedTuple):
-    """Who may connect to a unix socket: its mode, and its group if it is not ours."""
-
-    mode: int = 0o660
-    group: str | None = None
-
-
-OURS: Final = Access()
-
-
-def access_of(config: Config) -> Access:
-    return Access(int(config.gateway.socket_mode, 8), config.gateway.socket_group)
-
-
-def bind_all(addresses: Sequence[str], access: Access = OURS) -> list[socket.socket]:
-    """Listening sockets for ``host:port`` and ``unix:/path``; an OSError names the address."""
-    bound: list[socket.socket] = []
-    try:
-        for address in addresses:
-            try:
-                bound.append(_bind(address, access))
-            except (OSError, ValueError) as error:
-                cause = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-                number = error.errno if isinstance(error, OSError) else None
-                if number == errno.EADDRINUSE:
-                    port = address.rpartition(":")[2]
-                    cause += f" (who has it: ss -ltnp 'sport = :{port}')"
-                raise OSError(number, f"cannot listen on {address}: {cause}") from error
-    except OSError:
-        for listener in bound:
-            listener.close()
-        raise
-    return bound
-
-
-def _bind(address: str, access: Access) -> socket.socket:
-    if address.startswith("unix:"):
-        return _bind_unix(Path(address.removeprefix("unix:")), access)
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
-    family, kind, protocol, _, name = socket.getaddrinfo(
-        host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(name)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _bind_unix(path: Path, access: Access) -> socket.socket:
-    group = -1 if access.group is None else _gid_of(access.group)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.is_socket() and not _is_listening(path):
-            path.unlink()
-        listener.bind(str(path))
-        # Until it listens no one can connect, whatever the umask left open.
-        if group != -1:
-            os.chown(path, -1, group)
-        path.chmod(access.mode)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _gid_of(group: str) -> int:
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise OSError(errno.ENOENT, f"there is no group {group} (gateway.socket_group)") from None
-
-
-def _is_listening(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
-
-
-def describe_socket(listener: socket.socket) -> str:
-    name = listener.getsockname()
-    if isinstance(name, tuple):
-        host = f"[{name[0]}]" if ":" in name[0] else name[0]
-        return f"{host}:{name[1]}"
-    return f"unix:{name}"
 
 
 # ---- running ------------------------------------------------------------------------------------
@@ -277,7 +172,7 @@ async def _sweep(
     watchdog_secs: float | None,
 ) -> None:
     """Once a second: expire connections whose deadline passed, and ping the watchdog, which is thus
-    fed exactly as long as the loop turns."""
+    fed exactly as long as the loop turns. More rarely while nobody is connected."""
     interval = (
         SWEEP_SECS if watchdog_secs is None else min(SWEEP_SECS, watchdog_secs / WATCHDOG_BEATS)
     )
@@ -285,12 +180,19 @@ async def _sweep(
         if notifier is not None and watchdog_secs is not None:
             notifier.watchdog()
         now = worker.clock()
-        for client in connections(servers):
+        clients = connections(servers)
+        for client in clients:
             if 0.0 < client.deadline < now:
                 client.expire()
             else:
                 check_half_closed(client, now)
-        await asyncio.sleep(interval)
+        if clients:
+            await asyncio.sleep(interval)
+        else:
+            worker.client_came.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_SWEEPS * interval):
+                    await worker.client_came.wait()
 
 
 def _stop_listening(servers: Sequence[asyncio.Server]) -> None:

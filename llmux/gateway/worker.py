@@ -53,7 +53,8 @@ class Worker(Generic[T]):
         self.startup_secs = config.startup_timeout_secs
         self.draining = self.closing = self.supervisor_lost = False
         self.clients = 0  # open connections
-        self.client_left = asyncio.Event()  # set whenever a client's connection ends
+        self.client_came = asyncio.Event()  # set whenever a client's connection begins
+        self.client_left = asyncio.Event()  # set whenever one ends
         self.models: dict[str, ModelInfo] = {
             name: ModelInfo(
                 name=name,

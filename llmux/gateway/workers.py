@@ -27,9 +27,12 @@ from llmux.ports import Notifier
 logger = logging.getLogger(__name__)
 
 HANG_SECS: Final = 20.0  # a worker that sends no watchdog ping for this time is killed …
-BEATS: Final = 20  # … of which it sends this many per HANG_SECS
+BEATS: Final = 20  # … of which it sends this many per HANG_SECS, a quarter while it is idle
+START_SECS: Final = 60.0  # as HANG_SECS, before its first ping: it imports
+HANG_LOOKS: Final = 5  # at each worker, per HANG_SECS
 STOP_SECS: Final = 50.0  # longer than a worker's drain, shorter than TimeoutStopSec
-BEAT_SECS: Final = 1.0  # how often the parent checks the workers and pings systemd's watchdog
+BEAT_SECS: Final = 4.0  # how often the parent checks the workers and pings systemd's watchdog
+STOP_BEAT_SECS: Final = 0.5  # … and in a stop, since the end of former workers is no signal here
 FIRST_DELAY_SECS: Final = 0.1  # before a worker is replaced; doubles while workers die young
 MAX_DELAY_SECS: Final = 5.0
 YOUNG_SECS: Final = 2.0
@@ -83,20 +86,22 @@ class _Worker:
     sock: socket.socket
     began: float
     heard: float
+    patience: float = START_SECS  # of silence
     ready: bool = False
 
 
 @dataclass(slots=True)
 class Parent:
-    """``work`` is one worker from start to stop: it calls its notifier's ``watchdog`` ``BEATS``
-    times per ``hang_secs``, from its start on. ``run`` returns when a stop was requested and every
-    worker has ended."""
+    """``work`` is one worker from start to stop: from its first call on it calls its notifier's
+    ``watchdog`` several times per ``hang_secs``. ``run`` returns when a stop was requested and
+    every worker has ended; at once when another parent follows."""
 
     count: int
     work: Work
     notifier: Notifier
     unit: Unit
     hang_secs: float = HANG_SECS
+    outdated: Callable[[], bool] = lambda: False  # no worker can be started any more
     _workers: dict[int, _Worker] = field(default_factory=dict)  # by number
     _due: dict[int, float] = field(default_factory=dict)  # number → when to start it
     _delay: float = FIRST_DELAY_SECS
@@ -132,12 +137,15 @@ class Parent:
     def _turn(self, signals: socket.socket) -> None:
         now = time.monotonic()
         for number in [number for number, at in self._due.items() if at <= now]:
+            if self.outdated():
+                logger.info("the package was replaced: the next gateway replaces this worker")
+                self._handed_over = True
+                return
             del self._due[number]
             self._start(number)
-        waits = [at - now for at in self._due.values()]
-        for key, _ in self._selector.select(
-            max(0.0, min([*waits, BEAT_SECS, self.hang_secs / BEATS]))
-        ):
+        beat = BEAT_SECS if self._stop_by is None else STOP_BEAT_SECS
+        waits = [beat, self.hang_secs / HANG_LOOKS, *(at - now for at in self._due.values())]
+        for key, _ in self._selector.select(max(0.0, min(waits))):
             if key.data is None:
                 for number in signals.recv(4096):
                     self._signalled(number)
@@ -166,8 +174,9 @@ class Parent:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it has yet to read what may be new
             for other in self._workers.values():
                 other.sock.close()
             self._selector.close()
@@ -190,7 +199,7 @@ class Parent:
         if not words:
             self._selector.unregister(worker.sock)  # it is exiting; SIGCHLD follows
             return
-        worker.heard = time.monotonic()
+        worker.heard, worker.patience = time.monotonic(), self.hang_secs
         if READY in words and not worker.ready:
             worker.ready = True
             self._delay = FIRST_DELAY_SECS
@@ -206,7 +215,7 @@ class Parent:
             pid, status = os.waitpid(worker.pid, os.WNOHANG)
             if pid:
                 self._ended(worker, status, now)
-            elif now - worker.heard > self.hang_secs and self._stop_by is None:
+            elif now - worker.heard > worker.patience and self._stop_by is None:
                 logger.error("gateway worker %d has stood still for %.0f s: killed",
                              worker.pid, now - worker.heard)  # fmt: skip
                 os.kill(worker.pid, signal.SIGKILL)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,3 +189,26 @@ def test_only_the_daemon_constructs_drivers() -> None:
         if imported in drivers and "drivers" not in path.parts
     }
     assert users == {"llmux.daemon"}
+
+
+LOOPS = {"asyncio", "uvloop", "ssl"}
+DECISIONS = {"llmux.core", "llmux.runtime"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("llmux.daemon.gateway", {"sanic", "http", "hashlib"} | LOOPS | DECISIONS),
+        ("llmux.daemon.gateway_worker", {"pystemd"} | DECISIONS),
+        ("llmux.daemon.supervise", {"sanic", "llmux.gateway", "importlib.metadata"}),
+        ("llmux.drivers.systemd.units", {"lxml"}),
+    ],
+)
+def test_no_service_keeps_in_memory_what_others_need(modules: str, absent: set[str]) -> None:
+    if "systemd" in modules and importlib.util.find_spec("pystemd") is None:
+        pytest.skip("no pystemd here")
+    program = f"import sys, llmux.cli.main, {modules}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert absent & set(done.stdout.split()) == set()

@@ -39,7 +39,7 @@ from llmux.runtime.control.socket import ControlSocket
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = """
 import os, pathlib, sys
-from llmux import daemon
+from llmux.daemon.gateway import gateway
 if "TEST_LISTENER" in os.environ:  # as systemd's fd store hands it out
     os.dup2(int(os.environ["TEST_LISTENER"]), 3)
     os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
@@ -52,8 +52,9 @@ class Unit:  # former workers are in the file, whose name says whether systemd r
         files = [self.folder / "restarted", self.folder / "stopped"]
         pids = [pid for file in files if file.exists() for pid in file.read_text().split()]
         return [int(pid) for pid in pids if os.path.exists(f"/proc/{pid}")]
-daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3], hang_secs=hang_secs,
-               orphan_secs=float(os.environ["TEST_ORPHAN_SECS"]), unit=Unit())
+gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3], hang_secs=hang_secs,
+        orphan_secs=float(os.environ["TEST_ORPHAN_SECS"]), unit=Unit(),
+        code=str(Unit.folder / "code"))
 """
 
 
@@ -279,6 +280,22 @@ async def test_a_killed_worker_is_replaced_and_the_others_go_on() -> None:
             client = await gateway.client()
             client.send("/health", method="GET")
             assert (await client.answer()).status == 200
+
+
+@in_loop
+async def test_after_an_upgrade_it_is_the_next_gateway_that_replaces_a_worker() -> None:
+    """This one's code does not fit what a new worker would import."""
+    async with front(2) as gateway:
+        await gateway.told("READY=1")
+        victim, other = gateway.pids()
+        (gateway.directory / "code").touch()
+        os.kill(victim, signal.SIGKILL)
+        assert await soon(gateway.process.wait()) == 0
+        client = await gateway.client()
+        client.send("/health", method="GET")
+        assert (await client.answer()).status == 200, "the other worker serves on"
+        os.kill(other, signal.SIGTERM)
+        await gone(other)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])

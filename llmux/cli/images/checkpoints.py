@@ -1,5 +1,5 @@
 """Verbs that make, use and try checkpoints. The supervisor does the work; without one, this process
-does (daemon.order)."""
+does (daemon.supervise.order)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def order(args: argparse.Namespace, verb: str, values: dict[str, Any]) -> Any:
         try:
             return ask(args.socket, verb, values, progress=progress)
         except NotRunningError:
-            from llmux import daemon
+            from llmux.daemon.process import setup_logging
+            from llmux.daemon.supervise import order as do
 
-            daemon.setup_logging(args.verbose)
-            return daemon.order(args.config, verb, values, progress)
+            setup_logging(args.verbose)
+            return do(args.config, verb, values, progress)

@@ -19,10 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from pystemd.dbusexc import DBusBaseError
-from pystemd.dbuslib import DBus, apply_signature
-from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES, signature_array
-
+from llmux.drivers.systemd.bindings import (
+    KNOWN_UNIT_SIGNATURES,
+    DBus,
+    DBusBaseError,
+    apply_signature,
+    signature_array,
+)
 from llmux.errors import DriverError
 
 log = logging.getLogger(__name__)

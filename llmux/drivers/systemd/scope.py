@@ -12,10 +12,9 @@ import time
 from contextlib import suppress
 from typing import Any, Final
 
-from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES, signature_array
-
 from llmux.drivers.processes import cgroup
 from llmux.drivers.processes.spawn import Launch
+from llmux.drivers.systemd.bindings import KNOWN_UNIT_SIGNATURES, signature_array
 from llmux.drivers.systemd.bus import Bus, BusThread, UnitExists
 from llmux.errors import DriverError, DriverTimeout, UnitFailed
 from llmux.ports import LaunchSpec

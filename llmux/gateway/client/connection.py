@@ -74,6 +74,7 @@ class ClientConnection(SanicBridge):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.worker.clients += 1
+        self.worker.client_came.set()
         if self.worker.clients > self.worker.max_connections:
             self._refuse_connection()
             return

@@ -234,9 +234,10 @@ def nginx(directory: pathlib.Path, behind: Engine) -> Iterator[Subject]:
 
 LLMUX = """
 import sys
-from llmux import daemon
-daemon.setup_logging(False)
-daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3])
+from llmux.daemon.gateway import gateway
+from llmux.daemon.process import setup_logging
+setup_logging(False)
+gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3])
 """
 
 

@@ -27,8 +27,9 @@ from gateway_harness import (
     until,
 )
 
+from llmux.gateway.client.listeners import Access, bind_all
 from llmux.gateway.exchange.exchange import Exchange
-from llmux.gateway.server import Access, bind_all, serve_gateway
+from llmux.gateway.server import serve_gateway
 from llmux.gateway.stopping import DrainLimits
 from llmux.gateway.worker import Worker
 from llmux.protocol import Ask

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from llmux.cli.main import main
-from llmux.config.keyfile import hash_key, load_keys, make_key, resolve_secret
+from llmux.config.keyfile import hash_key, load_keys, make_key
 from llmux.config.schema import Key, KeyRole
+from llmux.daemon.places import resolve_secret
 from llmux.errors import ConfigError, Reason, Refused
 from llmux.gateway.admission.key_limits import KeyUse, share
 from llmux.gateway.admission.keys import Guard, begin_use, check_role, may_use, secret_of

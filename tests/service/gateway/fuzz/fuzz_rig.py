@@ -38,8 +38,8 @@ from llmux.config.schema import KeyRole
 ROOT = Path(__file__).resolve().parents[4]
 SERVE = """
 import sys
-from llmux import daemon
-daemon.gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3])
+from llmux.daemon.gateway import gateway
+gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3])
 """
 WAITS_IN_VAIN = "waits-in-vain"  # the model that no engine serves
 PACE_SECS = 0.05  # how long a client waits for more answers when it cannot know whether any come
