@@ -67,6 +67,7 @@ class Guest:
         debs: Sequence[str | os.PathLike[str]] = (),
         with_vllm: bool = False,
         memory_mib: int = 2048,
+        reboots: bool = False,
     ) -> Self:
         """Start a guest that lives no longer than this process; returns when it has booted."""
         options = launch.Options(
@@ -78,6 +79,7 @@ class Guest:
             with_vllm=with_vllm,
             owner_pid=os.getpid(),
             memory_mib=memory_mib,
+            reboots=reboots,
         )
         return cls.start(name, options)
 
@@ -127,6 +129,16 @@ class Guest:
                 f"  next step: 'scripts/lab up {name}'"
             )
         return cls(record)
+
+    def reboot(self) -> None:
+        """Of a machine that was started here with ``reboots``; returns when it has booted again."""
+        assert self.is_machine and self._process is not None
+        console, port = self.directory / "console.log", int(self.facts["port"])
+        boots = vm.boots_of(console)
+        self.run(["systemctl", "reboot", "--no-block"], check=False)
+        if not vm.wait_for_reboot(self._ssh(tty=False), port, self._process, console, boots):
+            raise host.LabError(f"guest {self.name}: it did not boot again\n{self.console[-4000:]}")
+        self._mount_shares()
 
     def down(self) -> None:
         """End the guest at once, as a power cut does; nothing of it is left. Idempotent."""
@@ -350,10 +362,15 @@ class Guest:
         key, port = pathlib.Path(self.facts["ssh_key"]), int(self.facts["port"])
         return vm.ssh_argv(self.directory, key, port, tty=tty)
 
+    def _mount_shares(self) -> None:
+        """In a machine; a container has them from the start."""
+        for index, target in enumerate(self.facts["shares"]):
+            self.run(["mkdir", "-p", target])
+            self.run(["mount", "-o", "ro", vm.share_device(index), target])
+
     def _furnish(self, plan: launch.Plan, options: launch.Options) -> None:
-        for index, share in enumerate(plan.shares if options.machine else ()):
-            self.run(["mkdir", "-p", share.target])
-            self.run(["mount", "-o", "ro", vm.share_device(index), share.target])
+        self.facts["shares"] = [share.target for share in plan.shares if options.machine]
+        self._mount_shares()
         for share in plan.shares if not options.machine else ():
             # The mount point's parents may be closed to others (/root is): engines of another user
             # must get through. These directories are the guest's own layer, not the host's.

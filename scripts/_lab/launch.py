@@ -34,6 +34,7 @@ class Options:
     owner_pid: int | None = None
     memory_mib: int = 2048  # machine only
     cpus: int = 1  # machine only; see vm.boot_argv
+    reboots: bool = False  # machine only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,7 @@ def _plan_machine(
         [share_disk(directory, index) for index in range(len(shares))],
         memory_mib=options.memory_mib,
         cpus=options.cpus,
+        reboots=options.reboots,
     )
     return Plan(
         argv=argv,

@@ -44,8 +44,11 @@ def boot_argv(
     *,
     memory_mib: int,
     cpus: int,
+    reboots: bool,
 ) -> list[str]:
     """`disks` are read-only disk images, /dev/vdb and up in the machine (see share_device).
+
+    `reboots`: a reboot boots it again, with the same disk; otherwise it ends the machine.
 
     `cpus`: more than one only with KVM. With two emulated ones the kernel died in every second run,
     "Oops: int3" in its scheduler: it patches its own code behind a breakpoint, and qemu 7.2 went on
@@ -67,7 +70,8 @@ def boot_argv(
         *("-append", f"{' '.join(KERNEL_OPTIONS)} systemd.hostname={name}"),
         # -snapshot: writes go to an unlinked file, so nothing is left whatever is killed.
         *("-drive", f"file={built.disk},format=raw,if=virtio,cache=unsafe", "-snapshot"),
-        "-no-reboot",  # a kernel that died ends the machine; who waits for a command learns it
+        # A kernel that died ends the machine; who waits for a command learns it.
+        *(() if reboots else ("-no-reboot",)),
         # restrict: the machine reaches nothing; only our ssh reaches it.
         *("-netdev", f"user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
         *("-device", "virtio-net-pci,netdev=net0,romfile="),
@@ -130,6 +134,28 @@ def wait_for_ssh(
                 return True
         time.sleep(0.3)
     return False
+
+
+def wait_for_reboot(
+    argv: Sequence[str],
+    port: int,
+    still_running: subprocess.Popen[bytes],
+    console: pathlib.Path,
+    boots: int,
+) -> bool:
+    """Until the machine has booted once more than `boots` times; its first ssh connection is gone
+    by then."""
+    deadline = time.monotonic() + BOOT_TIMEOUT
+    while boots_of(console) <= boots:
+        if time.monotonic() > deadline or still_running.poll() is not None:
+            return False
+        time.sleep(0.3)
+    _quiet([argv[0], "-O", "exit", *argv[1:]], deadline)
+    return wait_for_ssh(argv, port, still_running, console)
+
+
+def boots_of(console: pathlib.Path) -> int:
+    return console.read_bytes().count(b"Linux version ")
 
 
 def last_words(console: pathlib.Path) -> str | None:

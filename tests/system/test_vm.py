@@ -5,7 +5,9 @@ In a whole virtual machine, where the memory controller works and root lacks no 
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -85,3 +87,28 @@ def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGues
         assert int(process["CapEff"], 16) == int(process["CapBnd"], 16) == 0
         assert (process["NoNewPrivs"], process["Seccomp"]) == ("1", "2")
     assert restored == [first] * RESTORES
+
+
+@pytest.mark.skipif("LLMUX_VM_REBOOT" not in os.environ, reason="LLMUX_VM_REBOOT=1: ten minutes")
+def test_a_reboot_uses_images_where_it_may_and_says_where_not(package: str) -> None:
+    """`checkpoint.after_reboot: try` restores; `discard` finds the same image stale."""
+    with Guest.up(machine=True, debs=[package], reboots=True) as guest:
+        llmux = LlmuxGuest(guest)
+        parked = {"alpha": model("retain+checkpoint")}
+        llmux.begin(parked, checkpoint={"after_reboot": "try"})
+        assert llmux.ask("alpha", timeout=120)["error"] == "", llmux.journal()
+        llmux.run(["llmux", "sleep", "alpha"], timeout=120)
+        guest.run(["systemctl", "enable", "llmux.service"])
+        began = time.monotonic()
+        guest.reboot()
+        assert llmux.ask("alpha", timeout=120)["error"] == "", llmux.journal()
+        print(f"rebooted and answered after {time.monotonic() - began:.1f} s")
+        said = llmux.journal("-b", "-u", "llmux.service")
+        assert "criu restore: success" in said, said
+        llmux.run(["llmux", "sleep", "alpha"], timeout=120)
+        llmux.configure(parked)
+        guest.reboot()
+        listed = json.loads(llmux.run(["llmux", "images", "ls", "--json"]).stdout)
+        assert "boot_id" in listed[0]["state"], listed
+        assert llmux.ask("alpha", timeout=120)["error"] == "", llmux.journal()
+        assert "criu restore" not in llmux.journal("-b", "-u", "llmux.service")

@@ -54,6 +54,11 @@ class Crowd:
             await asyncio.sleep(EVERY_SECS)
         self.requests = await asyncio.gather(*asked)
 
+    def longest_ms(self, began: float, ended: float) -> int:
+        """Of the requests that were asked in that time."""
+        waits = [one.seconds for one in self.requests if began <= one.started <= ended]
+        return round(max(waits, default=0.0) * 1000)
+
 
 def mains() -> list[int]:
     return [witness.main_pid(unit) for unit in (witness.SUPERVISOR, witness.GATEWAY)]
@@ -80,12 +85,12 @@ async def run(streams: int, debs: Sequence[str], times: int) -> dict[str, object
     crowd = Crowd()
     clients = [asyncio.create_task(crowd.streamer()) for _ in range(streams)]
     clients.append(asyncio.create_task(crowd.pour()))
-    over, took, said = [], [], ""
+    over, spans, said = [], [], ""
     for at in range(times):
         await asyncio.sleep(2.0)
         before, began = set(crowd.begun), monotonic()
         said = await asyncio.to_thread(install, debs[at % len(debs)])
-        took.append(round(monotonic() - began, 1))
+        spans.append((began, monotonic()))
         over.append(len(before & crowd.begun.keys()))
         seen.append(mains())
     crowd.over.set()
@@ -97,9 +102,10 @@ async def run(streams: int, debs: Sequence[str], times: int) -> dict[str, object
         "failed": [f"{one.model} {one.prompt}: {one.error}" for one in wrong[:20]],
         "over": min(over),
         "longest_ms": round(max(answer.seconds for answer in crowd.requests) * 1000),
+        "longest_ms_each": [crowd.longest_ms(*span) for span in spans],
         "engines_the_same": witness.scopes() == engines,
         "mains": seen,
-        "install_secs": took,
+        "install_secs": [round(ended - began, 1) for began, ended in spans],
         "said": said,
     }
 
