@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def exit_code(error: LlmuxError) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_with_times(sys.argv[1:] if argv is None else argv))
     if args.verb is None:
         args = parser.parse_args([*_global_options(args), *verb_of(args)])
     try:
@@ -59,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     return int(result or 0)
+
+
+def _with_times(argv: Sequence[str]) -> list[str]:
+    """``--since -1h``, as journalctl takes it, in the form that argparse takes for no option."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--since" and re.match(r"-\d", word):
+            words[-1] = f"--since={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _global_options(args: argparse.Namespace) -> list[str]:

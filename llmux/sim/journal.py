@@ -45,7 +45,7 @@ def read_journal(lines: Iterable[str], models: Iterable[str]) -> tuple[list[Arri
     if not arrivals:
         raise LlmuxError(
             "cannot rebuild a trace: the journal says nothing of requests",
-            hint="give it entries of the supervisor: journalctl -u llmux -o json --since …",
+            hint="the supervisor writes once a minute: journalctl -u llmux -o json --since …",
         )
     first = min(arrival.at for arrival in arrivals)
     trace = sorted(Arrival(one.at - first, one.model, one.service) for one in arrivals)

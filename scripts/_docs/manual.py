@@ -230,7 +230,8 @@ def llmux_8() -> str:
         ".SH FILES\n" + entries(files),
         ".SH DIAGNOSTICS\n\\fBllmux doctor\\fR, \\fBllmux ps\\fR, \\fBllmux logs\\fR \\fIMODEL\\fR,"
         " \\fBjournalctl \\-u llmux \\-u llmux\\-gateway\\fR\n",
-        ".SH SEE ALSO\n\\fBllmux\\fR(1), \\fBllmux.yaml\\fR(5), /usr/share/doc/llmux/README.md\n",
+        ".SH SEE ALSO\n\\fBllmux\\fR(1), \\fBllmux.yaml\\fR(5),"
+        " /usr/share/doc/llmux/README.md.gz\n",
     )  # fmt: skip
 
 

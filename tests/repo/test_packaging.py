@@ -225,7 +225,10 @@ class TestBuiltPackage:
             "usr/share/bash-completion/completions/llmux",
         ):  # fmt: skip
             assert name in names, name
-        assert names & {f"usr/share/doc/llmux/README.md{ending}" for ending in ("", ".gz")}
+        for unit in ("llmux.service", "llmux-gateway.service"):
+            text = (TREE / "units" / unit).read_text(encoding="utf-8")
+            documents = re.findall(r"file:///(\S+)", text)
+            assert documents and set(documents) <= names, unit
 
     def test_a_repository_that_apt_trusts(self, package: Path, tmp_path: Path) -> None:
         """Two versions are in it; apt's state is in a directory of this test."""

@@ -120,6 +120,8 @@ def test_lines_since_a_time_are_the_journals(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert main(["logs", "--since", "10 min ago"]) == 0
     assert command[0].endswith("SYSLOG_IDENTIFIER=vllm:a SYSLOG_IDENTIFIER=vllm:org/b")
+    assert main(["logs", "--since", "-1h", "a"]) == 0
+    assert "--since=-1h" in command[0]
 
 
 def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
