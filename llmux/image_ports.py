@@ -94,7 +94,7 @@ class Checkpointer(Protocol):
     """CRIU images of engine trees: made, kept, trusted only when whole, restored into new units."""
 
     async def check(self) -> CriuFacts:
-        """Probe the installed CRIU once. Never raises."""
+        """Probe the installed CRIU, until it works. Never raises."""
 
     async def recover(self) -> Sequence[Interrupted]:
         """Call once at start, before anything else. Removes unfinished images and their files in

@@ -39,7 +39,7 @@ class MemoryCheckpointer:
 
     async def check(self) -> CriuFacts:
         self._world.record("checkpointer.check", "")
-        return CriuFacts("/usr/sbin/criu", "4.2.1", ())
+        return CriuFacts("/usr/sbin/criu", "4.2.1", self._world.criu_problems)
 
     async def recover(self) -> Sequence[Interrupted]:
         await self._world.act("checkpointer.recover", "")

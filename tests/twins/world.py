@@ -116,6 +116,7 @@ class World:
         self.hung_hosts: list[str] = []  # engines that ended restored, not suspended again
         self.restoring: set[str] = set()  # models whose restore is not confirmed
         self.obstacles: dict[str, str] = {}  # set by tests: what prevents a dump of a model
+        self.criu_problems: tuple[str, ...] = ()  # set by tests
         self.memory_bytes = 1024 * GIB  # of the host, available
         self.output: dict[str, list[str]] = {}
         self.vitals: dict[str, Vitals] = {}  # set by tests; an engine without lives

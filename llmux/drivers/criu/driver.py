@@ -77,7 +77,7 @@ class Criu:
     # ---- probing --------------------------------------------------------------------------------
 
     async def check(self) -> CriuFacts:
-        if self._facts is None:
+        if self._facts is None or self._facts.problems:  # it may have been installed since
             self._facts = await self._probe()
         return self._facts
 

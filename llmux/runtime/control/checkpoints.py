@@ -67,6 +67,7 @@ class Checkpoints:
         found = await self._find(record)
         if isinstance(found, Image) and eviction_of(found.recipe) == wanted:
             return self._made(found, wanted, 0.0, 0.0, reused=True)
+        await self._check_means(name)
         async with followed(self._loop, self._executor, name, report):
             await bring_up(self._loop, name)
             await self.check_room(name, wanted)
@@ -86,6 +87,17 @@ class Checkpoints:
         if isinstance(image, NoImage):
             raise LlmuxError(f"cannot checkpoint {name}: {image.reason}")
         return self._made(image, wanted, started, monotonic() - began - started, reused=False)
+
+    async def _check_means(self, name: str) -> None:
+        """Before an engine is started for an image that cannot be made."""
+        if self._checkpointer is None:
+            return  # the step of parking says so
+        if problems := (await self._checkpointer.check()).problems:
+            raise Refused(
+                Reason.BAD_REQUEST,
+                f"cannot checkpoint {name}: {problems[0]}",
+                hint="llmux doctor",
+            )
 
     async def check_room(self, name: str, wanted: Eviction) -> None:
         """Before anything is drained: raises where the disk cannot take what the image holds at

@@ -35,6 +35,15 @@ async def test_a_checkpoint_without_room_leaves_the_model_serving() -> None:
         assert (await d.ask("checkpoint", model="a"))["reused"] is False
 
 
+@in_loop
+async def test_without_a_criu_that_works_nothing_is_started_for_an_image() -> None:
+    async with desk(config_of(model("a", eviction=OFFLOADED))) as d:
+        d.world.criu_problems = ("criu is not installed",)
+        refused = await d.refusal("checkpoint", model="a")
+        assert str(refused) == "cannot checkpoint a: criu is not installed (llmux doctor)"
+        assert d.world.names("units.start") == []
+
+
 @pytest.mark.parametrize(("weights", "least"), [("offload", GIB), ("discard", GIB // 10)])
 @in_loop
 async def test_discarded_weights_are_in_no_image(weights: str, least: int) -> None:
