@@ -31,6 +31,12 @@ def rungs(record: ModelRecord) -> tuple[Eviction, ...]:
     return (record.eviction, *below)
 
 
+def may_choose(tx: Transaction, name: str) -> bool:
+    """Has it more than one way to leave? Of models that leave together those without go first: what
+    they take of the budget is then known to the others."""
+    return len(rungs(tx.models[name])) > 1
+
+
 def rung_below(tx: Transaction, name: str) -> Eviction | None:
     """The next one that the parked engine reaches where it is; None at the bottom. One whose image
     could not be written is not asked for it again."""

@@ -31,7 +31,7 @@ from dataclasses import replace
 
 from llmux.config.schema import Process
 from llmux.core.effects import ReadAhead, RestoreAhead
-from llmux.core.ladder import lower_parked, rung_for
+from llmux.core.ladder import lower_parked, may_choose, rung_for
 from llmux.core.operations import (
     advance_drain,
     drain,
@@ -65,6 +65,8 @@ from llmux.core.transaction import UNUSED, Transaction
 from llmux.errors import Reason
 
 MANUAL_RETRY_SECS = 30.0  # an operator acts at some time; OpenAI's SDKs heed up to a minute
+# Not sooner: a policy's time recedes as it comes near while no answer ends, as they seem longer.
+LOOK_AGAIN_SECS = 0.1
 
 
 def schedule(tx: Transaction) -> None:
@@ -294,12 +296,12 @@ def _make_room(
         default=tx.now,
     )
     if tx.now < earliest:  # 8
-        tx.wake_at(earliest)
+        tx.wake_at(max(earliest, tx.now + LOOK_AGAIN_SECS))
         return
     left: list[str] = []
-    for victim, eviction in victims.items():  # 9
+    for victim in sorted(victims, key=lambda one: may_choose(tx, one)):  # 9
         if isinstance(tx.models[victim].phase, Serving):
-            drain(tx, victim, rung_for(tx, victim, eviction), target.model)
+            drain(tx, victim, rung_for(tx, victim, victims[victim]), target.model)
         elif room.may_leave(victim):
             stop(tx, victim, f'room for model "{target.model}"', grace=True)
         else:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Container
 from dataclasses import replace
 
-from llmux.core.ladder import rung_for
+from llmux.core.ladder import may_choose, rung_for
 from llmux.core.operations import drain, fail, stop
 from llmux.core.records import Failed, Parking, Serving, Starting, Stopping, Waking, frees_memory
 from llmux.core.transaction import Transaction
@@ -40,7 +40,8 @@ def retry_kills(tx: Transaction) -> None:
 
 def park_idle(tx: Transaction, waiting: Container[str]) -> None:
     """Models that were not used for their idle timeout leave although no model needs the room."""
-    for name, record in list(tx.models.items()):
+    unused: dict[str, float] = {}
+    for name, record in tx.models.items():
         limit = record.keep_alive
         if limit is None:
             limit = tx.config.idle_timeout(record.config) or math.inf
@@ -52,10 +53,12 @@ def park_idle(tx: Transaction, waiting: Container[str]) -> None:
             continue
         due = max(record.last_active, record.phase.since) + limit
         if tx.now >= due:
-            eviction = rung_for(tx, name, record.eviction)
-            drain(tx, name, eviction, None, reason=f"not used for {limit:g} s")
+            unused[name] = limit
         else:
             tx.wake_at(due)
+    for name in sorted(unused, key=lambda one: may_choose(tx, one)):
+        eviction = rung_for(tx, name, tx.models[name].eviction)
+        drain(tx, name, eviction, None, reason=f"not used for {unused[name]:g} s")
 
 
 def watch_for_stalls(tx: Transaction) -> None:

@@ -264,7 +264,8 @@ class Endless:
         beside = [
             other
             for other, record in self.state.models.items()
-            if isinstance(record.phase, (Parked, Parking, Draining))
+            if not self.leaves_for_another_reason(other, name)
+            and isinstance(record.phase, (Parked, Parking, Draining))
             and record.phase.eviction.process is not Process.STOP
             and (record.phase.eviction.process is Process.CHECKPOINT) == on_disk
             and other in measured
@@ -276,6 +277,17 @@ class Endless:
             limit = self.config.policy.parked_max_bytes
             used = sum(self.streams[other].host_bytes for other in beside)
         assert limit is None or used <= limit, f"{beside} over their budget"
+
+    def leaves_for_another_reason(self, other: str, name: str) -> bool:
+        """It has no choice, and began to leave only after the decision about ``name`` was made."""
+        phase, own = self.state.models[other].phase, self.state.models[name].phase
+        return (
+            not self.config.models[other].ladder
+            and isinstance(phase, Draining)
+            and isinstance(own, Draining)
+            and phase.since == own.since
+            and phase.wanted_by != own.wanted_by
+        )
 
     # ---- replay -------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ An illegal transition raises in the core, so that every test here would fail by 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MappingProxyType
 
 from endless import Endless, Stream
@@ -25,6 +26,7 @@ from llmux.config.schema import (
     Weights,
 )
 from llmux.core.policies.fair import DRAINS, TURN, drained_in
+from llmux.core.schedule import LOOK_AGAIN_SECS
 from llmux.core.usage import UNKNOWN_COST_SECS
 
 OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
@@ -105,6 +107,21 @@ def test_every_stream_gets_its_turns_and_an_answer_in_each(world: Endless) -> No
     world.check_replay()
 
 
+def shared_gpu(names: Iterable[str], max_wait: float) -> Config:
+    """``fair`` on one GPU, on which one of them is resident at a time."""
+    models = {
+        name: ModelConfig(
+            name, name, eviction=OFFLOAD, gpus=(0,), gpu_memory_parked=0.01, stall_timeout_secs=0.0
+        )
+        for name in names
+    }
+    return Config(
+        models=MappingProxyType(models),
+        policy=PolicyConfig(max_wait_secs=max_wait, drain_timeout_secs=61.0),
+        gateway=GatewayConfig(max_in_flight=PLACES),
+    )
+
+
 @settings(max_examples=examples(40), deadline=None)
 @given(
     found=streams(most=PLACES, answer=60.0, least_models=2),
@@ -114,19 +131,9 @@ def test_under_fair_a_request_waits_no_longer_than_the_others_turns(
     found: dict[str, Stream], max_wait: float
 ) -> None:
     """Of each other model the least turn, or the maximum wait if that is more; its drain and its
-    switch: so for two models ``max_wait_secs`` and what the switches take."""
-    models = {
-        name: ModelConfig(
-            name, name, eviction=OFFLOAD, gpus=(0,), gpu_memory_parked=0.01, stall_timeout_secs=0.0
-        )
-        for name in found
-    }
-    config = Config(
-        models=MappingProxyType(models),
-        policy=PolicyConfig(max_wait_secs=max_wait, drain_timeout_secs=61.0),
-        gateway=GatewayConfig(max_in_flight=PLACES),
-    )
-    world = Endless(config, found)
+    switch: so for two models ``max_wait_secs`` and what the switches take. The mean length counts
+    what has not ended yet as well, so that it may be taken for twice as long until it ends."""
+    world = Endless(shared_gpu(found, max_wait), found)
     for _ in range(STEPS):
         if all(line.grants >= TURNS for line in world.lines.values()):
             break
@@ -138,6 +145,23 @@ def test_under_fair_a_request_waits_no_longer_than_the_others_turns(
         for other, stream in found.items():
             if other != name:
                 way = 2 * max(UNKNOWN_COST_SECS, 60.0)  # of others, before it is measured
-                turn = TURN * way + DRAINS * drained_in(stream.answer + 1, stream.requests)
-                bound += max(max_wait, turn) + stream.answer + stream.up + stream.park
+                turn = TURN * way + DRAINS * drained_in(2 * stream.answer + 1, stream.requests)
+                stay = max(max_wait, turn) + LOOK_AGAIN_SECS
+                bound += stay + stream.answer + stream.up + stream.park
         assert line.longest <= bound + 1e-3, (name, line.longest, bound)
+
+
+def test_a_time_that_recedes_is_not_asked_for_again_and_again() -> None:
+    """Long answers, none of which ends: what they are taken to last, and so the least turn, grows
+    nearly as fast as time passes."""
+    found = {
+        "m0": Stream(4, 9.0, 9.0, 60.0),
+        "m1": Stream(1, 1.0, 1.0, 3.0),
+        "m2": Stream(6, 40.0, 1.0, 1.0),
+    }
+    world = Endless(shared_gpu(found, max_wait=0.0), found)
+    steps = 0
+    while not all(line.grants >= TURNS for line in world.lines.values()):
+        assert world.step()
+        steps += 1
+    assert steps < 100

@@ -183,6 +183,26 @@ def test_two_that_leave_at_once_do_not_both_take_the_last_room() -> None:
     assert sorted(leaving(core, name).process for name in "ab") == ["keep_running", "stop"]
 
 
+@pytest.mark.parametrize("wanted", [False, True], ids=["idle", "for another model"])
+def test_one_that_leaves_beside_one_without_a_ladder_leaves_it_the_room(wanted: bool) -> None:
+    core = Core(
+        model("a", ladder=(STOP,), gpu_memory=0.3),
+        model("b", gpu_memory=0.3),
+        model("whole", gpu_memory=0.75),
+        parked_max_bytes=50 * GIB,
+    )
+    for name in "ab":
+        core.serve(name)
+        park(core, name, 30)
+        core.serve(name)
+    if wanted:
+        core.demand("whole", waiting=1)
+    else:
+        leave_when_idle(core)
+    assert leaving(core, "a").process is Process.STOP
+    assert leaving(core, "b").process is Process.KEEP_RUNNING
+
+
 def test_a_model_whose_image_has_no_room_beside_others_is_stopped() -> None:
     image = Eviction(Weights.OFFLOAD, Process.CHECKPOINT)
     core = Core(*(model(n, eviction=image, ladder=(STOP,), gpu_memory=0.3) for n in "ab"))
