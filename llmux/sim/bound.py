@@ -1,8 +1,9 @@
 """What no policy can beat: the least mean wait for a trace, by one that knows it beforehand.
 
 For one GPU on which one model is resident at a time. Exact for few requests (all orders of service
-starts, with branches cut that cannot become better); for more a relaxation: switches cost nothing
-and one server works as fast as all places together, on what is shortest first.
+starts, with branches cut that cannot become better); for more the better of two relaxations:
+switches cost nothing and one server works as fast as all places together, on what is shortest
+first; or switches cost what they do and there are places for all (``switch_bound``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmux.sim.costs import Costs
+from llmux.sim.switch_bound import switching_bound
 from llmux.sim.trace import Arrival
 
 EXACT_UP_TO = 9  # requests
@@ -28,7 +30,7 @@ def lower_bound(trace: Sequence[Arrival], costs: Costs, places: int) -> Bound:
         return Bound(0.0, True)
     if len(trace) <= EXACT_UP_TO:
         return Bound(_exact(sorted(trace), costs, places) / len(trace), True)
-    return Bound(_relaxed(trace, places) / len(trace), False)
+    return Bound(max(_relaxed(trace, places), switching_bound(trace, costs)) / len(trace), False)
 
 
 def _exact(trace: Sequence[Arrival], costs: Costs, places: int) -> float:

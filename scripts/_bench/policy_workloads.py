@@ -18,8 +18,10 @@ class Workload:
     models: int
     make: Callable[[random.Random], Iterator[Arrival]]
 
-    def trace(self) -> list[Arrival]:
-        return sorted(self.make(random.Random(self.name)))  # reproducible
+    def trace(self, seed: int = 0) -> list[Arrival]:
+        """The same for the same seed."""
+        name = f"{self.name}#{seed}" if seed else self.name
+        return sorted(self.make(random.Random(name)))
 
 
 def name_of(index: int) -> str:
