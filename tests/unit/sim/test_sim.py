@@ -204,3 +204,14 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("arrival_s,model,service_s\n0,ghost,1\n")
     assert main(verb) == 1
     assert 'model "ghost" is not configured' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "bounded"), [(0.4, False), (0.6, True)])
+def test_models_that_fit_together_have_no_bound(
+    share: float, bounded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {name: {"model_path": f"x/{name}", "gpu_memory": share} for name in "ab"}
+    (tmp_path / "c.json").write_text(json.dumps({"models": models}))
+    (tmp_path / "t.csv").write_text("arrival_s,model,service_s\n0,a,1\n1,b,2\n")
+    assert main(["sim", "-c", f"{tmp_path}/c.json", f"--trace={tmp_path}/t.csv", "--json"]) == 0
+    assert ("bound" in json.loads(capsys.readouterr().out)) == bounded
