@@ -112,7 +112,7 @@ class Lab:
         return handle
 
     async def ready(self, model: str) -> str:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while True:
             try:
                 return await self.ask(model)

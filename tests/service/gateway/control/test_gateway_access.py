@@ -324,6 +324,8 @@ async def test_tls_and_a_new_certificate_without_a_restart(tmp_path: Path) -> No
         running.clients.append(kept)
         kept.chat()
         assert (await kept.answer()).status == 200
+        kept.chat(padding="x" * 4_000_000)  # read in turns
+        assert (await kept.answer()).status == 200
         certificate(tmp_path, "second")
         for part in reload:
             part()
