@@ -15,7 +15,7 @@ import sys
 import client
 
 LAST = pathlib.Path("/proc/sys/kernel/ns_last_pid")
-TRIES = 200  # another process may be quicker
+TRIES = 5000  # another process may be quicker, or have it for a moment
 
 
 def take(pid: int) -> None:
