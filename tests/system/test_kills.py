@@ -7,7 +7,7 @@ import secrets
 from typing import Any
 
 import pytest
-from llmux_guest import GPU, LlmuxGuest, model
+from llmux_guest import GPU, STANDIN, LlmuxGuest, model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -63,3 +63,25 @@ def test_a_supervisor_killed_in_an_operation_is_succeeded_by_one_that_finishes_i
     report = llmux.load("kills/moment", moment, json.dumps(faults))
     print(f"killed while {moment}: {report}")
     assert report["wrong"] == [], llmux.journal()
+
+
+def test_an_engine_that_left_its_cgroup_is_ended_before_the_next_one_starts(
+    llmux: LlmuxGuest,
+) -> None:
+    """As a container runtime moves its containers; only one that runs as root can."""
+    elsewhere, command = "/sys/fs/cgroup/elsewhere", "/var/tmp/leave"
+    leave = f"mkdir -p {elsewhere}\necho $$ >{elsewhere}/cgroup.procs"
+    llmux.guest.write(command, f'#!/bin/sh\n{leave}\nexec {STANDIN} "$@"\n', mode=0o755)
+    stubborn = {"extra_args": ["--standin-fault", "ignore_sigterm=true"], "stop_grace_secs": 1}
+    llmux.begin(
+        {
+            "alpha": model("retain+stop", vllm_command=[command], **stubborn),
+            "beta": model("retain+stop"),
+        },
+        engine_user="root",
+    )
+    for name in ("alpha", "beta"):
+        assert llmux.ask(name)["error"] == "", llmux.journal()
+    assert llmux.run(["cat", f"{elsewhere}/cgroup.procs"]).stdout == "", llmux.journal()
+    assert "llmux-alpha.scope left its cgroup for /elsewhere" in llmux.journal(lines=200)
+    llmux.run(["rmdir", elsewhere])
