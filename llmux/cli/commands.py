@@ -129,7 +129,7 @@ def doctor(args: argparse.Namespace) -> int:
         config = load_config(args.config, check_files=False)
     except LlmuxError as error:
         print(f"llmux: checking the host only, without a configuration: {error}", file=sys.stderr)
-    look = partial(look_at_host, deep=args.deep)
+    look = partial(look_at_host, deep=args.deep, cuda_round_trip=args.cuda)
     return show(config, as_json=args.json, run_checks=look)
 
 

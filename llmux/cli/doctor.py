@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TextIO
 
 from llmux.config.schema import Config
@@ -25,6 +25,9 @@ class CheckResult(Protocol):
     @property
     def remedy(self) -> str: ...
 
+    @property
+    def measured(self) -> Mapping[str, float]: ...
+
 
 def doctor(
     config: Config | None,
@@ -41,7 +44,14 @@ def doctor(
 
 def to_json(checks: Sequence[CheckResult]) -> str:
     rows = [
-        {"name": c.name, "level": str(c.level), "seen": c.seen, "remedy": c.remedy} for c in checks
+        {
+            "name": check.name,
+            "level": str(check.level),
+            "seen": check.seen,
+            "remedy": check.remedy,
+            "measured": dict(check.measured),
+        }
+        for check in checks
     ]
     ok = all(check.level != "FAIL" for check in checks)
     return json.dumps({"ok": ok, "checks": rows}, indent=2, ensure_ascii=False)

@@ -214,6 +214,11 @@ def build_parser() -> argparse.ArgumentParser:
         " takes seconds, writes half a GiB for a moment"
     )
     doctor.add_argument("--deep", action="store_true", help=text)
+    text = (
+        "send a throw-away process with a CUDA context through suspend, dump, restore and resume on"
+        " each GPU, and compare its bytes: ten seconds a GPU, while no engine starts or parks"
+    )
+    doctor.add_argument("--cuda", action="store_true", help=text)
     local("version", commands.version, "print the version")
     return parser
 

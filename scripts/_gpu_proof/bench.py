@@ -12,9 +12,9 @@ from typing import Any
 from _gpu_proof.client import Client, ProofError, same
 from _gpu_proof.evidence import Evidence
 from _gpu_proof.memory import Memory
-from _gpu_proof.units import ProofUnits, is_alive
 from llmux.drivers.criu.driver import Criu
 from llmux.drivers.images.store import ImageStore
+from llmux.drivers.processes.bare import BareUnits, is_alive
 from llmux.drivers.processes.freezer import CgroupFreezer
 from llmux.image_ports import DumpSpec, Image
 from llmux.ports import DeviceCheckpointer, LaunchSpec, UnitHandle
@@ -50,7 +50,7 @@ class Engine:
     """A process tree in a unit; after a CRIU restore the handle is a new one."""
 
     def __init__(
-        self, argv: list[str], env: dict[str, str], work: Path, units: ProofUnits, name: str
+        self, argv: list[str], env: dict[str, str], work: Path, units: BareUnits, name: str
     ) -> None:
         runtime = work / f"run-{name}"
         self.client = Client(runtime / "proof.sock", MODEL)

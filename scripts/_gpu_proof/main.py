@@ -19,11 +19,11 @@ from _gpu_proof.client import ProofError
 from _gpu_proof.evidence import Evidence
 from _gpu_proof.matrix import ROWS, Row, run_row
 from _gpu_proof.memory import Memory, PretendedMemory, find_memory
-from _gpu_proof.units import ProofUnits, find_cgroup
 from llmux.drivers.criu.driver import Criu
 from llmux.drivers.cuda.driver import LIBRARY, CudaDriver
 from llmux.drivers.cuda.tool import CudaCheckpointTool
 from llmux.drivers.images.store import ImageStore
+from llmux.drivers.processes.bare import BareUnits, find_cgroup
 from llmux.drivers.processes.freezer import CgroupFreezer
 from llmux.drivers.processes.run import run
 from llmux.errors import DriverError, Unsupported
@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def proof_engine(
-    asked: argparse.Namespace, work: Path, units: ProofUnits, fake: Path | None, extra: str
+    asked: argparse.Namespace, work: Path, units: BareUnits, fake: Path | None, extra: str
 ) -> Engine:
     script = Path(__file__).with_name("engine.py")
     python = sys.executable if fake else asked.python
@@ -107,7 +107,7 @@ def proof_engine(
     return Engine(argv, environment(asked.gpu), work, units, f"proof{extra}")
 
 
-def vllm_engine(asked: argparse.Namespace, work: Path, units: ProofUnits) -> Engine:
+def vllm_engine(asked: argparse.Namespace, work: Path, units: BareUnits) -> Engine:
     program = shutil.which(asked.vllm) or asked.vllm
     argv = [program, "serve", asked.vllm_model, "--enable-sleep-mode"]
     argv += ["--served-model-name", "proof", *asked.vllm_arg]
@@ -170,7 +170,7 @@ class Proof:
         self, name: str, fake: Path | None, memory: Memory, driver: DeviceCheckpointer
     ) -> None:
         place = find_cgroup()
-        units = ProofUnits(place)
+        units = BareUnits(place)
         store = ImageStore(str(self._images))
         root = place[0] if place else "/sys/fs/cgroup"
         criu = Criu(units, store, str(self._images), criu_path=self._asked.criu, cgroup_root=root)
@@ -196,7 +196,7 @@ class Proof:
             await self._vllm(units, bench)
         await freezer.close()
 
-    async def _vllm(self, units: ProofUnits, bench: Callable[[str, Engine, float], Bench]) -> None:
+    async def _vllm(self, units: BareUnits, bench: Callable[[str, Engine, float], Bench]) -> None:
         asked = self._asked
         if shutil.which(asked.vllm) is None:
             self._unmeasured("vLLM", f"{asked.vllm} is not installed", asked.rows)

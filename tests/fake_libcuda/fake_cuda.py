@@ -27,21 +27,22 @@ def _workshop() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def build(*defines: str) -> Path:
     """The library compiled with these macros, once per process."""
-    return _compile("libcuda.c", ["-shared", "-fPIC"], defines)
+    return _compile(("libcuda.c", "contexts.c"), ["-shared", "-fPIC"], defines)
 
 
 @functools.cache
 def build_tool() -> Path:
-    return _compile("cuda-checkpoint.c", [], ())
+    return _compile(("cuda-checkpoint.c",), [], ())
 
 
-def _compile(source: str, flags: list[str], defines: tuple[str, ...]) -> Path:
+def _compile(sources: tuple[str, ...], flags: list[str], defines: tuple[str, ...]) -> Path:
     if COMPILER is None:
         raise RuntimeError("no C compiler (cc or gcc) to build the fake libcuda.so.1 with")
-    out = Path(_workshop().name) / "-".join((source, *defines))
+    out = Path(_workshop().name) / "-".join((*sources, *defines))
     flags = [*flags, "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
     flags += [*(f"-D{name}" for name in defines)]
-    command = [COMPILER, *flags, "-o", str(out), str(HERE / source), "-ldl"]
+    files = [str(HERE / source) for source in sources]
+    command = [COMPILER, *flags, "-o", str(out), *files, "-ldl"]
     subprocess.run(command, check=True)
     return out
 
@@ -118,6 +119,9 @@ class FakeCuda:
         """Releases one hanging call; blocks until there is one."""
         with fifo.open("wb"):
             pass
+
+    def set_gpus(self, count: int) -> None:
+        (self.directory / "gpus").write_text(f"{count}\n")
 
     def set_version(self, number: int) -> None:
         (self.directory / "version").write_text(f"{number}\n")

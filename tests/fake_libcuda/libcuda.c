@@ -19,6 +19,10 @@
  *   lock_kills         the lock kills its process and says 304 (cuda-checkpoint#58)
  *   one_at_a_time      any call waits while another process is locked (cuda-checkpoint#30)
  *   busy               the state is CHECKPOINTING (4) or RESTORING (5), CUDA 13.4, until asked again
+ *   forgets            bytes on the GPU are zero after a restore
+ *
+ * DIR/gpus overrides how many GPUs there are (1). A process that makes a context on one is a CUDA
+ * process from then on; its memory there is its own (contexts.c).
  *
  * DIR/restored/PID: restored and running. Such a process must be suspended again before it ends, or
  * the host hangs (seen with 580): DIR/host_hung gets a line "PID" then.
@@ -30,6 +34,7 @@
  * process INVALID_VALUE (1), no cuInit before NOT_INITIALIZED (3).
  */
 #define _GNU_SOURCE
+#include "libcuda.h"
 #include <dirent.h>
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -43,13 +48,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, ILLEGAL_STATE = 401 };
-enum { OPERATING_SYSTEM = 304 };
-enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2, FAILED = 3, CHECKPOINTING = 4, RESTORING = 5 };
 
-static int initialised;
+int initialised;
 
-static void path_of(char *out, const char *format, ...)
+void path_of(char *out, const char *format, ...)
 {
 	Dl_info info;
 	char rest[256];
@@ -66,7 +68,7 @@ static void path_of(char *out, const char *format, ...)
 	snprintf(slash + 1, PATH_MAX - (slash + 1 - out), "%s", rest);
 }
 
-static int read_line(const char *path, char *out, size_t size)
+int read_line(const char *path, char *out, size_t size)
 {
 	FILE *file = fopen(path, "re");
 
@@ -76,7 +78,7 @@ static int read_line(const char *path, char *out, size_t size)
 	return 0;
 }
 
-static int get_state(int pid)
+int get_state(int pid)
 {
 	char path[PATH_MAX], line[32];
 
@@ -84,7 +86,7 @@ static int get_state(int pid)
 	return read_line(path, line, sizeof line) ? -1 : atoi(line);
 }
 
-static void set_state(int pid, int state)
+void set_state(int pid, int state)
 {
 	char path[PATH_MAX], fresh[PATH_MAX];
 	FILE *file;
@@ -112,7 +114,7 @@ static void note(const char *call, int pid)
 }
 
 /* 1: the call is over, with *code; 0: continue normally. */
-static int fault(const char *call, int pid, int *code)
+int fault(const char *call, int pid, int *code)
 {
 	char path[PATH_MAX], fifo[PATH_MAX + 8], line[128], byte;
 	int state, count, fd;
@@ -141,7 +143,7 @@ static int fault(const char *call, int pid, int *code)
 	return count >= 1;
 }
 
-static int has_mode(int pid, const char *wanted)
+int has_mode(int pid, const char *wanted)
 {
 	char path[PATH_MAX], line[64];
 

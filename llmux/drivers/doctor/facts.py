@@ -11,7 +11,7 @@ import os
 import pwd
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -32,12 +32,14 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at: what was seen, and when it is not OK, what to do."""
+    """One thing looked at: what was seen, and when it is not OK, what to do. ``measured``: figures
+    for programs, named with their unit."""
 
     name: str
     level: Level
     seen: str
     remedy: str = ""
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""What ``llmux doctor`` looks at. Only looks: nothing on the host is changed.
+"""What ``llmux doctor`` looks at. Only looks: nothing on the host is changed, and what a
+measurement makes (a file, a CUDA context) is gone at its end.
 
 Each check is a function (Host, Config or None) → Check. What the configuration does not use is a
 WARN when it is missing, what it uses a FAIL. Printing is llmux/cli/doctor.py's.
@@ -12,7 +13,7 @@ import stat
 from collections.abc import Callable
 
 from llmux.config.schema import ENGINES, CheckpointConfig, Config
-from llmux.drivers.doctor import cuda, gpus, parking
+from llmux.drivers.doctor import cuda, gpus, parking, round_trip
 from llmux.drivers.doctor import deep as throughput
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs, bad, dotted, version
 from llmux.drivers.processes.listeners import find_on_port
@@ -218,16 +219,22 @@ DEEP_CHECKS = (
     (throughput.NAME, throughput.check_throughput),
     (cuda.NAME, cuda.check_cuda),
 )
+CUDA_CHECKS = ((round_trip.NAME, round_trip.check_round_trip),)
 
 
 def run_checks(
-    config: Config | None, host: Host | None = None, *, deep: bool = False
+    config: Config | None,
+    host: Host | None = None,
+    *,
+    deep: bool = False,
+    cuda_round_trip: bool = False,
 ) -> list[Check]:
     """All of them, in the order of the table; one that cannot be made is a WARN of its own.
-    ``deep``: those that take seconds, too."""
+    ``deep``: those that take seconds, too. ``cuda_round_trip``: the one that uses the GPUs."""
     host = host or Host()
     results: list[Check] = []
-    for name, check in (*CHECKS, *(DEEP_CHECKS if deep else ())):
+    asked = (*(DEEP_CHECKS if deep else ()), *(CUDA_CHECKS if cuda_round_trip else ()))
+    for name, check in (*CHECKS, *asked):
         try:
             found = check(host, config)
         except OSError as error:

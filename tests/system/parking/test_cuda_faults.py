@@ -6,12 +6,13 @@ the real ctypes calls run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from llmux_guest import LlmuxGuest
-from parking_lab import ParkingLab, small
+from parking_lab import CUDA, ParkingLab, small
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -110,4 +111,23 @@ def test_a_resume_that_goes_wrong_ends_in_a_cold_start(
         print(f"{call} {words}: {answer['ended'] - answer['started']:.2f} s: {lines[before:]}")
         assert len(lines) == before + 1, f"{call} {words}: {lab.llmux.journal()}"
         in_order(lab, f"{call} {words}")
+    goes_on(lab)
+
+
+def test_the_doctor_sends_a_process_round_and_leaves_nothing(lab: ParkingLab) -> None:
+    """Through the product's own CUDA driver and CRIU: `llmux doctor --cuda`."""
+    begin(lab, "retain+cuda_suspend")
+    library = f"LLMUX_LIBCUDA={CUDA}/libcuda.so.1"
+    done = lab.run(
+        ["env", library, "llmux", "doctor", "--cuda", "--json"], check=False, timeout=200
+    )
+    rows = {row["name"]: row for row in json.loads(done.stdout)["checks"]}
+    trip = rows["CUDA round trip"]
+    print(trip)
+    assert trip["level"] == "OK", trip
+    assert trip["seen"].startswith("GPU 0: bytes equal: "), trip
+    steps = ("start", "suspend", "dump", "restore", "resume", "compare")
+    assert set(trip["measured"]) == {f"gpu0_{step}_seconds" for step in steps}
+    left = lab.run(["sh", "-c", f"ls -d /var/tmp/llmux-doctor-* {CUDA}/host_hung"], check=False)
+    assert left.stdout == ""
     goes_on(lab)

@@ -1,7 +1,8 @@
-"""Engines of the proof, started and ended through llmux's launcher, in plain cgroups.
+"""Units without systemd for short tests: ``llmux doctor --cuda`` and ``scripts/gpu-proof``.
 
-A GPU host for the proof may have no systemd: ``ProofUnits`` is the same port without scopes, and
-without cgroups where there is no cgroup v2 (then the freezer says so itself).
+Unlike ``children``'s, a unit holds what ``criu restore`` leaves there, in a plain cgroup or, where
+there is no cgroup v2, in none (then the freezer says so itself). Unlike systemd's, it is not known
+to any supervisor.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def find_cgroup() -> tuple[str, str] | None:
             continue
         root = line.split()[4]
         own = (cgroup.cgroup_of(os.getpid()) or "/").rstrip("/")
-        trial = Path(f"{root}{own}/gpu-proof-{os.getpid()}")
+        trial = Path(f"{root}{own}/llmux-trial-{os.getpid()}")
         with suppress(OSError):
             trial.mkdir()
             usable = (trial / "cgroup.freeze").exists()
@@ -51,8 +52,8 @@ def find_cgroup() -> tuple[str, str] | None:
     return None
 
 
-class ProofUnits:
-    """ports.UnitManager for one engine at a time.
+class BareUnits:
+    """UnitManager for one tree at a time.
 
     Restored processes have no parent of ours, and PID 1 of a container may reap none: we do, as
     their sub-reaper. A zombie would keep its pid, which the next restore needs.
@@ -93,7 +94,7 @@ class ProofUnits:
     def _make_cgroup(self, pid: int) -> str | None:
         if self._root is None:
             return None
-        path = f"{self._home}/gpu-proof-{os.getpid()}-{next(self._numbers)}"
+        path = f"{self._home}/llmux-trial-{os.getpid()}-{next(self._numbers)}"
         directory = Path(self._root + path)
         directory.mkdir()
         (directory / "cgroup.procs").write_text(str(pid))
@@ -140,7 +141,7 @@ class ProofUnits:
         return [handle.pid, *descendants(handle.pid)]
 
     async def stranger(self, address: Address, handle: UnitHandle | None) -> str | None:
-        return None  # its engines have unix sockets
+        return None  # trials have unix sockets, or none
 
     async def cpu_seconds(self, handle: UnitHandle) -> float:
         return cpu_seconds(await self.pids(handle))
@@ -156,7 +157,7 @@ class ProofUnits:
         process.on_end(lambda ended: on_exit(handle, ended.ended or "gone"))
 
     def unwatch(self, handle: UnitHandle) -> None:
-        """Callbacks of the proof may come late."""
+        """Callbacks may come late."""
 
     async def ending(self) -> bool:
         return False
