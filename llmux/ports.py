@@ -71,6 +71,14 @@ class UnitHandle:
     cgroup: str | None = None
 
 
+class WeightReader(Protocol):
+    async def read(
+        self, model: str, model_path: str, env: Mapping[str, str], user: EngineUser | None
+    ) -> None:
+        """The model's weights lie in the page cache, as far as they are on this host and memory
+        allows. May be cancelled: nothing reads on then. Raises nothing of its own."""
+
+
 class UnitManager(Protocol):
     """Owns processes: every engine lives in exactly one unit and nothing outlives it."""
 

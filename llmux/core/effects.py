@@ -44,6 +44,23 @@ class ReadAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadWeights:
+    """Read the model's weights into the page cache: its engine will load them when the room that is
+    being made is there. EndReading follows."""
+
+    model: str
+    config: ModelConfig
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndReading:
+    """The model's weights are read no further: it serves, or is not wanted any more."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreAhead:
     """Do the part of the model's restore that needs no GPU while room is being made. Its wake
     takes over the result; otherwise DropAhead follows.
@@ -138,6 +155,8 @@ Effect = (
     RunPlan
     | Probe
     | ReadAhead
+    | ReadWeights
+    | EndReading
     | RestoreAhead
     | DropAhead
     | SendGrant

@@ -215,11 +215,13 @@ def demand_by_model(workers: Mapping[str, Worker]) -> Mapping[str, WorkerDemand]
 class Reservation:
     """A model that waits for room or is being made resident. ``decided_at``: when its first victim
     was sent away, or when it began to wait. ``read``: its image was ordered into the page cache.
-    ``ahead``: its restore up to the GPU was ordered, and is neither taken over nor dropped."""
+    ``loading``: so were its weights. ``ahead``: its restore up to the GPU was ordered, and is
+    neither taken over nor dropped."""
 
     decided_at: float
     victims: tuple[str, ...] = ()
     read: bool = False
+    loading: bool = False
     ahead: bool = False
     drained_at: float | None = None
     room_at: float | None = None

@@ -243,6 +243,7 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room)
                 start(tx, name)
             room.refresh(name)
             return
+        tx.read_weights(name, gpus)
         room.comes_next(gpus)
     elif room.could_fit(name, gpus, share):  # else 7
         _read_ahead(tx, name, gpus)
@@ -250,7 +251,10 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room)
             _make_room(tx, target, away, gpus, share, room)
     if name not in tx.reservations:  # refused just now
         return
-    _restore_ahead(tx, name, gpus, coming=room.fits_after(name, gpus, share))
+    coming = room.fits_after(name, gpus, share)
+    if coming:
+        tx.read_weights(name, gpus)
+    _restore_ahead(tx, name, gpus, coming=coming)
     room.reserve(name, gpus, share)
 
 
@@ -349,8 +353,7 @@ def _residues(tx: Transaction, names: list[str]) -> list[str]:
 
 def _read_ahead(tx: Transaction, name: str, gpus: GPUs) -> None:
     """Order the image of a model that is next in the queue into the page cache, once."""
-    reservation = tx.reservations[name]
-    way_back = tx.way_back(name)
+    reservation, way_back = tx.reservations[name], tx.way_back(name)
     if reservation.read or way_back is None or way_back.process is not Process.CHECKPOINT:
         return
     tx.reserve(name, replace(reservation, read=True))
@@ -370,8 +373,7 @@ def _restore_ahead(tx: Transaction, name: str, gpus: GPUs, *, coming: bool) -> N
     tx.reserve(name, replace(reservation, ahead=True))
     into_ram = tuple(n for n, r in tx.models.items() if goes_into_ram(r))
     deadline = tx.config.policy.request_timeout_secs
-    config = tx.models[name].engine
-    tx.emit(RestoreAhead(name, config, gpus, into_ram, deadline))
+    tx.emit(RestoreAhead(name, tx.models[name].engine, gpus, into_ram, deadline))
 
 
 def _resident(tx: Transaction, name: str) -> Resident:

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from llmux.config.schema import Config, Eviction
+from llmux.config.schema import Config, Eviction, Weights
 from llmux.core.effects import (
     DropAhead,
     Effect,
+    EndReading,
     OrderAnswered,
     Probe,
+    ReadWeights,
     RunPlan,
     SendGrant,
     SendRefuse,
@@ -245,11 +247,19 @@ class Transaction:
     def fulfil(self, name: str) -> Reservation | None:
         """The model serves: its want and its reservation end. Returns the reservation."""
         self._wants.pop(name, None)
-        return self._reservations.pop(name, None)
+        return self._end_reservation(name)
 
     def reserve(self, name: str, reservation: Reservation) -> None:
         """Make or replace the model's place in the queue for room."""
         self._reservations[name] = reservation
+
+    def read_weights(self, name: str, gpus: tuple[int, ...]) -> None:
+        """Order them into the page cache, once, where the way back loads them."""
+        way_back = self.way_back(name)
+        loads = way_back is None or way_back.weights is Weights.DISCARD
+        if loads and not self.reservations[name].loading:
+            self.reserve(name, replace(self.reservations[name], loading=True))
+            self.emit(ReadWeights(name, self.models[name].engine, gpus))
 
     def drop_ahead(self, name: str) -> None:
         """Give up what was restored ahead of the model's wake, if anything was."""
@@ -260,7 +270,13 @@ class Transaction:
 
     def forget_reservation(self, name: str) -> None:
         self.drop_ahead(name)
-        self._reservations.pop(name, None)
+        self._end_reservation(name)
+
+    def _end_reservation(self, name: str) -> Reservation | None:
+        reservation = self._reservations.pop(name, None)
+        if reservation is not None and reservation.loading:
+            self.emit(EndReading(name))
+        return reservation
 
     # ---- orders -------------------------------------------------------------------------------
 

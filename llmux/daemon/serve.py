@@ -20,6 +20,7 @@ from llmux.daemon.supervisor import Supervisor
 from llmux.drivers.engine.identity import engine_identity, portable_identity
 from llmux.drivers.engine.output import EngineFiles
 from llmux.drivers.engine.vllm import VllmEngine
+from llmux.drivers.engine.weights import PageCache
 from llmux.drivers.gpu import find_gpu_observer
 from llmux.drivers.images.identity import model_files_are_here
 from llmux.drivers.memory import available_bytes
@@ -80,6 +81,7 @@ async def _serve_in(
         portable_identity=portable_identity,
         available_memory=available_bytes,
         files_are_here=model_files_are_here,
+        weights=PageCache(),
     )
     supervisor = Supervisor(
         config, drivers, FileStateStore(f"{runtime}/state.json"), reload=lambda _: load_config(path)

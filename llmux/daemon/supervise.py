@@ -35,6 +35,7 @@ from llmux.drivers.cuda.tool import CudaCheckpointTool
 from llmux.drivers.engine.identity import engine_identity, portable_identity
 from llmux.drivers.engine.output import EngineFiles
 from llmux.drivers.engine.vllm import VllmEngine
+from llmux.drivers.engine.weights import PageCache
 from llmux.drivers.event_file import EventFile
 from llmux.drivers.gpu import find_gpu_observer
 from llmux.drivers.images.identity import model_files_are_here
@@ -150,6 +151,7 @@ def _system_drivers(config: Config) -> Drivers:
         keep_images=config.checkpoint.keep_images,
         available_memory=available_bytes,
         files_are_here=model_files_are_here,
+        weights=PageCache(),
     )
 
 

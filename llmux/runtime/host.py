@@ -16,6 +16,7 @@ from llmux.ports import (
     GpuObserver,
     LaunchSpec,
     UnitManager,
+    WeightReader,
 )
 
 
@@ -49,4 +50,5 @@ class Drivers:
     keep_images: bool = True
     # whether all files of this model path are on this host; None: not looked at
     files_are_here: Callable[[str, Mapping[str, str]], bool] | None = None
+    weights: WeightReader | None = None  # None: weights are not read ahead
     available_memory: Callable[[], int] | None = None  # of the host, in bytes; None: not looked at

@@ -19,9 +19,11 @@ from typing import Protocol
 from llmux.core.effects import (
     DropAhead,
     Effect,
+    EndReading,
     OrderAnswered,
     Probe,
     ReadAhead,
+    ReadWeights,
     RestoreAhead,
     RunPlan,
     SendCut,
@@ -181,6 +183,10 @@ class Loop:
                 self.executor.probe(effect)
             case ReadAhead():
                 self.executor.read_ahead(effect)
+            case ReadWeights():
+                self.executor.read_weights(effect)
+            case EndReading(model):
+                self.executor.end_reading(model)
             case RestoreAhead():
                 self.executor.restore_ahead(effect)
             case DropAhead():

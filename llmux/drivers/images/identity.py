@@ -158,7 +158,8 @@ def _hub(env: Mapping[str, str]) -> str:
     return env.get("HF_HUB_CACHE") or os.path.join(home, "hub")
 
 
-def _directory(model_path: str, env: Mapping[str, str]) -> str | None:
+def model_directory(model_path: str, env: Mapping[str, str]) -> str | None:
+    """Where its files are: a directory of the host's, or a snapshot in the cache of the hub."""
     return model_path if os.path.isdir(model_path) else _snapshot(model_path, _hub(env))
 
 
@@ -167,7 +168,7 @@ def model_files_are_here(model_path: str, env: Mapping[str, str]) -> bool:
     download is under way or was broken off."""
     if os.path.isdir(model_path):
         return True
-    directory = _directory(model_path, env)
+    directory = model_directory(model_path, env)
     if directory is None:
         return False
     try:
@@ -192,7 +193,7 @@ def model_identity(
     """Path and revision of the weights: the snapshot's commit where one shows, else the files'
     sizes and times. Reads no weights."""
     identity = {"model_path": model_path}
-    directory = _directory(model_path, env)
+    directory = model_directory(model_path, env)
     if revision:
         identity["revision"] = revision
     elif directory and (commit := _COMMIT.search(os.path.basename(os.path.realpath(directory)))):

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any
 
 from llmux.config.schema import Eviction, ModelConfig
-from llmux.core.effects import DropAhead, Probe, ReadAhead, RestoreAhead, RunPlan
+from llmux.core.effects import DropAhead, Probe, RestoreAhead, RunPlan
 from llmux.core.events import EngineExited, Event, OperationFinished, ProbeFinished
 from llmux.core.plans import Outcome, PlanKind, Step, StepKind
 from llmux.core.records import ModelRecord
@@ -74,6 +74,9 @@ class Executor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._operations: dict[str, asyncio.Task[None]] = {}  # the newest per model
         self._images = images
+        self.read_ahead = images.read_ahead
+        self.read_weights = images.read_weights
+        self.end_reading = images.end_reading
         self.ahead = AheadRestorer(drivers, images)
         self.steps = Steps(drivers, images, self.ahead.take, self._exited, post)
         self.instances: dict[str, Instance] = {}
@@ -99,9 +102,6 @@ class Executor:
         work = self._operation(effect, former)
         task = self._spawn(work, f"{effect.plan.kind} {effect.model}")
         self._operations[effect.model] = task
-
-    def read_ahead(self, effect: ReadAhead) -> None:
-        self._images.read_ahead(effect.config, effect.gpus)
 
     def restore_ahead(self, effect: RestoreAhead) -> None:
         going = (self.instances[name].handle for name in effect.into_ram if name in self.instances)
@@ -134,6 +134,7 @@ class Executor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.ahead.close()
+        await self._images.close()
 
     # ---- operations -----------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ from dataclasses import replace
 from functools import partial
 
 from llmux.config.schema import Eviction, ModelConfig, Process
+from llmux.core.effects import ReadAhead, ReadWeights
 from llmux.core.events import Event, ImageKnown
 from llmux.core.plans import Plan, StepKind, reuse_plan
 from llmux.errors import Blame, CheckpointFailed, LlmuxError, Unsupported
 from llmux.image_ports import NONE_MADE, Checkpointer, DumpPhase, DumpSpec, Image, NoImage
-from llmux.ports import LaunchSpec, UnitHandle
+from llmux.ports import LaunchSpec, UnitHandle, WeightReader
 from llmux.runtime.engines.facts import Recipe, eviction_of
 from llmux.runtime.engines.instance import Instance
 from llmux.runtime.engines.launch import engine_address, launch_spec
@@ -59,6 +60,8 @@ class ImageLifecycle:
         self._post = post
         self._quarantined = quarantined
         self._reading: dict[str, asyncio.Task[None]] = {}
+        self._weights: dict[str, asyncio.Task[None]] = {}  # of weights, by model
+        self._readers: set[asyncio.Task[None]] = set()  # those that are ending, too
         self._why_cold: dict[str, str] = {}  # what became of the last image of a model
 
     @property
@@ -145,12 +148,38 @@ class ImageLifecycle:
 
     # ---- waking ---------------------------------------------------------------------------------
 
-    def read_ahead(self, config: ModelConfig, gpus: tuple[int, ...]) -> None:
+    def read_ahead(self, effect: ReadAhead) -> None:
         """Begin to read the image; a restore takes over what was read and verified."""
-        if config.name not in self._reading and self._drivers.checkpointer is not None:
-            task = asyncio.create_task(self._read(config, gpus))
-            self._reading[config.name] = task
-            task.add_done_callback(lambda _: self._reading.pop(config.name, None))
+        name = effect.model
+        if name not in self._reading and self._drivers.checkpointer is not None:
+            task = asyncio.create_task(self._read(effect.config, effect.gpus))
+            self._reading[name] = task
+            task.add_done_callback(lambda _: self._reading.pop(name, None))
+
+    def read_weights(self, effect: ReadWeights) -> None:
+        """Begin to read them, until ``end_reading``."""
+        self.end_reading(effect.model)
+        if self._drivers.weights is not None:
+            work = self._read_weights(self._drivers.weights, effect.config, effect.gpus)
+            task = self._weights[effect.model] = asyncio.create_task(work)
+            self._readers.add(task)
+            task.add_done_callback(self._readers.discard)
+
+    def end_reading(self, model: str) -> None:
+        if (task := self._weights.pop(model, None)) is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        for model in list(self._weights):
+            self.end_reading(model)
+        await asyncio.gather(*self._readers, return_exceptions=True)
+
+    async def _read_weights(
+        self, reader: WeightReader, config: ModelConfig, gpus: tuple[int, ...]
+    ) -> None:
+        with suppress(LlmuxError, OSError):  # the start meets it again, and says it
+            spec = await asyncio.to_thread(self.spec, config, gpus)
+            await reader.read(config.name, config.model_path, spec.env, spec.user)
 
     async def _read(self, config: ModelConfig, gpus: tuple[int, ...]) -> None:
         # the restore meets a damaged image again and quarantines it

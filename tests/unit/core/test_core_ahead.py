@@ -1,5 +1,5 @@
-"""What of a restore needs no GPU is ordered while the room is being made, and dropped when the
-model is not woken after all."""
+"""What of a restore or a load needs no GPU is ordered while room is being made, and dropped when
+the model is not woken after all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import pytest
 from core_harness import DISCARD, FREEZE, OFFLOAD, STOP, WORKER, Core, config_of, model
 
 from llmux.config.schema import Eviction, PolicyConfig, Process, Weights
-from llmux.core.effects import DropAhead, ReadAhead, RestoreAhead, RunPlan
+from llmux.core.effects import (
+    DropAhead,
+    EndReading,
+    ReadAhead,
+    ReadWeights,
+    RestoreAhead,
+    RunPlan,
+)
 from llmux.core.events import ConfigChanged, ImageKnown, LoadAsked, ModeSet, ParkAsked, WorkerLeft
 from llmux.core.plans import Outcome
 from llmux.core.records import goes_into_ram
@@ -225,3 +232,75 @@ def test_a_cold_start_after_a_failed_wake_finds_nothing_ahead() -> None:
     core.finish("a", Outcome.DOWN)
     assert [plan.plan.kind for plan in core.done(RunPlan)] == ["start"]
     assert core.done(DropAhead) == []
+
+
+# ---- weights: where the way back loads them ----------------------------------------------------
+
+RETAIN_SUSPENDED = Eviction(Weights.RETAIN, Process.CUDA_SUSPEND)
+DISCARD_SUSPENDED = Eviction(Weights.DISCARD, Process.CUDA_SUSPEND)
+
+
+def wanted_back(way: Eviction, **policy: Any) -> Core:
+    """a was parked by ``way``, b serves with a request in flight, and a is wanted again."""
+    core = Core(model("a", eviction=way), model("b"), **policy)
+    core.serve("a")
+    core.demand("b", waiting=1)
+    core.pass_time(policy.get("min_active_secs", 0.0))
+    core.drained("a")
+    if way.process is Process.CHECKPOINT:
+        core.happen(ImageKnown("a", way))
+    core.finish("a")
+    core.finish("b")
+    core.demand("b", in_flight=1)
+    core.demand("a", waiting=1)
+    return core
+
+
+@pytest.mark.parametrize("way", [STOP, DISCARD, DISCARD_SUSPENDED, CHECKPOINT], ids=str)
+def test_what_loads_weights_on_its_way_back_has_them_read(way: Eviction) -> None:
+    core = wanted_back(way)
+    assert core.at("b") is ModelState.DRAINING
+    assert core.done(ReadWeights) == [ReadWeights("a", core.record("a").config, (0,))]
+    core.pass_time(1)
+    assert core.done(ReadWeights) == [], "once"
+
+
+@pytest.mark.parametrize("way", [OFFLOAD, RETAIN_SUSPENDED], ids=str)
+def test_what_has_its_weights_reads_none(way: Eviction) -> None:
+    assert wanted_back(way).done(ReadWeights) == []
+
+
+def test_weights_are_not_read_before_somebody_leaves_for_it() -> None:
+    core = wanted_back(DISCARD, min_active_secs=30.0)
+    assert (core.at("b"), core.done(ReadWeights)) == (ModelState.SERVING, [])
+    core.pass_time(30)
+    assert [order.model for order in core.done(ReadWeights)] == ["a"]
+
+
+def test_a_start_at_once_reads_by_itself() -> None:
+    core = Core(model("a"))
+    core.demand("a", waiting=1)
+    assert core.plans() == ["start a"]
+    assert core.done(ReadWeights) == []
+
+
+def test_a_start_behind_another_on_the_same_gpu_has_them_read() -> None:
+    core = Core(model("a", gpu_memory=0.4), model("b", gpu_memory=0.4))
+    core.demand("a", waiting=1)
+    core.demand("b", waiting=1)
+    assert [order.model for order in core.done(ReadWeights)] == ["b"]
+
+
+def test_reading_ends_when_the_model_serves() -> None:
+    core = wanted_back(DISCARD)
+    core.park("b")
+    assert core.done(EndReading) == [], "it has only begun to load"
+    core.finish("a")
+    assert core.at("a") is ModelState.SERVING
+    assert core.done(EndReading) == [EndReading("a")]
+
+
+def test_reading_ends_when_nobody_wants_it() -> None:
+    core = wanted_back(DISCARD)
+    core.demand("a", waiting=0)
+    assert core.done(EndReading) == [EndReading("a")]

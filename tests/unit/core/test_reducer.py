@@ -10,6 +10,7 @@ from core_harness import FREEZE, OFFLOAD, STOP, WORKER, Core, config_of, model
 
 from llmux.core.effects import (
     Probe,
+    ReadWeights,
     RunPlan,
     SendCut,
     SendGrant,
@@ -119,7 +120,8 @@ def test_a_switch_waits_for_what_runs_then_parks_then_starts() -> None:
     core.demand("a", in_flight=1)
     epoch = epoch_of(core, "a")
     core.demand("b", waiting=1)
-    assert core.effects == (SendRevoke(WORKER, "a", epoch),)
+    assert core.effects[0] == SendRevoke(WORKER, "a", epoch)
+    assert [type(effect) for effect in core.effects[1:]] == [ReadWeights]
     assert core.states() == {"a": "draining", "b": "stopped"}
     core.drained("a")
     assert core.plans() == ["park a"]
@@ -167,7 +169,7 @@ def test_without_drain_the_cut_comes_at_once() -> None:
     core = two(drain_before_switch=False)
     core.demand("a", in_flight=1)
     core.demand("b", waiting=1)
-    assert [type(effect) for effect in core.effects] == [SendRevoke, SendCut]
+    assert [type(effect) for effect in core.effects] == [SendRevoke, ReadWeights, SendCut]
 
 
 def test_a_drain_is_cancelled_when_nobody_wants_the_room_any_more() -> None:

@@ -1,0 +1,135 @@
+"""The weights of a model that is next, read into the page cache by a process of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import json
+import mmap
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmux.drivers.engine import weights, weights_reader
+from llmux.drivers.engine.weights import PageCache
+
+Test = Callable[..., Coroutine[Any, Any, None]]
+
+
+def in_loop(test: Test) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+PAGE = mmap.PAGESIZE
+SIZE = 4 << 20
+
+
+def in_cache(path: Path) -> int:
+    """Bytes of the file that lie in the page cache: mincore(2)."""
+    size = path.stat().st_size
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
+        pages = (ctypes.c_ubyte * (size // PAGE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        libc = ctypes.CDLL(None, use_errno=True)
+        address = ctypes.c_void_p(ctypes.addressof(first))
+        code = libc.mincore(address, ctypes.c_size_t(size), pages)
+        del first
+        assert code == 0, os.strerror(ctypes.get_errno())
+    return sum(page & 1 for page in pages) * PAGE
+
+
+def drop(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(weights, "LEAST", 2 * SIZE)
+    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(os.urandom(SIZE))
+        drop(tmp_path / name)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / weights_reader.INDEX).write_text(json.dumps(index))
+    yield tmp_path
+
+
+@in_loop
+async def test_the_files_of_the_index_lie_in_the_cache(model: Path) -> None:
+    if in_cache(model / "model-1.safetensors"):
+        pytest.skip("this file system keeps what it is told to drop (tmpfs)")
+    await PageCache().read("m", str(model), {}, None)
+    assert in_cache(model / "model-1.safetensors") == SIZE
+    assert in_cache(model / "model-2.safetensors") == SIZE
+    assert in_cache(model / "consolidated.safetensors") == 0, "the same weights once more"
+
+
+def test_without_an_index_all_files_of_one_kind_are_read(model: Path) -> None:
+    (model / weights_reader.INDEX).write_text("{")
+    (model / "pytorch_model.bin").write_bytes(b"old")
+    names = [os.path.basename(path) for path in weights_reader.weights_of(str(model))]
+    assert names == ["consolidated.safetensors", "model-1.safetensors", "model-2.safetensors"]
+    assert weights_reader.weights_of(str(model / "m.gguf")) == [str(model / "m.gguf")]
+
+
+def test_memory_bounds_what_is_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(weights_reader, "WINDOW", 1 << 20)
+    monkeypatch.setattr(weights_reader, "available_bytes", lambda: 12 << 20)
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    weights_reader.main(["0", "0", "", str(model)])
+    assert capsys.readouterr().out == f"{6 << 20}\n", "half of it: one file and a half"
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert weights_reader.read(str(tmp_path / "model.safetensors"), SIZE) == 0
+
+
+@in_loop
+async def test_what_is_not_here_is_no_error(tmp_path: Path) -> None:
+    await PageCache().read("m", "some/repository", {"HOME": str(tmp_path)}, None)
+    await PageCache().read("m", str(tmp_path / "gone"), {}, None)
+
+
+@in_loop
+async def test_small_weights_start_no_process(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "LEAST", 2 * SIZE + 1)
+    monkeypatch.setattr(weights, "READER", model / "none.py")
+    monkeypatch.setattr(weights, "run", None)  # would be called
+    await PageCache().read("m", str(model), {}, None)
+
+
+@in_loop
+async def test_cancelled_it_reads_no_further(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is gone when the cancelled task has ended."""
+    script = tmp_path / "reader.py"
+    started = tmp_path / "started"
+    script.write_text(
+        "import os, signal\n"
+        f"open({str(started)!r} + '.new', 'w').write(str(os.getpid()))\n"
+        f"os.rename({str(started)!r} + '.new', {str(started)!r})\n"
+        "signal.pause()\n"
+    )
+    monkeypatch.setattr("llmux.drivers.engine.weights.READER", script)
+    reading = asyncio.create_task(PageCache().read("m", str(model), {}, None))
+    async with asyncio.timeout(30):
+        while not started.exists():  # noqa: ASYNC110  # a process of others: no event
+            await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
