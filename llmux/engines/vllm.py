@@ -21,6 +21,10 @@ KEY_REMEDY: Final = (
     "remove it: the engine listens for llmux alone, whose requests carry no key; "
     "`gateway.keys_file` is for clients' keys"
 )
+CONTEXT_REMEDY: Final = (
+    "remove it: llmux suspends CUDA contexts itself (`cuda_suspend`, `checkpoint`), "
+    "and what vLLM has suspended cannot be suspended or resumed once more"
+)
 OWNED_OPTIONS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "--port": "llmux sets it; use the model's key `port`, or nothing for a unix socket",
@@ -202,7 +206,9 @@ VLLM: Final = EngineType(
     title="vLLM",
     identifier="vllm",
     owned_options=OWNED_OPTIONS,
-    owned_variables=MappingProxyType({"VLLM_API_KEY": KEY_REMEDY}),
+    owned_variables=MappingProxyType(
+        {"VLLM_API_KEY": KEY_REMEDY, "VLLM_SLEEP_OFFLOAD_CUDA_CONTEXT": CONTEXT_REMEDY}
+    ),
     gpu_memory_option=GPU_MEMORY,
     max_model_len_option=("--max-model-len",),
     rank_options=RANK_OPTIONS,

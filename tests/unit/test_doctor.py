@@ -131,9 +131,10 @@ def test_libcuda_with_a_helper_that_says_nothing(tmp_path: Path) -> None:
 
 def test_gpus(tmp_path: Path) -> None:
     for text, expected in (
-        ("NVIDIA H200, 143771 MiB, Disabled\n", "OK"),
-        ("NVIDIA GeForce RTX 4090, 24564 MiB, [N/A]\n", "OK"),
-        ("NVIDIA H200, 143771 MiB, Enabled\n", "FAIL"),
+        ("NVIDIA H200, 143771 MiB, Enabled, Disabled\n", "OK"),
+        ("NVIDIA GeForce RTX 4090, 24564 MiB, Enabled, [N/A]\n", "OK"),
+        ("NVIDIA H200, 143771 MiB, Disabled, Disabled\n", "WARN"),
+        ("NVIDIA H200, 143771 MiB, Enabled, Enabled\n", "FAIL"),
     ):
         host = make(tmp_path, run=lambda argv, seconds, text=text: Ran(0, text))
         assert level(parking.check_gpus(host, SUSPEND), text.strip()) == expected

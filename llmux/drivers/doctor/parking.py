@@ -15,7 +15,9 @@ from llmux.engines.engine_type import EngineType
 CRIU_OLDEST = (4, 1)  # vvar_vclock: older ones fail on kernel >= 6.13 (criu 8ee2eba47)
 CRIU_ADVISED = (4, 2)  # guard pages of glibc >= 2.42, frozen single processes (fddca67cc)
 # What the distributions have, 2026-11.
-CRIU_SOURCES = "Debian 13: 4.1.1, for kernels before 6.16; Debian 12: none; else criu.org"
+CRIU_SOURCES = (
+    "Debian 13: 4.1.1, for kernels before 6.16; Debian 12, Ubuntu 24.04: none; else criu.org"
+)
 VDSO_KERNEL = (6, 13)
 # SO_PASSSEC (measured: 4.1.1 fails on kernel 6.18, 4.2.1 works; on 6.12 both do). 4.2's change log
 # names 6.16 as the kernel that needed it.
@@ -75,7 +77,8 @@ def check_libcuda(host: Host, config: Config | None) -> Check:
 
 def check_gpus(host: Host, config: Config | None) -> Check:
     needed = Needs.of(config).cuda
-    query = ["--query-gpu=name,memory.total,mig.mode.current", "--format=csv,noheader"]
+    asked = "name,memory.total,persistence_mode,mig.mode.current"
+    query = [f"--query-gpu={asked}", "--format=csv,noheader"]
     ran = host.run(["nvidia-smi", *query], 30.0)
     rows = [line.strip() for line in ran.output.splitlines() if line.strip()]
     if ran.status != 0 or not rows:
@@ -84,6 +87,10 @@ def check_gpus(host: Host, config: Config | None) -> Check:
     if any(row.endswith("Enabled") for row in rows):
         remedy = "switch MIG off for CUDA parking (`nvidia-smi -mig 0`), or park with stop"
         return Check("GPUs", bad(needed), f"MIG is on: {'; '.join(rows)}", remedy)
+    if any(row.split(", ")[2:3] == ["Disabled"] for row in rows):
+        seen = f"persistence mode is off: {'; '.join(rows)}"
+        remedy = "enable nvidia-persistenced: else the first start or resume initialises each GPU"
+        return Check("GPUs", Level.WARN, seen, remedy)
     return Check("GPUs", Level.OK, "; ".join(rows))
 
 
