@@ -13,7 +13,7 @@ from llmux.config.schema import CheckpointConfig, Config, Eviction, ModelConfig,
 from llmux.drivers.doctor import round_trip
 from llmux.drivers.doctor.facts import Check, Host, Level, Ran
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "fake_libcuda")]
+sys.path[:0] = [str(Path(__file__).parents[2] / "fake_libcuda")]
 
 # ruff: noqa: E402  # the folder has to be on the path first
 from fake_cuda import COMPILER, FakeCuda
