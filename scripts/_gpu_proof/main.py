@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from _gpu_proof import carry, report
+from _gpu_proof import carry, report, vllm_carry
 from _gpu_proof.bench import Bench, Budget, Engine, OutOfBudgetError, environment
 from _gpu_proof.client import ProofError
 from _gpu_proof.evidence import Evidence
@@ -73,6 +73,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--carry", type=Path, metavar="DIR", help="collect CRIU for a host without network, and end"
+    )
+    parser.add_argument(
+        "--vllm-carry", type=Path, metavar="DIR", help="collect vLLM for such a host, and end"
     )
     parser.add_argument(
         "--variants", default=",".join(VARIANTS), help="engines with something more; '' for none"
@@ -247,6 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = parse(sys.argv[1:] if argv is None else argv)
     if asked.carry is not None:
         return carry.collect(asked.carry)
+    if asked.vllm_carry is not None:
+        return vllm_carry.collect(asked.vllm_carry)
     # Not below a directory of others: an image is trusted by who owns the path to it.
     with tempfile.TemporaryDirectory(prefix="gpu-proof-", dir=_work_parent()) as directory:
         proof = Proof(asked, Path(directory))
