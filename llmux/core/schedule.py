@@ -32,15 +32,7 @@ from dataclasses import replace
 from llmux.config.schema import Process
 from llmux.core.effects import ReadAhead, RestoreAhead
 from llmux.core.ladder import lower_parked, may_choose, rung_for
-from llmux.core.operations import (
-    advance_drain,
-    drain,
-    give_up_start,
-    start,
-    stop,
-    undrain,
-    wake,
-)
+from llmux.core.operations import advance_drain, drain, give_up_start, start, stop, undrain, wake
 from llmux.core.policies.base import Resident, Waiting
 from llmux.core.records import (
     ROUNDING,
