@@ -228,9 +228,12 @@ def note_exists() -> bool:
 
 def pages_exist() -> bool:
     """The largest pages file is being written: threads are in CRIU's code, links are made."""
-    return any(
-        file.stat().st_size > MIB for path in temporary() for file in path.glob("pages-*.img")
-    )
+    for path in temporary():
+        for file in path.glob("pages-*.img"):
+            with suppress(FileNotFoundError):  # the dump has just ended
+                if file.stat().st_size > MIB:
+                    return True
+    return False
 
 
 def restoring_exists() -> bool:

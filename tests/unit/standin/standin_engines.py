@@ -210,8 +210,10 @@ def shared_files(pid: int) -> set[str]:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
         if "/dev/shm/" in line
     }
-    # a linked semaphore is mapped under the temporary name glibc made it with
-    linked = {str(path) for path in Path("/dev/shm").iterdir() if path.stat().st_ino in inodes}
+    # a linked semaphore is mapped under the temporary name glibc made it with; the directory has
+    # files of others, which come and go, so none is looked at by its name
+    with os.scandir("/dev/shm") as entries:
+        linked = {entry.path for entry in entries if entry.inode() in inodes}
     return linked | {path for path in mapped if os.path.exists(path)}
 
 
