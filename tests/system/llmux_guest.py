@@ -88,7 +88,8 @@ class LlmuxGuest:
 
     def end(self) -> None:
         self.run(["systemctl", "stop", "llmux.slice"], check=False, timeout=60)
-        self.run(["sh", "-c", f"rm -f {GPU}/*; systemctl reset-failed"])
+        # the notes too: a model that failed in another test would still back off
+        self.run(["sh", "-c", f"rm -f {GPU}/* /run/llmux/state.json; systemctl reset-failed"])
 
     # --- asking -------------------------------------------------------------------------------
 
