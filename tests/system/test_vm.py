@@ -62,12 +62,17 @@ def test_an_engine_past_its_memory_limit_dies_alone_and_is_told_so(machine: Llmu
     assert machine.ask("beta", timeout=120)["error"] == "", machine.journal()
 
 
-def test_a_restored_engine_has_the_user_and_the_limits_it_had(machine: LlmuxGuest) -> None:
-    # as an operator would: every engine's scope, whatever its model's name
-    machine.guest.write(
-        "/etc/systemd/system/llmux-.scope.d/limits.conf", "[Scope]\nMemoryMax=700M\nTasksMax=300\n"
-    )
-    machine.run(["systemctl", "daemon-reload"])
+@pytest.fixture
+def limited(machine: LlmuxGuest) -> Iterator[LlmuxGuest]:
+    """As an operator limits every engine's scope, whatever its model's name."""
+    limits = "[Scope]\nMemoryMax=700M\nTasksMax=300\n"
+    machine.drop_in("llmux-.scope", "limits", limits)
+    yield machine
+    machine.remove_drop_in("llmux-.scope", "limits")
+
+
+def test_a_restored_engine_has_the_user_and_the_limits_it_had(limited: LlmuxGuest) -> None:
+    machine = limited
     machine.begin(
         {"alpha": model("retain+checkpoint")},
         checkpoint={"keep_images": False},  # so that each turn is a dump as well

@@ -61,6 +61,8 @@ class ParkingLab:
         self.end()
         # killed engines leave files in /dev/shm; here it is the test that killed them
         mess = f"{IMAGES}/* {CUDA}/procs/* {CUDA}/faults/* {LEDGER}.saved /dev/shm/*"
+        # as do marks of a hung host: it was the test that killed them with their CUDA state there
+        mess += f" {CUDA}/restored/* {CUDA}/host_hung"
         self.run(["sh", "-c", f"rm -rf {mess}"])
         last = self.run(["journalctl", "--no-pager", "-n", "0", "--show-cursor"]).stdout
         self._cursor = last.partition("-- cursor: ")[2].strip()
