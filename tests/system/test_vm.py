@@ -105,9 +105,10 @@ if "LLMUX_VM_REBOOT" in os.environ:  # ten minutes; a skipped test would fail th
             llmux.begin(parked, checkpoint={"after_reboot": "try"})
             assert llmux.ask("alpha", timeout=120)["error"] == "", llmux.journal()
             llmux.run(["llmux", "sleep", "alpha"], timeout=120)
-            guest.run(["systemctl", "enable", "llmux.service"])
             began = time.monotonic()
             guest.reboot()
+            # not enabled: the stand-in's directory is mounted from outside once it has booted
+            llmux.run(["systemctl", "start", "llmux"], timeout=180)
             assert llmux.ask("alpha", timeout=120)["error"] == "", llmux.journal()
             print(f"rebooted and answered after {time.monotonic() - began:.1f} s")
             said = llmux.journal("-b", "-u", "llmux.service")
@@ -115,6 +116,7 @@ if "LLMUX_VM_REBOOT" in os.environ:  # ten minutes; a skipped test would fail th
             llmux.run(["llmux", "sleep", "alpha"], timeout=120)
             llmux.configure(parked)
             guest.reboot()
+            llmux.run(["systemctl", "start", "llmux"], timeout=180)
             listed = json.loads(llmux.run(["llmux", "images", "ls", "--json"]).stdout)
             assert "boot_id" in listed[0]["state"], listed
             assert llmux.ask("alpha", timeout=120)["error"] == "", llmux.journal()
