@@ -161,8 +161,9 @@ class ControlSocket:
 
     async def join(self, sock: socket.socket) -> None:
         """Serve one end of a socket pair: the embedded gateway, already trusted."""
+        pid, uid = peer_of(sock)
         reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_LINE)
-        self._track(self._serve(reader, writer))
+        self._track(self._serve(reader, writer, pid, uid))
 
     async def close(self) -> None:
         self._closing = True
@@ -212,12 +213,17 @@ class ControlSocket:
     # ---- receiving ------------------------------------------------------------------------------
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        uid = peer_of(_socket(writer))[1]
-        if not self._is_admin(writer) and uid not in self._uids:
+        try:
+            pid, uid = peer_of(_socket(writer))
+            allowed = self._is_admin(writer) or uid in self._uids
+        except ConnectionError:  # gone already
+            writer.close()
+            return
+        if not allowed:
             log.warning("user %s may not use the control socket", user_name(uid))
             writer.close()
             return
-        self._track(self._serve(reader, writer))
+        self._track(self._serve(reader, writer, pid, uid))
 
     def _track(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -225,9 +231,10 @@ class ControlSocket:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int, uid: int
+    ) -> None:
         worker: str | None = None
-        pid, uid = peer_of(_socket(writer))
         asking: set[asyncio.Task[None]] = set()
         try:
             hello = await self._hello(reader)
@@ -363,7 +370,10 @@ class ControlSocket:
 
 
 def _socket(writer: asyncio.StreamWriter) -> socket.socket:
-    sock: socket.socket = writer.get_extra_info("socket")
+    """Raises ConnectionError for a connection that has ended: uvloop gives no socket then."""
+    sock: socket.socket | None = writer.get_extra_info("socket")
+    if sock is None:
+        raise ConnectionResetError("the peer is gone")
     return sock
 
 

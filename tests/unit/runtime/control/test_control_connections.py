@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from runtime_harness import in_loop
@@ -384,3 +385,34 @@ async def test_a_socket_that_was_removed_comes_back(tmp_path: Path, other: bool)
     for peer in (before, after):
         peer.writer.close()
     await made.control_socket.close()
+
+
+class Gone:
+    """The writer of a connection that has ended, as uvloop shows it: there is no socket."""
+
+    closed = False
+
+    def get_extra_info(self, _name: str) -> None:
+        return None
+
+    def is_closing(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@in_loop
+async def test_a_peer_that_is_gone_before_it_was_looked_at_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stage(tmp_path) as s:
+        accept: Any = s.control_socket._connected
+        serve: Any = s.control_socket._serve
+        early, late = Gone(), Gone()
+        await accept(asyncio.StreamReader(), early)
+        reader = asyncio.StreamReader()
+        reader.feed_data(Hello(role="operator", worker="", holds={}).encode())
+        await serve(reader, late, os.getpid(), os.getuid())
+        assert early.closed and late.closed
+        assert [record for record in caplog.records if record.exc_info] == []
