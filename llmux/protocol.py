@@ -15,15 +15,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from llmux import typed_json
 from llmux.errors import ControlError, UnknownMessage
-from llmux.typed_json import BadJson
+from llmux.typed_json import LARGEST_INT, BadJson, Within
 
 PROTOCOL_VERSION = 1
 MAX_LINE = 1024 * 1024
 MAX_ANSWER = 32 * MAX_LINE
+MAX_REQUESTS: Final = 1_000_000  # at once in one worker; its descriptors end long before
+
+Requests = Annotated[int, Within(0, MAX_REQUESTS)]
+Counter = Annotated[int, Within(0, LARGEST_INT)]
+Seconds = Annotated[float, Within(0, LARGEST_INT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +91,12 @@ class Demand(Message):
 
     kind: ClassVar[str] = "demand"
     model: str
-    waiting: int = 0
-    oldest_age: float | None = None  # seconds the longest waiter has waited
-    in_flight: int = 0
-    progress: int = 0
-    completed: int = 0
-    repeated: int = 0
+    waiting: Requests = 0
+    oldest_age: Seconds | None = None  # the longest waiter has waited
+    in_flight: Requests = 0
+    progress: Counter = 0
+    completed: Counter = 0
+    repeated: Requests = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,23 @@ import json
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 LARGEST_INT: Final = 2**63 - 1  # what the kernel and every other program can hold
 MAX_DEPTH: Final = 64
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """The smallest and the largest number that a field may have, as part of its annotation."""
+
+    low: float
+    high: float
 
 
 class BadJson(ValueError):
@@ -49,7 +57,7 @@ def read(cls: type[T], value: Any) -> T:
 
 @cache
 def _annotations(cls: type[Any]) -> Mapping[str, tuple[Field[Any], Any]]:
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {field.name: (field, hints[field.name]) for field in fields(cls) if field.init}
 
 
@@ -72,6 +80,8 @@ def _value(annotation: Any, value: Any, place: str, depth: int) -> Any:
     if annotation is Any:
         return value
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _within(annotation, value, place, depth)
     if origin in (Union, types.UnionType):
         return _union(annotation, value, place, depth)
     if origin is not None:
@@ -80,6 +90,14 @@ def _value(annotation: Any, value: Any, place: str, depth: int) -> Any:
         assert isinstance(annotation, type)
         return _dataclass(annotation, value, place, depth)
     return _scalar(annotation, value, place)
+
+
+def _within(annotation: Any, value: Any, place: str, depth: int) -> Any:
+    plain, bounds = get_args(annotation)
+    number = _value(plain, value, place, depth)
+    if not bounds.low <= number <= bounds.high:
+        raise BadJson(f"{place}: the number is out of range")
+    return number
 
 
 def _union(annotation: Any, value: Any, place: str, depth: int) -> Any:

@@ -50,7 +50,8 @@ class ArrivalLog:
             ended = max(0, after.completed - before.completed)
             more = after.waiting + after.in_flight - before.waiting - before.in_flight
             if (arrived := more + ended) > 0:
-                self._arrivals.setdefault(model, []).extend([now] * arrived)
+                # A worker's counter may jump by any number; a line shows no more than MOST.
+                self._arrivals.setdefault(model, []).extend([now] * min(arrived, MOST))
 
     @staticmethod
     def _write(model: str, times: list[float], service: float, now: float) -> None:

@@ -19,7 +19,7 @@ from llmux.core.reducer import initial, reduce
 from llmux.daemon.supervisor import _Catalogue
 from llmux.drivers.systemd.journal import FIELDS
 from llmux.errors import LlmuxError
-from llmux.runtime.arrivals import ArrivalLog
+from llmux.runtime.arrivals import MOST, ArrivalLog
 from llmux.sim.journal import read_journal
 from llmux.sim.trace import Arrival
 from tests.json_shape import faults, schema
@@ -65,6 +65,18 @@ def test_what_the_supervisor_writes_is_read_back(caplog: pytest.LogCaptureFixtur
     trace, _ = read_journal([entry(record, 80.0)], ["a"])
     assert [(round(one.at, 2), one.model) for one in trace] == [(0, "a"), (5, "a"), (5, "a")]
     assert trace[0].service > 1
+
+
+def test_a_counter_that_jumps_fills_one_line_at_most(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that said 2,147,483,648 of them took the supervisor all memory of the machine."""
+    config = Config(models=MappingProxyType({"a": ModelConfig("a", "x/a")}))
+    former = initial(config, gpu_count=1, epoch_prefix="t")
+    joined, _ = reduce(former, WorkerJoined("w", {}), 0.0)
+    jumped, _ = reduce(joined, DemandChanged("w", "a", 0, None, 0, 0, 2**31), 0.0)
+    caplog.set_level(logging.INFO, "llmux")
+    ArrivalLog(lambda: 0.0).published(joined, jumped)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"a: {MOST} requests in the last 0 s")
 
 
 def test_costs_are_the_means_of_the_switches(caplog: pytest.LogCaptureFixture) -> None:
