@@ -2,6 +2,7 @@
 test that sets up the product's logging leaves none of it to the next."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,12 @@ except ImportError:
     pass  # in a guest, into which only pytest is carried
 else:
     settings.register_profile(
-        "llmux", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+        "llmux",
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        print_blob=True,
+        derandomize=bool(os.environ.get("LLMUX_SEED")),  # see seeds.py
+        database=None if os.environ.get("LLMUX_SEED") else settings.default.database,
     )
     settings.load_profile("llmux")
 

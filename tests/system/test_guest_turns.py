@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 
 import pytest
 from llmux_guest import LlmuxGuest, model
+
+from tests.seeds import seed_of
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -33,8 +34,7 @@ def test_alternating_requests(
 def test_a_crowd_on_three_models_gets_what_it_asked_for(llmux: LlmuxGuest) -> None:
     """10,000 requests unless $LLMUX_CROWD_REQUESTS says otherwise."""
     count = int(os.environ.get("LLMUX_CROWD_REQUESTS", "10000"))
-    seed = secrets.randbelow(1 << 32)
-    print(f"seed {seed}")
+    seed = seed_of("LLMUX_CROWD_SEED")
     speed = {"STANDIN_TOKENS_PER_SEC": "500"}
     models = {name: model(env=speed) for name in ("alpha", "beta", "gamma")}
     llmux.begin(models, policy={"min_active_secs": 0.1, "drain_timeout_secs": 0.3})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
-
 import pytest
 from llmux_guest import LlmuxGuest, model
+
+from tests.seeds import seed_of
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -38,8 +38,7 @@ def test_no_connection_is_refused_while_all_workers_are_away(llmux: LlmuxGuest) 
 
 
 def test_blows_under_load_with_several_workers(llmux: LlmuxGuest) -> None:
-    seed = secrets.randbelow(1 << 32)
-    print(f"seed {seed}")
+    seed = seed_of("LLMUX_STORM_SEED")
     speed = {"STANDIN_TOKENS_PER_SEC": "200"}
     llmux.begin({name: model(env=speed) for name in ("alpha", "beta")}, **WORKERS)
     blows = ["restart supervisor*3", "kill supervisor*3", "restart gateway*2"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 from typing import Any
 
 import pytest
 from llmux_guest import GPU, STANDIN, LlmuxGuest, model
+
+from tests.seeds import seed_of
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -27,8 +28,7 @@ SPEED = {"STANDIN_TOKENS_PER_SEC": "200"}  # a stream takes 0.15 s, as long as t
 def test_blows_at_random_moments_under_load(
     llmux: LlmuxGuest, eviction: str, blows: list[str], request: pytest.FixtureRequest
 ) -> None:
-    seed = secrets.randbelow(1 << 32)
-    print(f"seed {seed}")
+    seed = seed_of("LLMUX_STORM_SEED")
     llmux.begin({name: model(eviction, env=SPEED) for name in ("alpha", "beta")})
     report = llmux.load("kills/storm", f"--seed={seed}", *blows)
     print(f"{request.node.name}: {report}")

@@ -7,11 +7,12 @@ gives every line and order ($LLMUX_FUZZ_SEED); what engines answer is at random.
 from __future__ import annotations
 
 import os
-import secrets
 import time
 
 import pytest
 from control_rig import Rig, control_rig
+
+from tests.seeds import seed_of
 
 SECS = float(os.environ.get("LLMUX_FUZZ_SECS", "0"))
 SHORT_SECS = 4.0
@@ -52,7 +53,7 @@ def fuzz(rig: Rig, share: float, **counts: int) -> None:
 @pytest.mark.timeout(SECS + 300)
 @pytest.mark.parametrize("form", ["lines", "engines"])
 def test_nothing_that_is_said_ends_or_wedges_the_daemon(form: str) -> None:
-    seed = int(os.environ.get("LLMUX_FUZZ_SEED") or secrets.randbelow(1 << 32))
+    seed = seed_of("LLMUX_FUZZ_SEED")
     with control_rig(seed) as rig:
         if form == "lines":
             fuzz(rig, 0.0, users=2, operators=1, peers=4)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import time
 
 import pytest
 from fuzz_rig import Rig, fuzz_rig
 from gateway_harness import run_in_uvloop
+
+from tests.seeds import seed_of
 
 CASES = 500
 WARM_UP = 150  # cases before anything is measured: code is loaded, buffers have their size
@@ -55,7 +56,7 @@ async def fuzz(rig: Rig) -> None:
 @pytest.mark.timeout(SECS + 60)
 @pytest.mark.parametrize("keys", [False, True], ids=["open", "keys"])
 def test_only_what_was_clearly_asked_for_reaches_an_engine_and_nothing_is_left(keys: bool) -> None:
-    seed = int(os.environ.get("LLMUX_FUZZ_SEED") or secrets.randbelow(1 << 32))
+    seed = seed_of("LLMUX_FUZZ_SEED")
 
     async def body() -> None:
         async with asyncio.timeout(SECS + 50), fuzz_rig(seed, keys=keys) as rig:
