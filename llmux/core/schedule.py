@@ -213,6 +213,8 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room)
             return
         case Parked() if record.park_request is not None:  # it will be stopped first
             return
+        case _ if not _is_away(record):  # its residue was in the way of one in front
+            return
         case _:
             pass
     share = record.config.gpu_memory

@@ -7,21 +7,23 @@ import math
 from dataclasses import replace
 
 import pytest
-from core_harness import FREEZE, Core, config_of, model
+from core_harness import FREEZE, WORKER, Core, config_of, model
 
 from llmux.core.adopt import Observation, adopt
 from llmux.core.effects import RunPlan
 from llmux.core.events import (
     ConfigChanged,
+    DemandChanged,
     EngineExited,
     KeepAliveSet,
     LoadAsked,
     ModeSet,
+    ParkAsked,
     PinSet,
 )
 from llmux.core.plans import Outcome
 from llmux.core.records import is_resident
-from llmux.core.reducer import initial
+from llmux.core.reducer import initial, reduce_all
 from llmux.core.states import ModelState
 
 # ---- pins and never_evict -----------------------------------------------------------------------
@@ -261,3 +263,19 @@ def test_room_on_two_gpus_is_made_where_one_of_them_was_never_used() -> None:
     core.serve("narrow")
     core.demand("wide", waiting=1)
     assert core.at("narrow") is ModelState.DRAINING
+
+
+def test_a_waiting_model_whose_residue_was_in_the_way_does_not_start_before_it_is_gone() -> None:
+    """It is stopped for the one in front, and would fit on another GPU in the same decision."""
+    residue = model("residue", gpus=1, gpu_memory_parked=0.2)
+    core = Core(residue, model("first", gpus=(0,), gpu_memory=0.9), gpu_count=2)
+    core.serve("residue")
+    core.happen(ParkAsked("residue"))
+    core.drained("residue")
+    core.finish("residue")
+    assert core.record("residue").gpus == (0,)
+    together = [
+        DemandChanged(WORKER, n, 1, core.now - n.count("f"), 0, 0) for n in ("first", "residue")
+    ]
+    core.state, _ = reduce_all(core.state, together, core.now)
+    assert core.states() == {"residue": "stopping", "first": "stopped"}
