@@ -35,6 +35,7 @@ WAITED = 'llmux_request_queue_wait_seconds_bucket{instance="a", model="m", le="+
 BOUND = 'llmux_max_wait_seconds{instance="a"}'
 QUEUE = 'llmux_queue_depth{instance="a", model="m"}'
 IN_FLIGHT = 'llmux_in_flight{instance="a", model="m"}'
+SERVED = 'llmux_requests_total{instance="a", model="m", code="200"}'
 QUARANTINED = 'llmux_images_quarantined_total{instance="a", model="m"}'
 IMAGES = 'llmux_image_bytes{instance="a", model="m"}'
 BUDGET = 'llmux_images_budget_bytes{instance="a"}'
@@ -72,6 +73,7 @@ def normal() -> dict[str, Value]:
         BOUND: always(15),
         QUEUE: always(5),
         IN_FLIGHT: always(8),
+        SERVED: counter(100),
         QUARANTINED: always(0),
         IMAGES: always(800),
         BUDGET: always(1000),
@@ -93,7 +95,7 @@ FAULTS: Mapping[str, Mapping[str, Value]] = {
         WAITED_60: lambda t: max(0, t),
         WAITED: lambda t: max(0, t),
     },
-    "LlmuxQueueStuck": {IN_FLIGHT: then(8, 0)},
+    "LlmuxQueueStuck": {IN_FLIGHT: then(8, 0), SERVED: always(100)},  # long streams, then nothing
     "LlmuxImageBudget": {IMAGES: then(800, 950)},
     "LlmuxGpuMemoryOfOthers": {GPU_USED: then(70e9, 80e9)},
     "LlmuxGpuUnseen": {GPU_SEEN: then(1, 0)},
@@ -187,6 +189,8 @@ def an_hour() -> dict[str, Value]:
     # A switch that takes twice as long as the others, and a burst of which few wait long.
     values[SWITCH_SUM] = lambda t: counter(8)(t) + (2 if t > BEGIN else 0)
     values[WAITED_20] = lambda t: counter(100)(t) - max(0, min(t, 300)) / 18
+    # Nothing ends while nothing runs.
+    values[SERVED] = lambda t: counter(100)(t - max(0, min(t + BEGIN - 1200, 840)))
     return values
 
 
@@ -201,6 +205,16 @@ def test_an_hour_of_normal_load_is_quiet(tmp_path: Path) -> None:
                 "exp_samples": [],
             }
         ],
+    }
+    checked(tmp_path, test)
+
+
+def test_a_model_that_serves_between_scrapes_is_not_stuck(tmp_path: Path) -> None:
+    """Whose few short requests wait for a switch each: no scrape need ever see one in flight."""
+    test = {
+        "interval": f"{STEP}s",
+        "input_series": series(normal() | {IN_FLIGHT: always(0), SERVED: counter(1)}, HOUR),
+        "promql_expr_test": [firing(at) for at in range(BEGIN, HOUR, 300)],
     }
     checked(tmp_path, test)
 

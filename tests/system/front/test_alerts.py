@@ -1,8 +1,8 @@
 """Each alert fires on its fault: real hosts, engines, proxy and Prometheus, and a fault made.
 
 Prometheus runs the role's rules with a minute as a second, else this would take hours;
-``LLMUX_ALERT_MINUTE=60`` takes them as they are. What needs systemd (supervisor, images) is in
-``fleets/test_host_alerts.py``.
+``LLMUX_ALERT_MINUTE=60`` takes them as they are: one hour of load, four hours of faults. What needs
+systemd (supervisor, images) is in ``fleets/test_host_alerts.py``.
 """
 
 from __future__ import annotations
@@ -98,6 +98,14 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         yield Lab(tmp_path, one, two, front, watching)
 
 
+def test_an_hour_of_normal_load_fires_nothing(lab: Lab) -> None:
+    rounds = normal_load(lab, 60 * MINUTE)
+    assert lab.prometheus.fired() == {}
+    rules = lab.prometheus.rules()
+    print(f"{rounds} rounds of load, {len(rules)} rules, none fired")
+    assert {rule["health"] for rule in rules} == {"ok"}
+
+
 def test_each_alert_fires_on_its_fault_and_none_before(lab: Lab) -> None:
     normal_load(lab, 45 * MINUTE)
     assert lab.prometheus.fired() == {}
@@ -177,15 +185,18 @@ def never_started(lab: Lab) -> Iterator[None]:
             assert waiting.result() == 503
 
 
-def normal_load(lab: Lab, seconds: float) -> None:
-    """Through the front end, with cold starts on both hosts."""
-    ends = time.monotonic() + seconds
+def normal_load(lab: Lab, seconds: float) -> int:
+    """Through the front end, with cold starts on both hosts; how many rounds of it."""
+    ends, rounds = time.monotonic() + seconds, 0
     while time.monotonic() < ends:
+        rounds += 1
         for name in ("steady", "slow", "dies"):
             assert lab.ask(lab.front.port, name) == 200
             assert lab.ask(lab.one.port, name) == 200
         lab.order("/unload", model="slow")
         until(lambda: lab.front.weights()["slow"]["gpu1"] != "100", "the proxy hears of it")
+        time.sleep(MINUTE / 10)  # the load's pace: an hour that is one is no flood
+    return rounds
 
 
 class Stranger:
