@@ -346,6 +346,19 @@ class Proxy:
         until(seen, f"the proxy hears that {model} is awake on {host}")
 
 
+def patience(directory: Path) -> JSON:
+    """The role's proxy takes a host for dead that does not answer for two seconds, and wakes its
+    models elsewhere. On a machine that all of this shares a host is slow without being dead."""
+    lua = (ROLE / "files/llmux.lua").read_text()
+    patient = lua.replace("STALE_S = 250, 5", "STALE_S = 250, 600").replace("2000", "60000")
+    assert patient != lua
+    (directory / "llmux.lua").write_text(patient)
+    return {
+        "llmux_frontend_directory": str(directory),
+        "llmux_frontend_server_options": "fall 1000",
+    }
+
+
 @contextlib.contextmanager
 def proxy(
     directory: Path,

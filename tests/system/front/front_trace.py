@@ -12,7 +12,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 REQUESTS = int(os.environ.get("LLMUX_FRONT_REQUESTS", "200"))
@@ -60,32 +60,39 @@ class Outcome:
     hosts: Counter[str] = field(default_factory=Counter)
     hosts_of: dict[str, set[str]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)  # answers of another model than was asked
+    broken: list[int] = field(default_factory=list)  # which requests were not answered with 200
 
     def share(self) -> float:
         return self.awake / max(1, self.statuses.total())
 
 
-def send(port: int, asked: Sequence[Asked], clients: int = CLIENTS) -> Outcome:
+def send(port: int, asked: Iterable[Asked], clients: int = CLIENTS) -> Outcome:
     """All of it, in order, by several clients at a time."""
     outcome, lock = Outcome(), threading.Lock()
-    left = iter(asked)
+    left = iter(enumerate(asked))
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-        for one in _shared(left, lock):
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/v1/completions", one.body(), headers)
-            answer = connection.getresponse()
-            payload = answer.read()
+        for number, one in _shared(left, lock):
+            try:
+                answer, payload = _answer(connection, one)
+            except (OSError, http.client.HTTPException):
+                connection.close()  # the next request opens it again
+                with lock:
+                    outcome.statuses[0] += 1
+                    outcome.broken.append(number)
+                continue
             host = answer.headers.get("x-llmux-host", "")
             with lock:
                 outcome.statuses[answer.status] += 1
                 outcome.hosts[host] += 1
                 outcome.hosts_of.setdefault(one.model, set()).add(host)
-                if answer.status == 200:
-                    outcome.awake += answer.headers["x-llmux-switch"] == "none"
-                    if json.loads(payload)["model"] != one.model:
-                        outcome.wrong.append(payload[:200].decode())
+                if answer.status != 200:
+                    outcome.broken.append(number)
+                    continue
+                outcome.awake += answer.headers["x-llmux-switch"] == "none"
+                if json.loads(payload)["model"] != one.model:
+                    outcome.wrong.append(payload[:200].decode())
         connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
@@ -96,8 +103,17 @@ def send(port: int, asked: Sequence[Asked], clients: int = CLIENTS) -> Outcome:
     return outcome
 
 
-def _shared(left: Iterator[Asked], lock: threading.Lock) -> Iterator[Asked]:
-    take: Callable[[], Asked | None] = lambda: next(left, None)  # noqa: E731
+def _answer(
+    connection: http.client.HTTPConnection, one: Asked
+) -> tuple[http.client.HTTPResponse, bytes]:
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", one.body(), headers)
+    answer = connection.getresponse()
+    return answer, answer.read()
+
+
+def _shared(left: Iterator[tuple[int, Asked]], lock: threading.Lock) -> Iterator[tuple[int, Asked]]:
+    take: Callable[[], tuple[int, Asked] | None] = lambda: next(left, None)  # noqa: E731
     while True:
         with lock:
             one = take()
