@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -61,7 +62,10 @@ def logs(args: argparse.Namespace) -> None:
             question = {"model": name, "lines": args.lines}
             if args.previous:
                 question["previous"] = True
-            show.all(name, ask(args.socket, "logs", question)["lines"], follow=args.follow)
+            lines = ask(args.socket, "logs", question)["lines"]
+            if args.previous and not lines and not args.json:
+                print(f"{name}: nothing is kept of an engine before this one", file=sys.stderr)
+            show.all(name, lines, follow=args.follow)
 
     if not args.follow:
         last()

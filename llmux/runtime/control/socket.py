@@ -163,7 +163,7 @@ class ControlSocket:
         """Serve one end of a socket pair: the embedded gateway, already trusted."""
         pid, uid = peer_of(sock)
         reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_LINE)
-        self._track(self._serve(reader, writer, pid, uid))
+        self._track(self._serve(reader, writer, pid, uid, verbs=None))
 
     async def close(self) -> None:
         self._closing = True
@@ -215,15 +215,16 @@ class ControlSocket:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             pid, uid = peer_of(_socket(writer))
-            allowed = self._is_admin(writer) or uid in self._uids
+            is_admin = self._is_admin(writer)
         except ConnectionError:  # gone already
             writer.close()
             return
-        if not allowed:
+        if not is_admin and uid not in self._uids:
             log.warning("user %s may not use the control socket", user_name(uid))
             writer.close()
             return
-        self._track(self._serve(reader, writer, pid, uid))
+        verbs = None if is_admin else GATEWAY_VERBS
+        self._track(self._serve(reader, writer, pid, uid, verbs=verbs))
 
     def _track(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -232,7 +233,13 @@ class ControlSocket:
         return task
 
     async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int, uid: int
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        pid: int,
+        uid: int,
+        *,
+        verbs: frozenset[str] | None,
     ) -> None:
         worker: str | None = None
         asking: set[asyncio.Task[None]] = set()
@@ -241,7 +248,6 @@ class ControlSocket:
             if hello.role == "gateway":
                 worker = self._joined(hello, writer)
             caller = None if worker is not None else caller_of(pid, uid)
-            verbs = None if self._is_admin(writer) else GATEWAY_VERBS
             peer = _Peer(worker, caller, verbs, writer, asking)
             await self._listen_to(peer, reader)
         except ControlError as error:

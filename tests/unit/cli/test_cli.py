@@ -176,6 +176,15 @@ def test_logs_are_printed_as_they_are(
     assert capsys.readouterr().out == "one\ntwo\n"
 
 
+def test_an_engine_that_never_was_is_not_an_empty_answer(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor.reply = lambda ask: Answer(ask.id, True, {"lines": []})
+    assert run(supervisor, "logs", "a", "--previous") == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "a: nothing is kept of an engine before this one\n")
+
+
 def test_a_refusal_ends_with_3_and_says_why_on_stderr(
     supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
 ) -> None:
