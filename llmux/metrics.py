@@ -12,7 +12,6 @@ client. Names are llmux_<noun>_<unit>, in base units.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ SECONDS: Final = (
     600.0,
 )  # fmt: skip
 SHORTEST: Final = SECONDS[0]  # most waits are shorter
+LARGEST: Final = 2**63  # of numbers from other processes: their sums are numbers, too
+LONGEST_LABEL: Final = 256  # characters: a model's name has 200 at most
 PORTION: Final = 240  # samples that are made and written without a pause: 1 to 3 ms
 
 
@@ -251,9 +252,11 @@ Snapshot = dict[str, list[list[Any]]]  # name → [labels, number or [counts, su
 
 
 class Store:
-    """Series by name and label values."""
+    """Series by name and label values. ``most``: when there are as many, those merged add to what
+    is there and make none."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._numbers: dict[str, dict[Labels, float]] = {}
         self._histograms: dict[str, dict[Labels, Histogram]] = {}
 
@@ -293,13 +296,22 @@ class Store:
             if definition is None or (kinds is not None and definition.kind not in kinds):
                 continue
             for labels, value in _pairs(series):
-                if not _are_labels(labels, definition):
+                if not _are_labels(labels, definition) or self._is_full(name, tuple(labels)):
                     continue
                 if definition.kind is Kind.HISTOGRAM:
                     if _is_histogram(value):
                         self.histogram(name, *labels).add(*value)
                 elif _is_number(value):
                     self._merge_number(definition, tuple(labels), value)
+
+    def _is_full(self, name: str, labels: Labels) -> bool:
+        """Is there no room for this series, which is not among these?"""
+        if self._most is None or any(
+            labels in of_kind.get(name, {}) for of_kind in (self._numbers, self._histograms)
+        ):
+            return False
+        numbers = sum(len(series) for series in self._numbers.values())
+        return numbers + sum(len(series) for series in self._histograms.values()) >= self._most
 
     def _merge_number(self, definition: Definition, labels: Labels, value: float) -> None:
         series = self._numbers.setdefault(definition.name, {})
@@ -352,14 +364,14 @@ def _pairs(series: object) -> list[Any]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[arg-type]
 
 
 def _are_labels(labels: object, definition: Definition) -> bool:
     return (
         isinstance(labels, list)
         and len(labels) == len(definition.labels)
-        and all(isinstance(label, str) for label in labels)
+        and all(isinstance(label, str) and len(label) <= LONGEST_LABEL for label in labels)
     )
 
 
@@ -370,6 +382,6 @@ def _is_histogram(value: object) -> bool:
     return (
         isinstance(counts, list)
         and len(counts) == len(_BOUNDS)
-        and all(type(count) is int and count >= 0 for count in counts)
+        and all(type(count) is int and 0 <= count <= LARGEST for count in counts)
         and _is_number(total)
     )

@@ -35,7 +35,7 @@ from llmux.metrics import METRICS, SECONDS, Histogram, Kind, Store
 from llmux.ports import GpuObserver, GpuProcess
 from llmux.protocol import Collected
 from llmux.runtime.control.event_log import EventLog
-from llmux.runtime.control.telemetry import Telemetry
+from llmux.runtime.control.telemetry import MOST_KEPT, Telemetry
 from llmux.runtime.control.watchers import Watchers
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "metrics" / "golden.txt"
@@ -131,11 +131,13 @@ def test_snapshots_travel_as_json_and_add_up() -> None:
 MALFORMED = {
     m.REQUESTS: [
         [["a"], 5], [["a", "200"], "5"], [["a", "200"], None], [["a", 200], 5], 7, [["a", "200"]],
-        [["a", "200"], float("nan")], [["a", "200"], True],
+        [["a", "200"], float("nan")], [["a", "200"], True], [["a", "200"], 1e308],
+        [["a", "200"], 10**400], [["a" * 257, "200"], 5],
     ],
     m.IN_FLIGHT: "all of them",
     m.QUEUE_WAIT: [
         [["a"], 5], [["a"], [[1], 0.5]], [["a"], [[1] * 18, "x"]], [["a"], [[-1] * 18, 0.5]],
+        [["a"], [[10**400] * 18, 0.5]], [["a"], [[1] * 18, 10**400]],
     ],
 }  # fmt: skip
 
@@ -305,5 +307,24 @@ def test_what_a_worker_counted_when_it_asked_outlives_it() -> None:
         assert (await telemetry.answer(args, watchers, ["w1"], print))["workers"] == {}
         answer = await telemetry.answer({"worker": "w2"}, watchers, ["w2"], print)
         assert answer["workers"] == own
+
+    asyncio.run(run())
+
+
+def test_a_worker_decides_not_how_many_series_outlive_it() -> None:
+    """The gateway's process may send any label, under any worker's name, and leave."""
+
+    async def run() -> None:
+        telemetry, _, watchers = scripted()
+        real = {m.REQUESTS: [[["a", "200"], 7]]}
+        await telemetry.answer({"worker": "w0", "snapshot": real}, watchers, [], print)
+        for number in range(3):
+            invented = [[[f"{number}.{one}", "200"], 1] for one in range(MOST_KEPT // 2)]
+            args = {"worker": f"w{number}", "snapshot": {m.REQUESTS: invented}}
+            await telemetry.answer(args, watchers, [], print)
+        await telemetry.answer({"worker": "w9", "snapshot": real}, watchers, [], print)
+        kept = (await telemetry.answer({}, watchers, [], print))["workers"][m.REQUESTS]
+        assert len(kept) == MOST_KEPT
+        assert [["a", "200"], 14] in kept
 
     asyncio.run(run())

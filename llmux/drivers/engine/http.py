@@ -19,7 +19,8 @@ from llmux import typed_json
 from llmux.printable import printable
 from llmux.protocol import Address
 
-BODY_CAP: Final = 16 * 1024 * 1024  # an openapi.json has about 0.3 MB
+# An openapi.json has about 0.3 MB. Parsed, an odd one takes some 25 times its size.
+BODY_CAP: Final = 2 * 1024 * 1024
 EXCERPT: Final = 500  # characters of an error body that go into a message
 
 
@@ -42,6 +43,10 @@ class Unreachable(Exception):
     """There was no complete answer: refused, reset, no such socket, or not HTTP."""
 
 
+class _TooLong(Exception):
+    pass
+
+
 class _Response:
     """httptools' callbacks. Old versions (0.1.1) call some of them without checking for them."""
 
@@ -57,7 +62,7 @@ class _Response:
     def on_body(self, body: bytes) -> None:
         self.body += body
         if len(self.body) > BODY_CAP:
-            raise ValueError(f"the answer is longer than {BODY_CAP} bytes")
+            raise _TooLong
 
     def on_message_complete(self) -> None:
         self.complete = True
@@ -107,6 +112,8 @@ async def exchange(
                 parser.feed_data(data)
             status = parser.get_status_code()
     except (OSError, httptools.HttpParserError, ValueError) as error:
+        if isinstance(error.__context__, _TooLong):  # in the parser's callback
+            raise Unreachable(f"the answer is longer than {BODY_CAP} bytes") from error
         raise Unreachable(str(error) or type(error).__name__) from error
     if not response.complete and (response.framed or status == 0):
         raise Unreachable("the connection was closed in the middle of the answer")

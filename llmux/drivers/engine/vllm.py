@@ -231,7 +231,9 @@ class VllmEngine:
         with suppress(*ODD):
             found["version"] = clean(str(version["version"]))[:LONGEST_VERSION]
         with suppress(*ODD):
-            found["max_model_len"] = min(int(models["data"][0]["max_model_len"]), LARGEST_INT)
+            length = models["data"][0]["max_model_len"]
+            if type(length) is int and 0 < length <= LARGEST_INT:
+                found["max_model_len"] = length
         with suppress(*ODD):
             found["paths"] = sorted(api["paths"])
         return found

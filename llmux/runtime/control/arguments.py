@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmux.config.schema import Eviction, Process
@@ -23,6 +23,10 @@ class Arguments:
         if name not in self._loop.state.models:
             raise Refused(Reason.UNKNOWN_MODEL, f"Model not found: {name}")
         return name
+
+    def models(self, names: Iterable[Any]) -> list[str]:
+        """Each once, however often it is named."""
+        return list(dict.fromkeys(self.model({"model": name}) for name in names))
 
     def eviction(self, args: Mapping[str, Any]) -> Eviction | None:
         value = args.get("eviction")

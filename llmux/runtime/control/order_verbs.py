@@ -17,6 +17,7 @@ from llmux.runtime.control.orders import bring_down, bring_up
 from llmux.runtime.control.status import process_state
 from llmux.runtime.engines.executor import Executor
 from llmux.runtime.loop import Loop
+from llmux.typed_json import LARGEST_INT
 
 OrderVerb = Callable[[Mapping[str, Any], Order], Awaitable[Any]]
 
@@ -48,7 +49,7 @@ class OrderVerbs:
             names = [name for name, record in records.items() if self._executor.stale(record)]
         if not isinstance(names, list):
             raise Refused(Reason.BAD_REQUEST, f'cannot {verb}: "models" must be a list of names')
-        return [self._arguments.model({"model": name}) for name in names]
+        return self._arguments.models(names)
 
     async def _load(self, args: Mapping[str, Any], order: Order) -> Any:
         name = self._arguments.model(args)
@@ -108,7 +109,7 @@ class OrderVerbs:
         if "models" not in args:
             return await self._pin_mode(self._arguments.model(args), order)
         seconds = args.get("seconds")
-        if seconds is not None and not (_is_number(seconds) and seconds > 0):
+        if seconds is not None and not (_is_number(seconds) and 0 < seconds <= LARGEST_INT):
             raise Refused(Reason.BAD_REQUEST, f'"seconds" must be above 0, not {seconds!r}')
         for name in order.models:
             before = self._loop.state.pins.get(name)

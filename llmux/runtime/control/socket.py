@@ -56,6 +56,9 @@ log = logging.getLogger("llmux")
 # A peer with this much unread is broken: it reconnects and gets the catalogue and its grants again.
 MAX_UNSENT = MAX_ANSWER + 4 * MAX_LINE
 
+# Of gateways' asks that are not answered yet: bytes of their lines, some 25 times that in memory.
+MAX_UNANSWERED = 8 * MAX_LINE
+
 # How soon a removed socket is missed: well before a gateway's start gives up.
 LOOK_SECS = 2.0
 
@@ -120,6 +123,7 @@ class ControlSocket:
         self._path: str | None = None
         self._inode = 0  # of the socket's file
         self._closing = False
+        self._unanswered = 0
 
     async def listen(self, path: str, group: int | None, *, look_secs: float = LOOK_SECS) -> None:
         """Bind ``path``, replacing a former socket, and again whenever it was removed, which is
@@ -233,14 +237,9 @@ class ControlSocket:
         return task
 
     async def _serve(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        pid: int,
-        uid: int,
-        *,
-        verbs: frozenset[str] | None,
-    ) -> None:
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int, uid: int,
+        *, verbs: frozenset[str] | None,
+    ) -> None:  # fmt: skip
         worker: str | None = None
         asking: set[asyncio.Task[None]] = set()
         try:
@@ -273,9 +272,8 @@ class ControlSocket:
         while line := await reader.readline():
             try:
                 message = decode(line)
-                verbs = peer.verbs
-                if verbs is not None and isinstance(message, Ask) and message.verb not in verbs:
-                    self._write(peer.writer, _forbidden(message))
+                if isinstance(message, Ask):
+                    self._asked(peer, message, len(line))
                 else:
                     self._received(peer, message)
             except UnknownMessage as error:
@@ -319,13 +317,29 @@ class ControlSocket:
         self._post(WorkerJoined(hello.worker, hello.holds))
         return hello.worker
 
+    def _asked(self, peer: _Peer, ask: Ask, size: int) -> None:
+        """``size``: of its line."""
+        if peer.verbs is not None and ask.verb not in peer.verbs:
+            why = f"only root and members of group {ADMINS} may"
+            return self._write(peer.writer, _refusal(ask, Reason.FORBIDDEN, why))
+        if peer.caller is not None and peer.verbs is None:
+            size = 0  # an operator's
+        elif self._unanswered + size > MAX_UNANSWERED:
+            why = "too much that was asked before is not answered yet"
+            return self._write(peer.writer, _refusal(ask, Reason.RATE_LIMITED, why))
+        self._unanswered += size
+
+        def answered(task: asyncio.Task[None]) -> None:
+            peer.asking.discard(task)
+            self._unanswered -= size
+
+        task = self._track(self._answer(peer.signed(ask), peer.writer))
+        peer.asking.add(task)
+        task.add_done_callback(answered)
+
     def _received(self, peer: _Peer, message: Message) -> None:
         worker, writer = peer.worker, peer.writer
         match message:
-            case Ask():
-                task = self._track(self._answer(peer.signed(message), writer))
-                peer.asking.add(task)
-                task.add_done_callback(peer.asking.discard)
             case Demand() if worker is not None:
                 self._post(
                     DemandChanged(
@@ -383,6 +397,5 @@ def _socket(writer: asyncio.StreamWriter) -> socket.socket:
     return sock
 
 
-def _forbidden(ask: Ask) -> Answer:
-    text = f"cannot {ask.verb}: only root and members of group {ADMINS} may"
-    return Answer(ask.id, False, None, Reason.FORBIDDEN.value, text)
+def _refusal(ask: Ask, reason: Reason, why: str) -> Answer:
+    return Answer(ask.id, False, None, reason.value, f"cannot {ask.verb}: {why}")

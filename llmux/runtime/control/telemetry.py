@@ -48,6 +48,7 @@ from llmux.runtime.control.watchers import Watchers
 
 log = logging.getLogger("llmux")
 
+MOST_KEPT = 20_000  # series of workers that have left
 SUMMED = frozenset({Kind.COUNTER, Kind.HISTOGRAM})
 _COMING_UP = (ModelState.STARTING, ModelState.WAKING)
 
@@ -71,7 +72,7 @@ class Telemetry:
         self._store = Store()
         self._state: State | None = None
         self._last: dict[str, Snapshot] = {}  # of each worker, its newest
-        self._gone = Store()  # counts of workers that have left
+        self._gone = Store(MOST_KEPT)  # counts of workers that have left
 
     # ---- from the loop and the executor ---------------------------------------------------------
 

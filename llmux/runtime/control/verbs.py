@@ -11,6 +11,7 @@ from typing import Any
 
 from llmux.core.events import EvictionSet, ModeSet, PinSet
 from llmux.errors import Reason, Refused
+from llmux.printable import clean
 from llmux.protocol import MAX_LINE, Ask, ProgressCallback
 from llmux.runtime.control.arguments import Arguments
 from llmux.runtime.control.checkpoints import Checkpoints
@@ -27,6 +28,8 @@ from llmux.runtime.host import Drivers
 from llmux.runtime.loop import Loop
 
 # A verb that takes long enough to report its progress.
+LONGEST_NAME = 200  # of who gives an order, in characters
+
 LongVerb = Callable[[Mapping[str, Any], ProgressCallback], Awaitable[Any]]
 
 
@@ -133,7 +136,7 @@ class Verbs:
             self._loop.post(ModeSet(False, None))
             message = "Unpinned; mode set to auto"
         elif isinstance(names, list):
-            names = [self._arguments.model({"model": name}) for name in names]
+            names = self._arguments.models(names)
             message = f"Unpinned: {', '.join(names)}"
         else:
             raise Refused(Reason.BAD_REQUEST, 'cannot unpin: "models" must be a list of names')
@@ -207,7 +210,7 @@ class Verbs:
             raise Refused(Reason.BAD_REQUEST, 'cannot validate: "policies" is missing or empty')
         name = self._arguments.model(args)
         evictions = [self._arguments.eviction({"eviction": policy}) for policy in policies]
-        wanted = [eviction for eviction in evictions if eviction is not None]
+        wanted = [one for one in dict.fromkeys(evictions) if one is not None]
         for eviction in wanted:
             self._arguments.check_parking(name, eviction)
         return await Validation(self._loop, self._executor, self._drivers, name, report).run(wanted)
@@ -216,7 +219,7 @@ class Verbs:
 def given_by(args: Mapping[str, Any]) -> str:
     """Who gives an order; the control socket sets it."""
     by = args.get("by")
-    return by if isinstance(by, str) else "an operator"
+    return clean(by)[:LONGEST_NAME] if isinstance(by, str) else "an operator"
 
 
 def _that_fit(lines: list[str]) -> list[str]:

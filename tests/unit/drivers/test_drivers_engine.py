@@ -37,7 +37,8 @@ async def server(directory: Path, answer: Answer) -> AsyncIterator[tuple[Address
                 await hung.wait()
             else:
                 writer.write(data)
-                await writer.drain()
+                with suppress(ConnectionError):  # who asked may have had enough
+                    await writer.drain()
         finally:
             writer.close()
             with suppress(ConnectionError):
@@ -273,3 +274,25 @@ def test_healthy_as_soon_as_the_socket_appears(tmp_path: Path) -> None:
 def test_an_error_of_the_engine_holds_nothing_that_a_terminal_would_obey() -> None:
     reply = Reply(500, b"\x1b]0;PWNED\x07out of\n\x1b[31mluck\xc2\x9b0m")
     assert reply.excerpt == "out of luck"
+
+
+def test_an_answer_that_would_fill_the_supervisors_memory_is_not_read(tmp_path: Path) -> None:
+    """Parsed, three bytes of it are 64 in memory; no engine's answer is that long."""
+
+    async def body() -> None:
+        data = reply(200, b"[" + b"{}," * 1024 * 1024 + b"{}]")
+        async with server(tmp_path, lambda *_: data) as (address, _):
+            with pytest.raises(EngineUnhealthy, match="longer than"):
+                await VllmEngine().sleeping(address, 30)
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("length", [b"-1", b"0", b"-" + b"9" * 4000, b"9" * 40, b"true"])
+def test_a_length_that_no_model_has_is_not_told(length: bytes, tmp_path: Path) -> None:
+    async def body() -> None:
+        data = reply(200, b'{"data": [{"max_model_len": ' + length + b"}]}")
+        async with server(tmp_path, lambda *_: data) as (address, _):
+            assert (await VllmEngine().describe(address, 30))["max_model_len"] is None
+
+    asyncio.run(body())

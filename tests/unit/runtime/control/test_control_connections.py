@@ -41,7 +41,7 @@ from llmux.protocol import (
     ModelInfo,
     decode,
 )
-from llmux.runtime.control.socket import MAX_UNSENT, ControlSocket
+from llmux.runtime.control.socket import MAX_UNANSWERED, MAX_UNSENT, ControlSocket
 
 ROOT = Path(__file__).resolve().parents[4]
 CATALOG = Catalog.of([ModelInfo("a", "serving")])
@@ -412,3 +412,26 @@ async def test_a_peer_that_is_gone_before_it_was_looked_at_is_no_error(
         await accept(asyncio.StreamReader(), gone)
         assert gone.closed
         assert [record for record in caplog.records if record.exc_info] == []
+
+
+@in_loop
+async def test_what_gateways_ask_and_wait_for_is_bounded(tmp_path: Path) -> None:
+    """Each ask is kept until its answer. Whoever owns the gateway's process could fill the memory
+    with some that wait; an operator's are not refused for it."""
+    async with stage(tmp_path) as s:
+        worker, other = await s.worker(), await s.connect()
+        other.say(Hello(role="gateway", worker="v", holds={}))
+        assert await other.hear() == CATALOG
+        large = {"length": 1, "x": "x" * (MAX_LINE // 2)}
+        fit = MAX_UNANSWERED // (MAX_LINE // 2) - 1
+        worker.say(*(Ask(number, "wait", large) for number in range(fit)))
+        worker.say(Ask(98, "do", {}), Ask(99, "long", large))
+        for number, code in ((98, None), (99, Reason.RATE_LIMITED.value)):
+            answer = await worker.hear()
+            assert isinstance(answer, Answer)
+            assert (answer.id, answer.code) == (number, code)
+        other.say(Ask(1, "long", large), Ask(2, "do", {}))
+        assert {getattr(await other.hear(), "ok", None) for _ in range(2)} == {False, True}
+        operator = await s.connect()
+        operator.say(Hello(role="cli"), Ask(3, "long", large))
+        assert getattr(await operator.hear(), "ok", None) is True

@@ -146,6 +146,7 @@ async def test_a_pin_that_cannot_be_kept_is_taken_back() -> None:
         ("mode", {"mode": "sport"}, Reason.BAD_REQUEST),
         ("logs", {"model": "a", "lines": 0}, Reason.BAD_REQUEST),
         ("logs", {"model": "a", "lines": "all"}, Reason.BAD_REQUEST),
+        ("pin", {"models": ["a"], "seconds": 10**400}, Reason.BAD_REQUEST),
     ],
 )
 @in_loop
@@ -210,3 +211,25 @@ async def test_the_status_names_both_sides_of_a_switch() -> None:
         hold.release()
         await d.life.settled()
         assert (await d.ask("status"))["state"] == "active:b"
+
+
+@in_loop
+async def test_a_model_named_again_and_again_is_one() -> None:
+    """A message holds a quarter of a million names; each would be an event of the loop's."""
+    async with desk() as d:
+        names = ["a", "b"] * 100
+        given: list[tuple[str, ...]] = []
+        d.verbs.orders.tell = lambda order, _what: given.append(order.models)
+        await d.ask("pin", models=names[:1] * 100)
+        assert set(given) == {("a",)}
+        assert await d.ask("unpin", models=names) == {"message": "Unpinned: a, b"}
+
+
+@in_loop
+async def test_who_gives_an_order_is_told_in_one_short_line() -> None:
+    """A gateway says by whom; events keep it, the journal and terminals show it."""
+    async with desk() as d:
+        given: list[str] = []
+        d.verbs.orders.tell = lambda order, _what: given.append(order.by)
+        await d.ask("load", model="a", by="\x1b[31mkey\n" + "x" * 100_000)
+        assert {(by[:4], len(by)) for by in given} == {("keyx", 200)}
