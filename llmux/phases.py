@@ -24,6 +24,8 @@ _WORDS: Final = MappingProxyType(
         "wake_up": "the engine takes its memory",
         "reload_weights": "loading weights",
         "reset_prefix_cache": "the engine forgets its prefix cache",
+        "discard_cache": "the engine gives up its KV cache",
+        "return_cache": "the engine takes memory for its KV cache",
         "freeze": "freezing the processes",
         "thaw": "thawing the processes",
         "comm_suspend": "taking the communicators down",

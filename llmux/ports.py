@@ -181,7 +181,16 @@ class Engine(Protocol):
         (NCCL's buffers survive neither a CUDA checkpoint nor CRIU). EngineUnhealthy when the engine
         has no hook for it."""
 
-    async def reset_prefix_cache(self, address: Address, deadline: float) -> None: ...
+    async def reset_prefix_cache(self, address: Address, deadline: float) -> None:
+        """It remembers no block of a prompt. EngineUnhealthy while some are still in use."""
+
+    async def discard_cache(self, address: Address, deadline: float) -> None:
+        """The memory of the KV cache is given back, that of the weights is not; the prefix cache
+        was reset before, and nothing runs. EngineUnhealthy with a ``status`` below 500 when nothing
+        was done."""
+
+    async def return_cache(self, address: Address, deadline: float) -> None:
+        """The KV cache has memory again, and may be used. There already is fine."""
 
     async def sleeping(self, address: Address, deadline: float) -> bool | None:
         """None when the engine has no such endpoint."""

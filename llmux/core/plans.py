@@ -13,6 +13,7 @@ from enum import StrEnum
 from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.records import keeps_gpu
 from llmux.engines.engine_type import WakeStage
+from llmux.engines.parking import SUSPENDING
 
 
 class StepKind(StrEnum):
@@ -29,6 +30,8 @@ class StepKind(StrEnum):
     RESET_PREFIX_CACHE = "reset_prefix_cache"
     FREEZE = "freeze"
     THAW = "thaw"
+    DISCARD_CACHE = "discard_cache"
+    RETURN_CACHE = "return_cache"
     COMM_SUSPEND = "comm_suspend"
     COMM_RESUME = "comm_resume"
     CUDA_SUSPEND = "cuda_suspend"
@@ -174,7 +177,11 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
         down, last = _down(model, grace=True), _down(model, grace=False)
         return Plan(PlanKind.PARK, down, Outcome.DOWN, last, eviction)
     steps: list[Step] = []
-    if eviction.weights is not Weights.RETAIN:
+    if _retains_suspended(eviction):
+        if model.engine_type.cache_apart(model.extra_args):
+            # its blocks are of no use to anybody, and up to nine tenths of what would be saved
+            steps.append(Step(StepKind.DISCARD_CACHE, PROBE_SECS, optional=True))
+    elif eviction.weights is not Weights.RETAIN:
         level = model.engine_type.sleep_levels[eviction.weights]
         steps.append(Step(StepKind.SLEEP, model.sleep_timeout_secs, level=level))
     match eviction.process:
@@ -199,13 +206,18 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     return Plan(PlanKind.PARK, tuple(steps), Outcome.PARKED, _down(model, grace=True), eviction)
 
 
+def _retains_suspended(eviction: Eviction) -> bool:
+    return eviction.weights is Weights.RETAIN and eviction.process in SUSPENDING
+
+
 def deepen_plan(model: ModelConfig, present: Eviction, deeper: Eviction) -> Plan:
     """From parked by ``present`` to parked by ``deeper``, with the same weights: what the engine
     has not done yet. Frozen, it is thawed first: it has to take part."""
     plan = park_plan(model, deeper)
     done = {StepKind.SLEEP}
     if present.process is Process.CUDA_SUSPEND:  # it answers nothing
-        done |= {StepKind.RESET_PREFIX_CACHE, StepKind.COMM_SUSPEND, StepKind.CUDA_SUSPEND}
+        done |= {StepKind.RESET_PREFIX_CACHE, StepKind.DISCARD_CACHE}
+        done |= {StepKind.COMM_SUSPEND, StepKind.CUDA_SUSPEND}
     steps = tuple(step for step in plan.steps if step.kind not in done)
     if present.process in (Process.FREEZE, Process.CUDA_SUSPEND):
         steps = (Step(StepKind.THAW, FREEZE_SECS), *steps)
@@ -255,6 +267,9 @@ def wake_plan(model: ModelConfig, eviction: Eviction) -> Plan:
             steps.append(Step(StepKind.RESTORE, model.checkpoint_timeout_secs))
             steps.append(Step(StepKind.CUDA_RESUME, model.wake_timeout_secs, if_any=True))
             steps += _communicators(model, StepKind.COMM_RESUME)
+    if _retains_suspended(eviction):
+        # whatever the configuration says now: done where the engine's was discarded
+        steps.append(Step(StepKind.RETURN_CACHE, model.wake_timeout_secs))
     steps += (_stage(model, stage) for stage in model.engine_type.wake_stages[eviction.weights])
     steps.append(Step(StepKind.WAIT_HEALTHY, PROBE_SECS))
     if model.canary:

@@ -86,6 +86,9 @@ class EngineType:
     # sleep and wake
     sleep_levels: Mapping[Weights, int]
     wake_stages: Mapping[Weights, tuple[WakeStage, ...]]
+    # (arguments): its KV cache lies where it can be given up by itself
+    cache_apart: Callable[[Sequence[str]], bool]
+    discards_cache: Callable[[str], bool]  # (version): its workers know how
     communicators_down: tuple[str, ...]  # worker methods; which of them exists depends on its patch
     communicators_up: tuple[str, ...]
     canaries: tuple[Probe, ...]  # best first

@@ -38,6 +38,12 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = MappingProxyType(
 )
 GPU_MEMORY: Final = ("--gpu-memory-utilization",)
 LORA_MODULES: Final = "--lora-modules"
+# The KV cache is in vLLM's own allocator with either, and only there can it be discarded by itself.
+# Never passed for a `retain` model: the weights would be in it too, and the CPU build refuses both.
+OWN_ALLOCATOR: Final = (
+    ("--enable-sleep-mode", "--no-enable-sleep-mode"),
+    ("--enable-cumem-allocator", "--no-enable-cumem-allocator"),
+)
 CONFIG_FILE: Final = ("--config",)  # its values count less than arguments
 RANK_OPTIONS: Final = (
     ("--tensor-parallel-size", "-tp"),
@@ -136,9 +142,11 @@ def sleeps(launch: Launch) -> bool:
 
 
 def needs_development_mode(launch: Launch) -> bool:
-    """Sleep, wake and the communicators' methods are vLLM's development endpoints; they are opened
-    only when they are used."""
-    return sleeps(launch) or (launch.eviction.process in SUSPENDING and launch.ranks > 1)
+    """Sleep, wake and workers' methods are vLLM's development endpoints; they are opened only when
+    they are used."""
+    suspending = launch.eviction.process in SUSPENDING
+    methods = launch.ranks > 1 or cache_apart(launch.extra_args)
+    return sleeps(launch) or (suspending and methods)
 
 
 # ---- sleep and wake ------------------------------------------------------------------------------
@@ -159,14 +167,32 @@ WAKE_STAGES: Final = MappingProxyType(
     }
 )
 
+# The workers' ``discard``; before it only a sleep gives the KV cache back, and the weights with it.
+DISCARDS_CACHE: Final = (0, 32)
+
+
+def cache_apart(extra_args: Sequence[str]) -> bool:
+    """Of an option and its opposite the last one counts."""
+    found = (find_option(extra_args, names) for names in OWN_ALLOCATOR)
+    return any(option is not None and not option.name.startswith("--no-") for option in found)
+
+
+def discards_cache(version: str) -> bool:
+    return _numbers(version) >= DISCARDS_CACHE
+
+
 # ---- versions ------------------------------------------------------------------------------------
 
 # vllm#32714: weights are not freed on sleep from the first version to before the second (PR#32947).
 SLEEP_BROKEN: Final = ((0, 14), (0, 17))
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 def version_fault(version: str, sleeping: bool) -> VersionFault | None:
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    numbers = _numbers(version)
     if not numbers:
         return None
     if SLEEP_BROKEN[0] <= numbers < SLEEP_BROKEN[1]:
@@ -217,6 +243,8 @@ VLLM: Final = EngineType(
     environment=environment,
     sleep_levels=SLEEP_LEVELS,
     wake_stages=WAKE_STAGES,
+    cache_apart=cache_apart,
+    discards_cache=discards_cache,
     # vLLM's own since 0.32, and those of the patches that were used before
     communicators_down=("checkpoint_prepare", "suspend_nccl"),
     communicators_up=("checkpoint_restore", "resume_nccl"),

@@ -176,7 +176,14 @@ async def _look(
         back = note.state is ModelState.WAKING
         resumed = instance.facts.resumed or back or note.state is None
         known = () if back else suspended
-        instance.facts = replace(instance.facts, cuda_pids=known, resumed=resumed)
+        # nor does a park: a cache that may have been discarded is returned, once more if need be
+        lost = config.engine_type.cache_apart(config.extra_args) and bool(suspended)
+        instance.facts = replace(
+            instance.facts,
+            cuda_pids=known,
+            resumed=resumed,
+            cache_discarded=instance.facts.cache_discarded or lost,
+        )
         if suspended and not back:
             return Observation(name, False, False, None, note, suspended=True)
     if (stranger := await drivers.units.stranger(address, handle)) is not None:

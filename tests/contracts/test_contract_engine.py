@@ -70,6 +70,31 @@ class TestEngine:
 
         asyncio.run(body())
 
+    def test_the_kv_cache_goes_and_comes_back_alone(self, kind: str, tmp_path: Path) -> None:
+        async def body() -> None:
+            async with engine_rig(kind, tmp_path) as rig:
+                address = await rig.start()
+                before = await rig.engine.canary(address, "alpha", DEADLINE)
+                await rig.engine.reset_prefix_cache(address, DEADLINE)
+                for _ in range(2):
+                    await rig.engine.discard_cache(address, DEADLINE)
+                assert await rig.engine.sleeping(address, DEADLINE) is False
+                for _ in range(2):
+                    await rig.engine.return_cache(address, DEADLINE)
+                assert await rig.engine.canary(address, "alpha", DEADLINE) == before
+
+        asyncio.run(body())
+
+    def test_a_request_without_its_kv_cache_fails(self, kind: str, tmp_path: Path) -> None:
+        async def body() -> None:
+            async with engine_rig(kind, tmp_path) as rig:
+                address = await rig.start()
+                await rig.engine.discard_cache(address, DEADLINE)
+                with pytest.raises(EngineUnhealthy):
+                    await rig.engine.canary(address, "alpha", DEADLINE)
+
+        asyncio.run(body())
+
     def test_level_2_without_a_reload_shows_in_the_canary(self, kind: str, tmp_path: Path) -> None:
         async def body() -> None:
             async with engine_rig(kind, tmp_path) as rig:

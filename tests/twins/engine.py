@@ -72,7 +72,27 @@ class MemoryEngine:
         await self._reach("engine.communicators", f"{verb} the communicators of", address, verb)
 
     async def reset_prefix_cache(self, address: Address, deadline: float) -> None:
-        await self._reach("engine.reset_prefix_cache", "reset the prefix cache of", address)
+        call, words = "engine.reset_prefix_cache", "reset the prefix cache of"
+        (await self._reach(call, words, address)).remembers = False
+
+    async def discard_cache(self, address: Address, deadline: float) -> None:
+        engine = await self._reach("engine.discard_cache", "discard the KV cache of", address)
+        model = engine.handle.model
+        self._world.busy(model, "discard of the KV cache")
+        if engine.remembers:
+            self._world.violate(f"KV cache of {model} discarded before its prefix cache was reset")
+        engine.held.pop("kv_cache", None)
+        engine.cacheless = True
+
+    async def return_cache(self, address: Address, deadline: float) -> None:
+        engine = await self._reach("engine.return_cache", "return the KV cache of", address)
+        if not engine.cacheless:
+            return
+        wanted = {"kv_cache": engine.used["kv_cache"]}
+        if (complaint := self._world.take(engine, wanted)) is not None:
+            target = f"the engine at {address}"
+            raise EngineUnhealthy("return the KV cache of", target, complaint, status=500)
+        engine.cacheless = False
 
     async def sleeping(self, address: Address, deadline: float) -> bool | None:
         engine = await self._reach("engine.sleeping", "ask", address)
@@ -84,6 +104,10 @@ class MemoryEngine:
             # It hangs until a wake (vLLM 0.32).
             self._world.violate(f"canary of {model} while it sleeps")
             raise DriverTimeout("test", f"the engine at {address}", "no answer: it sleeps")
+        if engine.cacheless:
+            self._world.violate(f"canary of {model} without its KV cache")
+            raise EngineUnhealthy("test", f"the engine at {address}", "CUDA error: illegal access")
+        engine.remembers = True
         if engine.spoiled:
             return Canary(GARBAGE, (-9.0,))
         return Canary(f"{model} says Paris", (-0.5, -0.25))
@@ -103,7 +127,7 @@ class MemoryEngine:
     async def describe(self, address: Address, deadline: float) -> Mapping[str, Any]:
         await self._reach("engine.describe", "describe", address)
         paths = ["/v1/completions", "/sleep", "/wake_up", "/is_sleeping", "/collective_rpc"]
-        return {"version": "0.32.0", "max_model_len": 4096, "paths": paths}
+        return {"version": self._world.version, "max_model_len": 4096, "paths": paths}
 
     def _is_ready(self, engine: TwinEngine) -> bool:
         return engine.healthy and engine.handle.model not in self._world.unready

@@ -80,6 +80,8 @@ class TwinEngine:
     level: int = 0  # of sleep; 0 = awake
     asleep: set[str] = field(default_factory=set)  # tags: weights, kv_cache
     spoiled: bool = False  # weights were discarded and not reloaded
+    remembers: bool = False  # blocks of prompts, in its prefix cache
+    cacheless: bool = False  # its KV cache alone was discarded
     held: dict[str, int] = field(default_factory=dict)  # kind → bytes on each of its GPUs
     used: dict[str, int] = field(default_factory=dict)  # the same when awake
     dying: str | None = None
@@ -123,6 +125,7 @@ class World:
         self.progress_per_look: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.cpu_per_look: dict[str, float] = {}
+        self.version = "0.32.0"  # of every engine
         self.strangers: dict[int | str, str] = {}  # port or path → what else listens there
         self.unready: set[str] = set()  # models whose /health stays 503 until removed from here
         self._faults: list[_Fault] = []

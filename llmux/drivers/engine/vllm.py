@@ -36,6 +36,7 @@ PROBE_TIMEOUT: Final = 5.0  # one /health; a busy API server answers late
 FIRST_PAUSE: Final = 0.005
 LAST_PAUSE: Final = 0.25
 LONGEST_VERSION: Final = 100
+KV_CACHE: Final = {"tags": ["kv_cache"]}
 # What reading an answer of another shape raises; a number may be too large for a float or an int.
 ODD: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -178,7 +179,21 @@ class VllmEngine:
 
     async def reset_prefix_cache(self, address: Address, deadline: float) -> None:
         operation = _Operation("reset the prefix cache of", address, deadline)
-        await self._order(operation, "/reset_prefix_cache")
+        path = "/reset_prefix_cache"
+        reply = await self._order(operation, path)
+        with suppress(*ODD):  # versions before 0.15 answer nothing
+            if reply.json()["success"] is False:
+                raise operation.bad_answer(path, reply)
+
+    async def discard_cache(self, address: Address, deadline: float) -> None:
+        operation = _Operation("discard the KV cache of", address, deadline)
+        await self._order(operation, "/collective_rpc", {"method": "discard", "kwargs": KV_CACHE})
+
+    async def return_cache(self, address: Address, deadline: float) -> None:
+        # Not /wake_up: what workers discarded by a call of theirs, the engine does not count as
+        # asleep, and it would do nothing (vLLM 0.32).
+        operation = _Operation("return the KV cache of", address, deadline)
+        await self._order(operation, "/collective_rpc", {"method": "wake_up", "kwargs": KV_CACHE})
 
     async def sleeping(self, address: Address, deadline: float) -> bool | None:
         return await _Operation("ask", address, deadline).sleeping()
@@ -240,8 +255,8 @@ class VllmEngine:
 
     async def _order(
         self, operation: _Operation, path: str, payload: Mapping[str, Any] | None = None
-    ) -> None:
-        """POST until 2xx, with retries as far as the deadline allows.
+    ) -> Reply:
+        """POST until 2xx, with retries as far as the deadline allows; that answer.
 
         All orders of the control API are idempotent. A refusal (4xx) is not repeated.
         """
@@ -253,13 +268,14 @@ class VllmEngine:
                 failure = error
             else:
                 if 200 <= reply.status < 300:
-                    return
+                    return reply
                 failure = operation.bad_answer(path, reply)
                 if reply.status < 500 and reply.status not in (408, 425, 429):
                     raise failure
             if pause is None or pause >= operation.left:
                 raise failure
             await asyncio.sleep(pause)
+        raise AssertionError("the last pause is None")
 
 
 async def _await_sleeping(operation: _Operation, want: bool) -> None:

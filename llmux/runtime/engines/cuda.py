@@ -1,18 +1,26 @@
-"""Suspend an engine's CUDA state into host memory and resume it, as steps of a plan."""
+"""Suspend an engine's CUDA state into host memory and resume it, as steps of a plan; the KV cache
+that is not worth it goes before and comes after."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic
+from typing import Final
 
 from llmux.core.effects import RunPlan
 from llmux.core.plans import Step
-from llmux.errors import CheckpointFailed, Unsupported
+from llmux.errors import CheckpointFailed, EngineUnhealthy, Unsupported
 from llmux.ports import UnitHandle
-from llmux.runtime.engines.gpu_memory import held_before, require_room
+from llmux.protocol import Address
+from llmux.runtime.engines.gpu_memory import held_before, require_room, wait_for_room
 from llmux.runtime.engines.instance import Instance
 from llmux.runtime.host import Drivers
+
+log = logging.getLogger("llmux")
+
+REFUSED: Final = range(400, 500)  # the route or its arguments are not known: nothing was done
 
 
 async def suspend(drivers: Drivers, handle: UnitHandle, instance: Instance, step: Step) -> None:
@@ -65,3 +73,43 @@ async def leave_gpu(drivers: Drivers, handle: UnitHandle, instance: Instance, st
     if await drivers.freezer.frozen(handle):
         await drivers.freezer.thaw(handle, step.deadline)  # frozen threads cannot be locked
     await suspend(drivers, handle, instance, replace(step, if_any=True))
+
+
+async def discard_cache(drivers: Drivers, address: Address, instance: Instance, step: Step) -> None:
+    """Before the suspend of a retained engine: most of what it holds is blocks of prompts that no
+    client asks for again. Does nothing to an engine that cannot. Raises what the engine did
+    instead; it then keeps its cache or, where that is not known, is taken to have none."""
+    if not instance.config.engine_type.discards_cache(instance.facts.version or ""):
+        return
+    # First, and not after it came back: a block found by its prompt must never be one without data.
+    await drivers.engine.reset_prefix_cache(address, step.deadline)
+    # Before the call: one that fails half-way has unmapped some of it.
+    instance.facts = replace(instance.facts, cache_discarded=True)
+    try:
+        await drivers.engine.discard_cache(address, step.deadline)
+    except EngineUnhealthy as error:
+        if error.fields.get("status") in REFUSED:
+            instance.facts = replace(instance.facts, cache_discarded=False)
+        log.info(
+            "%s keeps its KV cache: %s",
+            instance.config.name,
+            error,
+            extra={"model": instance.config.name},
+        )
+        raise
+
+
+async def return_cache(
+    drivers: Drivers,
+    effect: RunPlan,
+    address: Address,
+    handle: UnitHandle,
+    instance: Instance,
+    step: Step,
+) -> None:
+    if not instance.facts.cache_discarded:
+        return
+    held = await held_before(drivers, handle)
+    await wait_for_room(drivers.gpu, effect, held=sum(held.values()))
+    await drivers.engine.return_cache(address, step.deadline)
+    instance.facts = replace(instance.facts, cache_discarded=False)

@@ -20,7 +20,8 @@ class EngineFacts:
     """``identity``: what an image of this engine is valid for. ``cuda_pids``: processes with their
     CUDA state in host memory, of ``cuda_bytes`` on its GPUs; ``resumed``: it came back from there
     once, so it must go there again before the engine ends. ``cold_seconds``: what the last cold
-    start took. ``started_as``: digest of the command line and environment of its start."""
+    start took. ``started_as``: digest of the command line and environment of its start.
+    ``cache_discarded``: its KV cache may have no memory."""
 
     address: Address | None = None
     canary: Canary | None = None
@@ -33,6 +34,7 @@ class EngineFacts:
     cuda_bytes: int = 0
     started_as: str | None = None
     resumed: bool = False
+    cache_discarded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         address, canary = self.address, self.canary
@@ -49,6 +51,7 @@ class EngineFacts:
             "cuda_bytes": self.cuda_bytes,
             "started_as": self.started_as,
             "resumed": self.resumed,
+            "cache_discarded": self.cache_discarded,
         }
 
     @classmethod
@@ -74,6 +77,7 @@ class EngineFacts:
             cuda_bytes=max(0, written.cuda_bytes),
             started_as=written.started_as,
             resumed=written.resumed,
+            cache_discarded=written.cache_discarded,
         )
 
 
@@ -93,6 +97,7 @@ class _Written:
     cuda_bytes: int = 0
     started_as: str | None = None
     resumed: bool = False
+    cache_discarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,5 +56,7 @@ def without_image(effect: RunPlan, instance: Instance, failure: Exception) -> Ru
     if not (unharmed and parks) or eviction is None or instance.handle is None:
         return None
     suspended = bool(instance.facts.cuda_pids)
+    if instance.facts.cache_discarded and not suspended:
+        return None  # the way back from the parking that is left returns no cache
     plan = without_image_plan(effect.config, eviction, suspended=suspended)
     return None if plan is None else replace(effect, plan=plan)

@@ -16,7 +16,13 @@ from llmux.errors import EngineUnhealthy, LlmuxError
 from llmux.ports import Canary, UnitHandle
 from llmux.protocol import Address
 from llmux.runtime.engines.canary import compare
-from llmux.runtime.engines.cuda import leave_gpu, resume, suspend
+from llmux.runtime.engines.cuda import (
+    discard_cache,
+    leave_gpu,
+    resume,
+    return_cache,
+    suspend,
+)
 from llmux.runtime.engines.gpu_memory import (
     awake_share,
     held_before,
@@ -87,6 +93,11 @@ class Steps:
                 await drivers.engine.reload_weights(self._address(instance), deadline)
             case StepKind.RESET_PREFIX_CACHE:
                 await drivers.engine.reset_prefix_cache(self._address(instance), deadline)
+            case StepKind.DISCARD_CACHE:
+                await discard_cache(drivers, self._address(instance), instance, step)
+            case StepKind.RETURN_CACHE:
+                address, handle = self._address(instance), self._handle(instance)
+                await return_cache(drivers, effect, address, handle, instance, step)
             case StepKind.COMM_SUSPEND | StepKind.COMM_RESUME:
                 up = step.kind is StepKind.COMM_RESUME
                 address = self._address(instance)

@@ -76,6 +76,8 @@ class Core:
         self._running: dict[str, Job] = {}
         self._content = text.GOOD
         self._sleeping: set[str] = set()
+        # the prefix cache knows blocks of prompts; they lost their data; no block has memory
+        self._remembers = self._stale = self._unmapped = False
         self._paused = False
         self._keep = False  # sleep?mode=keep: running requests stand still and go on after waking
         self._draining: list[tuple[int, int]] = []  # sleep?mode=wait: (call id, level)
@@ -155,7 +157,7 @@ class Core:
                 natural_tokens=options.answer_tokens,
                 temperature=message.get("temperature", 0.0),
                 seed=message.get("seed"),
-                content=self._content,
+                content=text.GARBAGE if self._stale else self._content,
             )
             job.limit = message["max_tokens"]
             job.due = time.monotonic() + self._faults.secs("ttft_secs", options.ttft_secs)
@@ -164,6 +166,9 @@ class Core:
     def _step(self) -> None:
         if not self._running or self._keep:
             return
+        if self._unmapped:
+            self._die("CUDA error: an illegal memory access was encountered")
+        self._remembers = True
         speed = self._faults.secs("tokens_per_sec", self._options.tokens_per_sec)
         now = time.monotonic()
         outputs = []
@@ -231,8 +236,10 @@ class Core:
                     result = self._paused or bool(self._sleeping)
                 case "reset_prefix_cache":
                     result = not self._running
+                    if result:
+                        self._remembers = self._stale = False
                 case "collective_rpc":
-                    result = self._collective_rpc(message["rpc"])
+                    result = self._collective_rpc(message["rpc"], message["kwargs"])
                 case _:
                     raise CallFailedError(f"unknown method {method}")
         except CallFailedError as error:
@@ -300,13 +307,26 @@ class Core:
             self._admit()
         return not self._sleeping
 
-    def _collective_rpc(self, rpc: str) -> list[None]:
-        if rpc != "reload_weights":
-            raise CallFailedError(f"Method {rpc!r} is not implemented.")
-        if self._faults.take("reload_error"):
-            raise CallFailedError("CUDA error: an illegal memory access was encountered")
-        self._ask({"op": "reload"})
+    def _collective_rpc(self, rpc: str, kwargs: dict[str, Any]) -> list[None]:
+        match rpc:
+            case "reload_weights":
+                if self._faults.take("reload_error"):
+                    raise CallFailedError("CUDA error: an illegal memory access was encountered")
+                self._ask({"op": "reload"})
+            case "discard" | "wake_up":
+                # past the executor, which does not count them as asleep: /wake_up does nothing then
+                self._call_workers(rpc, list(kwargs["tags"]))
+            case _:
+                raise CallFailedError(f"Method {rpc!r} is not implemented.")
         return [None] * len(self._workers)
+
+    def _call_workers(self, rpc: str, tags: list[str]) -> None:
+        if rpc == "discard" and self._faults.take("discard_error"):
+            raise CallFailedError("CUDA Error: unspecified launch failure")
+        self._ask({"op": "discard" if rpc == "discard" else "map", "tags": tags})
+        if "kv_cache" in tags:
+            self._unmapped = rpc == "discard" and self._options.sleep_mode
+            self._stale = self._stale or (self._unmapped and self._remembers)
 
     # workers
 

@@ -32,6 +32,7 @@ KNOWN = frozenset(
         "sleep_error",
         "wake_error",
         "reload_error",
+        "discard_error",
         "slow_sleep_secs",
         "slow_wake_secs",
         "die_on",

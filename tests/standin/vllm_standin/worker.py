@@ -232,6 +232,11 @@ class Worker:
                 case "sleep_again":
                     self._gpu.free(*(KIND_OF_TAG[tag] for tag in message["tags"]))
                     self._asleep |= set(message["tags"])
+                case "discard":
+                    if self._options.sleep_mode:  # else nothing is in vLLM's allocator
+                        self._gpu.free(*(KIND_OF_TAG[tag] for tag in message["tags"]))
+                case "map":
+                    self._map(message["tags"])
                 case "reload":
                     self._reload()
         except OutOfMemoryError as error:
@@ -276,6 +281,14 @@ class Worker:
             self._host_backup.drop()
             if self._content == text.GOOD and self._faults.get("wrong_after_wake"):
                 self._content = text.WRONG
+
+    def _map(self, tags: list[str]) -> None:
+        """What a discard took; there already is fine."""
+        sizes = {"weights": self._weights_bytes, "kv": self.kv_bytes}
+        with self._gpu.moving("wake_up"):
+            for kind in (KIND_OF_TAG[tag] for tag in tags):
+                if not self._gpu.held(kind):
+                    self._gpu.allocate(kind, sizes[kind])
 
     def _reload(self) -> None:
         if "weights" in self._asleep:

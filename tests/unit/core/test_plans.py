@@ -14,6 +14,7 @@ from llmux.core.plans import (
     StepKind,
     deepen_plan,
     park_plan,
+    resume_park_plan,
     resume_start_plan,
     reuse_plan,
     start_plan,
@@ -71,6 +72,35 @@ def test_the_way_back_mirrors_the_way_down(eviction: Eviction) -> None:
         assert down == [*down[:-2], K.CUDA_RESUME, K.THAW]  # suspended, then frozen
     once = list(dict.fromkeys(up))  # level 2 wakes in two parts
     assert once == down[::-1]
+
+
+APART = model("a", extra_args=("--enable-sleep-mode",))
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+def test_a_retained_engine_gives_up_its_kv_cache_before_it_is_saved(eviction: Eviction) -> None:
+    saved = eviction.weights is Weights.RETAIN and eviction.process in (
+        Process.CUDA_SUSPEND,
+        Process.CHECKPOINT,
+    )
+    down = park_plan(APART, eviction)
+    assert (kinds(down)[:1] == [K.DISCARD_CACHE]) is saved
+    assert all(step.optional for step in down.steps if step.kind is K.DISCARD_CACHE)
+    assert K.DISCARD_CACHE not in kinds(park_plan(MODEL, eviction)), "vLLM's default allocator"
+    if eviction.process is Process.STOP:
+        return
+    for configured in (APART, MODEL):  # the configuration may have changed since
+        up = kinds(wake_plan(configured, eviction))
+        assert (K.RETURN_CACHE in up) is saved
+        if saved:
+            assert up.index(K.CUDA_RESUME) < up.index(K.RETURN_CACHE) < up.index(K.CANARY_CHECK)
+
+
+def test_an_engine_whose_cuda_state_is_away_is_not_asked_for_its_cache() -> None:
+    retained = [Eviction(Weights.RETAIN, p) for p in (Process.CUDA_SUSPEND, Process.CHECKPOINT)]
+    assert K.DISCARD_CACHE not in kinds(deepen_plan(APART, *retained))
+    resumed = resume_park_plan(APART, retained[1], asleep=False, suspended=True)
+    assert K.DISCARD_CACHE not in kinds(resumed)
 
 
 @pytest.mark.parametrize("eviction", PARKED, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmux.config.schema import ModelConfig
+from llmux.engines.vllm import cache_apart, discards_cache
 
 
 @pytest.mark.parametrize(
@@ -20,3 +21,25 @@ from llmux.config.schema import ModelConfig
 )
 def test_adapters_are_found_in_the_arguments(arguments: str, names: tuple[str, ...]) -> None:
     assert ModelConfig("m", "org/m", extra_args=tuple(arguments.split())).adapters == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "apart"),
+    [
+        ("", False),
+        ("--enable-sleep-mode", True),
+        ("--enable_cumem_allocator", True),
+        ("--enable-sleep-mode --no-enable-sleep-mode", False),
+        ("--no-enable-cumem-allocator --enable-sleep-mode", True),
+    ],
+)
+def test_the_kv_cache_can_go_alone_in_vllms_own_allocator(arguments: str, apart: bool) -> None:
+    assert cache_apart(arguments.split()) is apart
+
+
+@pytest.mark.parametrize(
+    ("version", "can"),
+    [("0.32.0", True), ("0.32.1rc1+cu130", True), ("1.0", True), ("0.31.9", False), ("", False)],
+)
+def test_which_versions_discard_it(version: str, can: bool) -> None:
+    assert discards_cache(version) is can

@@ -140,6 +140,13 @@ def test_an_engine_of_several_gpus_needs_the_communicators_hooks() -> None:
     assert engine_environment(config, (0, 1), places())["VLLM_SERVER_DEV_MODE"] == "1"
 
 
+def test_an_engine_that_discards_its_kv_cache_alone_needs_them_too() -> None:
+    apart = {"extra_args": ("--enable-sleep-mode",)}
+    for process, opened in ((Process.CHECKPOINT, True), (Process.FREEZE, False)):
+        config = model(eviction=Eviction(Weights.RETAIN, process), **apart)
+        assert ("VLLM_SERVER_DEV_MODE" in engine_environment(config, (0,), places())) is opened
+
+
 def test_the_command_line_ends_with_what_the_operator_wrote() -> None:
     config = model(aliases=("a", "b"), extra_args=("--max-model-len", "4096"))
     argv = engine_argv(config, Address(uds="/x"), ("uv", "run", "vllm"))

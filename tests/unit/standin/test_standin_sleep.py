@@ -49,6 +49,40 @@ def test_level_two_gives_garbage_until_weights_are_reloaded(start: Start) -> Non
     assert engine.ask("POST", "/sleep?level=3")[0] == 400
 
 
+KV = {"tags": ["kv_cache"]}
+
+
+def test_the_kv_cache_alone_is_discarded_and_mapped_again(start: Start, ledger: Ledger) -> None:
+    engine = start("alpha", "--standin-weights-gib", "16")
+    text = engine.say()
+    engine.post("/reset_prefix_cache")
+    engine.post("/collective_rpc", method="discard", kwargs=KV)
+    assert ledger.usage_by_model() == {"alpha": 17 * GIB}, "context and weights stay"
+    assert engine.post("/wake_up?tags=kv_cache")["status"] == "awake"
+    assert ledger.usage_by_model() == {"alpha": 17 * GIB}, "the engine does not know of it"
+    for _ in range(2):
+        engine.post("/collective_rpc", method="wake_up", kwargs=KV)
+        assert ledger.usage_by_model() == {"alpha": 72 * GIB}
+    assert engine.say() == text
+
+
+def test_a_prefix_cache_that_was_not_reset_gives_garbage(start: Start) -> None:
+    engine = start()
+    engine.say()
+    engine.post("/collective_rpc", method="discard", kwargs=KV)
+    engine.post("/collective_rpc", method="wake_up", kwargs=KV)
+    assert engine.say() == "!!!!!!!!"
+
+
+def test_a_request_without_a_kv_cache_ends_the_engine(start: Start) -> None:
+    engine = start()
+    engine.post("/collective_rpc", method="discard", kwargs=KV)
+    status, answer = engine.ask(
+        "POST", "/v1/completions", {"model": engine.name, "prompt": "a", "max_tokens": 2}
+    )
+    assert status == 500, answer
+
+
 def test_without_sleep_mode_sleeping_frees_nothing(start: Start, ledger: Ledger) -> None:
     engine = start("alpha", "--no-enable-sleep-mode")
     engine.post("/sleep?level=2")

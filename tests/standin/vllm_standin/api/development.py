@@ -59,7 +59,9 @@ class Development:
             raise HttpError(400, "Request body must be a JSON object", "Bad Request")
         if body.get("method") is None:
             raise HttpError(400, "Missing 'method' in request body", "Bad Request")
-        results = await self._engine.call("collective_rpc", rpc=str(body["method"]))
+        results = await self._engine.call(
+            "collective_rpc", rpc=str(body["method"]), kwargs=body.get("kwargs", {})
+        )
         connection.respond_json(200, {"results": results})
 
     async def _reset_prefix_cache(self, _request: Request, connection: Connection) -> None:
