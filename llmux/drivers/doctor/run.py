@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 
 from llmux.config.schema import ENGINES, CheckpointConfig, Config
-from llmux.drivers.doctor import cuda, gpus, parking, round_trip
+from llmux.drivers.doctor import access, cuda, gpus, parking, round_trip
 from llmux.drivers.doctor import deep as throughput
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs, bad, dotted, version
 from llmux.drivers.processes.listeners import find_on_port
@@ -212,6 +212,7 @@ CHECKS: tuple[tuple[str, Callable[[Host, Config | None], Check | list[Check]]], 
     (SHM, check_shm),
     ("memory", check_memory),
     ("engines", parking.check_engines),
+    (access.NAME, access.check_access),
 )
 
 
