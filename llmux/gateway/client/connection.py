@@ -17,6 +17,7 @@ from llmux.errors import Reason, Refused
 from llmux.gateway.client.authorize import authorize
 from llmux.gateway.client.body import MAX_PIECES_BYTES, BodyReceiver
 from llmux.gateway.client.sanic_bridge import SanicBridge
+from llmux.gateway.client.turns import Reading
 from llmux.gateway.dispatch import Dispatch
 from llmux.gateway.exchange.exchange import Exchange
 from llmux.gateway.http import openapi, problems
@@ -41,7 +42,7 @@ class ClientConnection(SanicBridge):
 
     __slots__ = (
         "_advancing", "_at_once", "_began", "_body", "_current", "_discarding", "_fed",
-        "_head_bytes", "_headers", "_parser", "_paused", "_queue", "_reader", "_sanic_closes",
+        "_head_bytes", "_headers", "_parser", "_queue", "_reader", "_reading", "_sanic_closes",
         "_url", "_window", "deadline", "dispatch", "exchange", "worker", "writing_paused",
     )  # fmt: skip
 
@@ -66,13 +67,13 @@ class ClientConnection(SanicBridge):
         self._began = 0.0  # of the present window; 0 = no request was received yet
         self._discarding = False  # further input is discarded
         self._advancing = False
-        self._paused = False  # too much is queued: no more is read
         self._sanic_closes = False  # the response that Sanic is writing says so
 
     # ---- asyncio's callbacks --------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._reading = Reading(self.worker.turns, transport)
         self.worker.clients += 1
         self.worker.client_came.set()
         if self.worker.clients > self.worker.max_connections:
@@ -94,7 +95,7 @@ class ClientConnection(SanicBridge):
 
     def data_received(self, data: bytes) -> None:
         if self._discarding:
-            self.worker.turns.wait(self.transport)
+            self._reading.wait_turn()
             return
         head = self._headers
         self._fed = len(data)
@@ -113,8 +114,8 @@ class ClientConnection(SanicBridge):
         if self._current is not None:
             if self.exchange is None and not self.sanic_busy:
                 self._check_rate()
-            if self._body.size > MAX_PIECES_BYTES and not self._paused:
-                self.worker.turns.wait(self.transport)
+            if self._body.size > MAX_PIECES_BYTES:
+                self._reading.wait_turn()
         if self._queue:
             self._next()
 
@@ -264,7 +265,7 @@ class ClientConnection(SanicBridge):
         """Answer the requests read so far and discard further input, which lets EOF be reported."""
         self._stop_receiving()
         if self.transport is not None:
-            self.transport.resume_reading()
+            self._reading.release()
 
     # ---- one after the other --------------------------------------------------------------------
 
@@ -288,8 +289,7 @@ class ClientConnection(SanicBridge):
         ):
             size = sum(len(incoming.body) for incoming in self._queue)
             if len(self._queue) > MAX_QUEUED or size > MAX_QUEUED_BYTES:
-                self._paused = True
-                self.transport.pause_reading()
+                self._reading.hold()
 
     def _start(self, incoming: Incoming) -> None:
         self.deadline = 0.0
@@ -335,7 +335,7 @@ class ClientConnection(SanicBridge):
         if close and (self._queue or self._current is not None):  # no response to these
             self._queue.clear()
             self._stop_receiving()
-            transport.resume_reading()
+            self._reading.release()
         if self._discarding and not self._queue:
             # close() with unread bytes sends a reset, which can overtake the response.
             self.deadline = self.worker.clock() + LINGER_SECS
@@ -345,9 +345,8 @@ class ClientConnection(SanicBridge):
             self.close()
         else:
             self.deadline = self.worker.clock() + KEEP_ALIVE_SECS
-            if self._paused and not self._queue:
-                self._paused = False
-                transport.resume_reading()
+            if self._reading.held and not self._queue:
+                self._reading.release()
 
     # ---- Sanic ----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Long bodies are read in turns, a few connections in each pass of the loop.
+"""When a client's connection is read: long bodies in turns, a few in each pass of the loop.
 
 What is ready to be read is read before anything else happens, megabytes of each connection: with
 500 clients that upload, a pass took ten seconds, and a short request needs several passes.
@@ -14,27 +14,59 @@ AT_ONCE: Final = 4  # a piece of 250 KB of each: some 10 ms in all
 
 
 class Turns:
-    """``wait``: reading goes on when it is this transport's turn, in the next pass at the
-    earliest."""
+    """``wait``: ``turn_came`` is called in the next pass at the earliest."""
 
     __slots__ = ("_loop", "_waiting")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[Any] = deque()
+        self._waiting: deque[Reading] = deque()
 
-    def wait(self, transport: Any) -> None:
-        if transport is None or transport.is_closing():
-            return
-        transport.pause_reading()
+    def wait(self, reading: Reading) -> None:
         if not self._waiting:
             self._loop.call_soon(self._go_on)
-        self._waiting.append(transport)
+        self._waiting.append(reading)
 
     def _go_on(self) -> None:
         for _ in range(min(AT_ONCE, len(self._waiting))):
-            transport = self._waiting.popleft()
-            if not transport.is_closing():
-                transport.resume_reading()
+            self._waiting.popleft().turn_came()
         if self._waiting:
             self._loop.call_soon(self._go_on)
+
+
+class Reading:
+    """Whether one connection is read: not before its turn, nor while it is ``held``. Nothing else
+    pauses or resumes its transport."""
+
+    __slots__ = ("_in_line", "_transport", "_turns", "held")
+
+    def __init__(self, turns: Turns, transport: Any) -> None:
+        self._turns = turns
+        self._transport = transport
+        self._in_line = False
+        self.held = False
+
+    def wait_turn(self) -> None:
+        """Read on when it is this connection's turn."""
+        if self._in_line or self._transport.is_closing():
+            return
+        self._in_line = True
+        self._transport.pause_reading()
+        self._turns.wait(self)
+
+    def turn_came(self) -> None:
+        self._in_line = False
+        self._go_on()
+
+    def hold(self) -> None:
+        self.held = True
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def release(self) -> None:
+        self.held = False
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if not (self.held or self._in_line or self._transport.is_closing()):
+            self._transport.resume_reading()

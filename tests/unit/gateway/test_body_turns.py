@@ -1,20 +1,21 @@
-"""Connections with long bodies are read a few at a time, each in its turn."""
+"""Connections with long bodies are read a few at a time, each in its turn, unless held."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from llmux.gateway.client.turns import AT_ONCE, Turns
+from llmux.gateway.client.turns import AT_ONCE, Reading, Turns
 
 
-class Reader:
+class Client:
     """A transport that has always more to read, until ``left`` pieces are read."""
 
     def __init__(self, turns: Turns, read: list[Any], left: int) -> None:
-        self.turns, self.read, self.left = turns, read, left
+        self.read, self.left = read, left
         self.closing = False
         self.paused = False
+        self.reading = Reading(turns, self)
 
     def is_closing(self) -> bool:
         return self.closing
@@ -30,7 +31,7 @@ class Reader:
         self.read.append(self)
         self.left -= 1
         if self.left:
-            self.turns.wait(self)
+            self.reading.wait_turn()
 
 
 async def one_pass() -> None:
@@ -41,14 +42,14 @@ def test_a_pass_of_the_loop_reads_a_few_and_each_gets_its_turn() -> None:
     async def body() -> None:
         turns = Turns()
         read: list[Any] = []
-        readers = [Reader(turns, read, 3) for _ in range(10 * AT_ONCE)]
-        for reader in readers:
-            turns.wait(reader)
-        while any(reader.left for reader in readers):
+        clients = [Client(turns, read, 3) for _ in range(10 * AT_ONCE)]
+        for client in clients:
+            client.reading.wait_turn()
+        while any(client.left for client in clients):
             before = len(read)
             await one_pass()
             assert len(read) - before <= AT_ONCE
-        assert read == readers * 3, "in the order in which they came"
+        assert read == clients * 3, "in the order in which they came"
 
     asyncio.run(body())
 
@@ -57,13 +58,66 @@ def test_who_leaves_is_passed_over() -> None:
     async def body() -> None:
         turns = Turns()
         read: list[Any] = []
-        gone, stays = (Reader(turns, read, 1) for _ in range(2))
-        turns.wait(gone)
-        turns.wait(stays)
+        gone, stays = (Client(turns, read, 1) for _ in range(2))
+        gone.reading.wait_turn()
+        stays.reading.wait_turn()
         gone.closing = True
-        turns.wait(gone)
-        turns.wait(None)
+        gone.reading.wait_turn()
+        await one_pass()
+        gone.reading.wait_turn()
+        gone.reading.hold()
+        gone.reading.release()
         await one_pass()
         assert read == [stays]
+
+    asyncio.run(body())
+
+
+def test_a_connection_has_one_place_in_the_line() -> None:
+    async def body() -> None:
+        turns = Turns()
+        read: list[Any] = []
+        first, second = (Client(turns, read, 1) for _ in range(2))
+        first.reading.wait_turn()
+        first.reading.wait_turn()
+        second.reading.wait_turn()
+        await one_pass()
+        await one_pass()
+        assert read == [first, second]
+
+    asyncio.run(body())
+
+
+def test_what_is_held_is_not_read_in_its_turn() -> None:
+    """Its turn came between the pause for its pipeline and the answer, and read one piece more."""
+
+    async def body() -> None:
+        turns = Turns()
+        read: list[Any] = []
+        held, other = (Client(turns, read, 2) for _ in range(2))
+        for client in (held, other):
+            client.reading.wait_turn()
+        held.reading.hold()
+        for _ in range(5):
+            await one_pass()
+        assert read == [other, other]
+        assert held.paused
+        held.reading.release()
+        assert read == [other, other, held]
+
+    asyncio.run(body())
+
+
+def test_what_is_released_still_waits_for_its_turn() -> None:
+    async def body() -> None:
+        turns = Turns()
+        read: list[Any] = []
+        client = Client(turns, read, 1)
+        client.reading.hold()
+        client.reading.wait_turn()
+        client.reading.release()
+        assert read == []
+        await one_pass()
+        assert read == [client]
 
     asyncio.run(body())
