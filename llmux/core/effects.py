@@ -121,7 +121,8 @@ class SendRefuse:
 
 @dataclass(frozen=True, slots=True)
 class SwitchFinished:
-    """A model was made resident. Times in seconds on the reducer's clock."""
+    """A model was made resident. Times in seconds on the reducer's clock. What it waited, before
+    this was decided, ``behind`` models that make no room for others is no part of its duration."""
 
     model: str
     victims: tuple[str, ...]
@@ -130,6 +131,8 @@ class SwitchFinished:
     drained_at: float  # when the last victim had no request left
     room_at: float  # when the room was there and the engine's own start or wake began
     serving_at: float
+    behind: tuple[str, ...] = ()
+    waited_secs: float = 0.0
 
 
 class Verdict(StrEnum):

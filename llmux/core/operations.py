@@ -82,15 +82,20 @@ def serve(tx: Transaction, name: str) -> None:
     if reservation is not None:
         room = tx.now if reservation.room_at is None else reservation.room_at
         drained = room if reservation.drained_at is None else reservation.drained_at
+        decided = reservation.decided_at
+        if reservation.behind and not reservation.victims:
+            decided = room
         tx.emit(
             SwitchFinished(
                 name,
                 reservation.victims,
                 reservation.cold,
-                reservation.decided_at,
+                decided,
                 drained,
                 room,
                 tx.now,
+                reservation.behind,
+                decided - reservation.since if reservation.behind else 0.0,
             )
         )
     if wanted is not None:

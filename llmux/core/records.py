@@ -214,12 +214,15 @@ def demand_by_model(workers: Mapping[str, Worker]) -> Mapping[str, WorkerDemand]
 @dataclass(frozen=True, slots=True)
 class Reservation:
     """A model that waits for room or is being made resident. ``decided_at``: when its first victim
-    was sent away, or when it began to wait. ``read``: its image was ordered into the page cache.
-    ``loading``: so were its weights. ``ahead``: its restore up to the GPU was ordered, and is
-    neither taken over nor dropped."""
+    was sent away, or when it began to wait. ``since``: when it did; ``behind``: models
+    that make no room for others and kept it waiting. ``read``: its image was ordered into the page
+    cache. ``loading``: so were its weights. ``ahead``: its restore up to the GPU was ordered, and
+    is neither taken over nor dropped."""
 
     decided_at: float
+    since: float
     victims: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
     read: bool = False
     loading: bool = False
     ahead: bool = False

@@ -225,7 +225,7 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room)
         tx.unwant(name, Reason.CANNOT_FIT, message)
         return
     if name not in tx.reservations:
-        tx.reserve(name, Reservation(decided_at=tx.now))
+        tx.reserve(name, Reservation(decided_at=tx.now, since=tx.now))
     if room.fits_now(name, gpus, share):  # 5
         _read_ahead(tx, name, gpus)
         eviction = tx.way_back(name)
@@ -285,7 +285,7 @@ def _make_room(
         target.model, gpus, share, tx.policy.victims(serving), _residues(tx, others)
     )
     if not victims:
-        _refuse_order(tx, target.model, gpus, share, room)  # 10
+        _stay_away(tx, target.model, gpus, share, room)  # 10
         return
     leave = [resident for resident in serving if resident.model in victims]
     rivals = [one for one in away if _may_live_on(tx.models[one.model], gpus)]
@@ -317,20 +317,24 @@ def _make_room(
     )
 
 
-def _refuse_order(tx: Transaction, name: str, gpus: GPUs, share: float, room: Room) -> None:
-    """No model can leave for it. An operator's order is refused at once where only those that stay
-    resident are in the way; requests wait on, since a pin may end."""
-    if name not in tx.wants or tx.demand(name).waiting:
+def _stay_away(tx: Transaction, name: str, gpus: GPUs, share: float, room: Room) -> None:
+    """No model can leave for it. Those that make no room for others are noted, where there would be
+    room without them. An operator's order is refused at once where only they are in the way;
+    requests wait on, since a pin may end."""
+    ordered = name in tx.wants and not tx.demand(name).waiting
+    if tx.reservations[name].behind and not ordered:
         return
     others = sorted(room.neighbours(name, gpus) - {name})
-    kept = [n for n in others if isinstance(tx.models[n].phase, Serving) and tx.is_kept(n)]
-    if not kept or any(n not in kept and not _is_away(tx.models[n]) for n in others):
+    serving = [n for n in others if isinstance(tx.models[n].phase, Serving)]
+    kept = [n for n in serving if tx.is_kept(n)]
+    if kept and room.victims(name, gpus, share, serving, _residues(tx, others)):
+        tx.reserve(name, replace(tx.reservations[name], behind=tuple(kept)))
+    if not ordered or not kept or any(n not in kept and not _is_away(tx.models[n]) for n in others):
         return  # what comes or goes now may make room later
     if not room.victims(name, gpus, share, kept, _residues(tx, others)):
         return
-    who = ", ".join(kept)
-    how = "stay" if len(kept) > 1 else "stays"
-    message = f"{who} {how} resident, pinned or by never_evict (llmux unpin {' '.join(kept)})"
+    who = ", ".join(kept) + (" stay" if len(kept) > 1 else " stays")
+    message = f"{who} resident, pinned or by never_evict (llmux unpin {' '.join(kept)})"
     tx.unwant(name, Reason.PINNED, message)
     tx.forget_reservation(name)
 

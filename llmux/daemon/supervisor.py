@@ -252,8 +252,12 @@ class _Catalogue:
     def switched(self, switch: SwitchFinished) -> None:
         victims = ", ".join(switch.victims)
         total = switch.serving_at - switch.decided_at
+        waited = ""
+        if switch.behind:
+            kept = ", ".join(switch.behind)
+            waited = f", after {switch.waited_secs:.3f} s behind {kept}, pinned or by never_evict"
         log.info(
-            "%s serves after %.3f s (%s%s; drain %.3f s, park %.3f s, %s %.3f s)",
+            "%s serves after %.3f s (%s%s; drain %.3f s, park %.3f s, %s %.3f s)%s",
             switch.model,
             total,
             "cold" if switch.cold else "woken",
@@ -262,5 +266,6 @@ class _Catalogue:
             switch.room_at - switch.drained_at,
             "start" if switch.cold else "wake",
             switch.serving_at - switch.room_at,
+            waited,
             extra={"model": switch.model, "duration_ms": round(total * 1000, 1)},
         )

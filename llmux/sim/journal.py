@@ -18,7 +18,7 @@ from llmux.sim.trace import Arrival
 SWITCH = re.compile(
     r"(?P<model>\S+) serves after [0-9.]+ s"
     r" \((?P<how>cold|woken)(?:, in place of (?P<victims>.+?))?;"
-    r" drain [0-9.]+ s, park (?P<park>[0-9.]+) s, (?:start|wake) (?P<up>[0-9.]+) s\)"
+    r" drain [0-9.]+ s, park (?P<park>[0-9.]+) s, (?:start|wake) (?P<up>[0-9.]+) s\)(?:, after .+)?"
 )
 
 

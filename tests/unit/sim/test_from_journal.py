@@ -84,12 +84,13 @@ def test_costs_are_the_means_of_the_switches(caplog: pytest.LogCaptureFixture) -
     catalogue = object.__new__(_Catalogue)
     for switch in (
         SwitchFinished("a", (), True, 0.0, 0.0, 0.0, 30.0),
-        SwitchFinished("b", ("a",), True, 0.0, 1.0, 3.0, 43.0),
+        SwitchFinished("b", ("a",), True, 0.0, 1.0, 3.0, 43.0, ("c", "d"), 160.0),
         SwitchFinished("a", ("b",), False, 0.0, 1.0, 5.0, 9.0),
         SwitchFinished("a", ("b",), False, 0.0, 1.0, 5.0, 11.0),
     ):
         catalogue.switched(switch)
     lines = [entry(record, 1.0) for record in caplog.records]
+    assert caplog.messages[1].endswith(", after 160.000 s behind c, d, pinned or by never_evict")
     lines.append(
         json.dumps(
             {

@@ -8,8 +8,8 @@ import math
 import pytest
 from core_harness import Core, model
 
-from llmux.core.effects import OrderAnswered, Verdict
-from llmux.core.events import LoadAsked, ModeSet, PinSet
+from llmux.core.effects import OrderAnswered, SwitchFinished, Verdict
+from llmux.core.events import LoadAsked, ModeSet, ParkAsked, PinSet
 from llmux.core.states import ModelState
 from llmux.errors import Reason
 
@@ -17,6 +17,21 @@ from llmux.errors import Reason
 def answer(core: Core) -> OrderAnswered:
     (found,) = core.done(OrderAnswered)
     return found
+
+
+def switched_from(
+    core: Core, name: str, to: str
+) -> tuple[tuple[str, ...], float, tuple[str, ...], float]:
+    """``name`` has five seconds more to drain, and ``to`` is resident three after it was parked:
+    behind whom it waited and how long, its victims, and the drain."""
+    core.pass_time(5)
+    core.drained(name)
+    core.finish(name)
+    core.pass_time(3)
+    core.finish(to)
+    (switch,) = core.done(SwitchFinished)
+    assert switch.serving_at - switch.room_at == 3.0
+    return switch.behind, switch.waited_secs, switch.victims, switch.drained_at - switch.decided_at
 
 
 @pytest.mark.parametrize("how", ["pin", "mode", "never_evict"])
@@ -47,6 +62,42 @@ def test_requests_wait_and_get_their_turn_when_the_pin_ends() -> None:
     assert core.at("alpha") is ModelState.SERVING
     core.pass_time(61)
     assert core.at("alpha") is ModelState.DRAINING
+    assert switched_from(core, "alpha", "beta") == (("alpha",), 61.0, ("alpha",), 5.0)
+
+
+def test_a_wait_behind_a_pinned_model_that_then_goes_is_no_drain() -> None:
+    """The log said "drain 160 s" of a model that had no victim."""
+    core = Core(model("alpha", never_evict=True), model("beta"))
+    core.serve("alpha")
+    core.demand("beta", waiting=1)
+    core.pass_time(160)
+    core.happen(ParkAsked("alpha"))
+    core.pass_time(4)
+    assert switched_from(core, "alpha", "beta") == (("alpha",), 169.0, (), 0.0)
+
+
+def test_of_two_in_the_way_the_one_that_stays_is_named() -> None:
+    core = Core(model("alpha"), model("gamma", gpus=(1,)), model("beta", gpus=(0, 1)), gpu_count=2)
+    for name in ("alpha", "gamma"):
+        core.serve(name)
+    core.happen(PinSet("alpha", core.now + 60))
+    core.demand("beta", waiting=1)
+    assert core.at("gamma") is ModelState.SERVING, "its leaving would help nobody"
+    core.pass_time(61)
+    for name in ("alpha", "gamma"):
+        core.drained(name)
+        core.finish(name)
+    core.finish("beta")
+    (switch,) = core.done(SwitchFinished)
+    assert (switch.behind, switch.waited_secs) == (("alpha",), 61.0)
+
+
+def test_a_switch_that_waited_behind_nobody_says_so() -> None:
+    core = Core(model("alpha"), model("beta"))
+    core.serve("alpha")
+    core.demand("beta", waiting=1)
+    core.pass_time(7)
+    assert switched_from(core, "alpha", "beta") == ((), 0.0, ("alpha",), 12.0)
 
 
 def test_an_order_for_what_requests_wait_for_waits_with_them() -> None:
