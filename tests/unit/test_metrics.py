@@ -7,7 +7,7 @@ import itertools
 import json
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -31,6 +31,7 @@ from llmux.core.records import (
 from llmux.drivers.gpu import NoGpu
 from llmux.errors import Unsupported
 from llmux.gateway.exposition import TEXT, encode
+from llmux.image_ports import Checkpointer, Image
 from llmux.metrics import METRICS, SECONDS, Histogram, Kind, Store
 from llmux.ports import GpuObserver, GpuProcess
 from llmux.protocol import Collected
@@ -276,13 +277,43 @@ def test_an_observer_that_sees_nothing_says_so(gpu: GpuObserver) -> None:
     assert not {m.GPU_USED, m.GPU_TOTAL, m.GPU_ENGINES} & snapshot.keys()
 
 
+class Images:
+    async def images(self) -> list[Image]:
+        return [Image(name, f"/i/{name}", {}, {}, 0.0, 0.0, 1, 9, 7) for name in ("a", "gone")]
+
+
+def test_images_are_shown_of_the_models_that_there_are() -> None:
+    telemetry = Telemetry("1.2.3", NoGpu(), cast(Checkpointer, Images()), engines)
+    shown = asyncio.run(telemetry.snapshot()).get(m.IMAGE_BYTES)
+    assert shown == [[["a"], 7], [["gone"], 7]], "before the models are known"
+    telemetry.published(*RUN[:2])
+    assert asyncio.run(telemetry.snapshot())[m.IMAGE_BYTES] == [[["a"], 7]]
+
+
+class NoImages:
+    async def images(self) -> list[Image]:
+        raise OSError(5, "Input/output error", "/var/lib/llmux/images")
+
+
+def test_an_unreadable_images_directory_takes_nothing_else_away() -> None:
+    telemetry = Telemetry("1.2.3", Gpu(), cast(Checkpointer, NoImages()), engines)
+    telemetry.published(*RUN[:2])
+    snapshot = asyncio.run(telemetry.snapshot())
+    assert m.IMAGE_BYTES not in snapshot
+    assert snapshot[m.GPU_USED] == [[["0"], 700]]
+    assert [["a", "starting"], 1] in snapshot[m.MODEL_STATE]
+
+
 # ---- several workers -----------------------------------------------------------------------------
 
 
 def test_other_workers_are_asked_and_the_silent_not_waited_for() -> None:
     async def run() -> None:
         telemetry, _, watchers = scripted()
-        counted = {m.REQUESTS: [[["a", "200"], 5]], m.IN_FLIGHT: [[["a"], 2]]}
+        took = Store()
+        took.observe(m.REQUEST_SECONDS, "a", seconds=0.5)
+        gone = {m.REQUESTS: [[["a", "200"], 5]], **took.snapshot()}
+        counted = {**gone, m.IN_FLIGHT: [[["a"], 2]]}
 
         def ask(worker: str, number: int) -> None:
             if worker == "w2":
@@ -294,7 +325,7 @@ def test_other_workers_are_asked_and_the_silent_not_waited_for() -> None:
         assert answer["workers"] == counted
         # it leaves: what it counted stays, what it had in flight does not
         answer = await telemetry.answer({"worker": "w1"}, watchers, ["w1"], ask)
-        assert answer["workers"] == {m.REQUESTS: [[["a", "200"], 5]]}
+        assert answer["workers"] == gone
 
     asyncio.run(run())
 

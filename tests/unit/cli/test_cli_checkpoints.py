@@ -162,3 +162,38 @@ def test_a_validation_that_fails_is_seen_by_scripts(
     lines.append(Answer(1, True, result).encode())
     assert main(["validate", "m", "--socket", path, "--json"]) == status
     assert json.loads(capsys.readouterr().out) == result
+
+
+@pytest.mark.parametrize(
+    ("reused", "said"),
+    [
+        (True, ["m has an image of discard+checkpoint already"]),
+        (False, ["started     61.0 s", "checkpoint  2.5 s (discard+checkpoint)"]),
+    ],
+)
+def test_what_became_of_a_checkpoint_is_said(
+    control: tuple[str, list[bytes]],
+    capsys: pytest.CaptureFixture[str],
+    reused: bool,
+    said: list[str],
+) -> None:
+    path, lines = control
+    result = {
+        "reused": reused,
+        "eviction": "discard+checkpoint",
+        "start_secs": 61.0,
+        "checkpoint_secs": 2.5,
+        "disk_bytes": 3 * 2**30,
+        "apparent_bytes": 4 * 2**30,
+        "path": "/var/lib/llmux/m/image",
+    }
+    lines.append(Answer(1, True, result).encode())
+    assert not main(["checkpoint", "m", "--socket", path])
+    assert capsys.readouterr().out.splitlines() == [
+        *said,
+        "image       /var/lib/llmux/m/image",
+        "size        3.00 GiB on disk, 4.00 GiB in all",
+        "",
+        "to restore it on the first request, in the model's configuration:",
+        '  checkpoint_path: "/var/lib/llmux/m/image"',
+    ]

@@ -89,6 +89,21 @@ def test_lines_that_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert capsys.readouterr().out == "one\n"
 
 
+def test_what_an_engine_prints_is_no_order_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in the lines that were nor in those that come."""
+    lines, events = tmp_path / "lines", tmp_path / "events"
+    with supervisor(lines, {"lines": ["\x1b[2Jone"]}, [News("logs", "a", "\x9b2Jtwo")]):
+        assert main(["logs", "a", "-f", "--socket", str(lines)]) == 4
+    told = MOVE | {"reason": "\x1b]0;title\x07owned"}
+    with supervisor(events, {"events": []}, [News("events", "", told)]):
+        assert main(["events", "--follow", "--socket", str(events)]) == 4
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b"} & set(said), repr(said)
+    assert all(word in said for word in ("one", "two", "owned"))
+
+
 def test_lines_of_several_models_name_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,10 +6,13 @@ import asyncio
 import os
 import pathlib
 import threading
+from collections.abc import Callable
 
 import pytest
 
 from llmux.drivers.processes.inotify import Inotify, Mask
+
+Heard = Callable[[str], Callable[[Mask, str], None]]
 
 
 def test_closing_does_not_hold_the_loop_up(
@@ -36,3 +39,84 @@ def test_closing_does_not_hold_the_loop_up(
     assert closed_by[fd] is not threading.main_thread()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def heard(scenario: Callable[[Inotify, Heard], None]) -> list[tuple[str, Mask, str]]:
+    """What the callbacks were told of all that the scenario did before the loop looked."""
+
+    async def body() -> list[tuple[str, Mask, str]]:
+        told: list[tuple[str, Mask, str]] = []
+        seen = asyncio.Event()
+
+        def listener(holder: str) -> Callable[[Mask, str], None]:
+            def note(mask: Mask, name: str) -> None:
+                told.append((holder, mask, name))
+                if name == "last":
+                    seen.set()
+
+            return note
+
+        inotify = Inotify()
+        try:
+            scenario(inotify, listener)
+            async with asyncio.timeout(60):
+                await seen.wait()
+        finally:
+            inotify.close()
+        return told[:-1]
+
+    return asyncio.run(body())
+
+
+def test_events_of_a_watch_that_was_given_up_are_nobodys(tmp_path: pathlib.Path) -> None:
+    """They are in the same read as the next watch's, which must get its own."""
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def scenario(inotify: Inotify, listener: Heard) -> None:
+        for directory in (first, second):
+            directory.mkdir()
+        given_up = inotify.watch(str(first), Mask.CREATE, listener("first"))
+        inotify.watch(str(second), Mask.CREATE, listener("second"))
+        (first / "a").touch()
+        inotify.unwatch(given_up)
+        inotify.unwatch(given_up)
+        (second / "b").touch()
+        (second / "last").touch()
+
+    assert heard(scenario) == [("second", Mask.CREATE, "b")]
+
+
+def test_two_holders_of_one_file_hear_of_what_each_asked_for(tmp_path: pathlib.Path) -> None:
+    def scenario(inotify: Inotify, listener: Heard) -> None:
+        inotify.watch(str(tmp_path), Mask.CREATE, listener("creations"))
+        inotify.watch(str(tmp_path), Mask.ATTRIB, listener("modes"))
+        leaves = inotify.watch(str(tmp_path), Mask.CREATE, listener("leaves"))
+        inotify.unwatch(leaves)
+        (tmp_path / "a").touch()
+        (tmp_path / "a").chmod(0o600)
+        (tmp_path / "last").touch()
+
+    told = heard(scenario)
+    assert ("creations", Mask.CREATE, "a") in told
+    assert ("modes", Mask.ATTRIB, "a") in told
+    assert {holder for holder, _, _ in told} == {"creations", "modes"}
+    assert all((holder == "modes") is (mask == Mask.ATTRIB) for holder, mask, _ in told)
+
+
+def test_who_left_hears_nothing_of_the_file_that_is_gone(tmp_path: pathlib.Path) -> None:
+    gone = tmp_path / "gone"
+
+    def scenario(inotify: Inotify, listener: Heard) -> None:
+        gone.touch()
+        watch = inotify.watch(str(gone), Mask.DELETE_SELF, listener("gone"))
+        inotify.watch(str(tmp_path), Mask.CREATE, listener("others"))
+        gone.unlink()
+        inotify.unwatch(watch)
+        gone.touch()
+        inotify.watch(str(gone), Mask.MODIFY, listener("again"))
+        gone.write_text("x")
+        (tmp_path / "last").touch()
+
+    told = heard(scenario)
+    assert ("again", Mask.MODIFY, "") in told
+    assert not any(holder == "gone" for holder, _, _ in told), "it did not care any more"

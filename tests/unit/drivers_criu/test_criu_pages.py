@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmux.drivers.criu.image_format import BadImage, read_pagemap
+from llmux.drivers.criu.image_format import BadImage, read_pagemap, stored_pages
 from llmux.drivers.criu.zero_pages import LEAST, drop_zero_pages
 from llmux.drivers.images.files import Stopped
 
@@ -227,3 +227,23 @@ def test_it_ends_when_the_deadline_of_the_dump_passed(tmp_path: pathlib.Path) ->
     stop.set()
     with pytest.raises(Stopped):
         drop_zero_pages(str(tmp_path), stop)
+
+
+@pytest.mark.parametrize(
+    ("entry", "stored"),
+    [
+        (((4, PRESENT),), True),
+        (((4, PRESENT | 8),), True),  # lazy as well
+        (((4, IN_PARENT),), False),
+        (((4, 8),), False),
+        (((3, 1), (4, PRESENT)), True),  # flags say it, where there are any
+        ((), True),  # images older than flags: stored unless in the parent
+        (((3, 0),), True),
+        (((3, 1),), False),
+    ],
+)
+def test_which_pages_an_image_has(entry: tuple[tuple[int, int], ...], stored: bool) -> None:
+    data = image(message((1, 3)), message((1, 4096), (2, 5), *entry))
+    number, (pages,) = read_pagemap(data)
+    assert (number, pages.start, pages.count, pages.stored) == (3, 4096, 5, stored)
+    assert stored_pages(data) == (3, 5 * 4096 * stored)

@@ -50,7 +50,10 @@ def test_upstream_names_the_model_and_keeps_the_route() -> None:
     assert inside.model == "org/v1/completions"
     get = find(b"GET", b"/upstream/alpha/v1/models")
     assert get is not None
-    assert get.route.source is Source.PATH
+    assert (get.model, get.route.source) == ("alpha", Source.PATH)
+    by_id = find(b"GET", b"/upstream/alpha/v1/responses/resp_1")
+    assert by_id is not None
+    assert (by_id.model, by_id.response_id) == ("alpha", "resp_1")
     for path in (b"/sleep", b"/metrics", b"", b"/", b"/v1/completions/", b"/v1/load_lora_adapter"):
         assert find(b"GET", b"/upstream/alpha" + path) is None
         assert find(b"POST", b"/upstream/alpha" + path) is None
