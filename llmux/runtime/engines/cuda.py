@@ -100,16 +100,12 @@ async def discard_cache(drivers: Drivers, address: Address, instance: Instance, 
 
 
 async def return_cache(
-    drivers: Drivers,
-    effect: RunPlan,
-    address: Address,
-    handle: UnitHandle,
-    instance: Instance,
-    step: Step,
+    drivers: Drivers, effect: RunPlan, address: Address, instance: Instance, step: Step
 ) -> None:
-    if not instance.facts.cache_discarded:
+    """After the resume, where it was discarded and once there is room for it."""
+    if not instance.facts.cache_discarded or instance.handle is None:
         return
-    held = await held_before(drivers, handle)
+    held = await held_before(drivers, instance.handle)
     await wait_for_room(drivers.gpu, effect, held=sum(held.values()))
     await drivers.engine.return_cache(address, step.deadline)
     instance.facts = replace(instance.facts, cache_discarded=False)

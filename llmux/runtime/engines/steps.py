@@ -96,12 +96,9 @@ class Steps:
             case StepKind.DISCARD_CACHE:
                 await discard_cache(drivers, self._address(instance), instance, step)
             case StepKind.RETURN_CACHE:
-                address, handle = self._address(instance), self._handle(instance)
-                await return_cache(drivers, effect, address, handle, instance, step)
+                await return_cache(drivers, effect, self._address(instance), instance, step)
             case StepKind.COMM_SUSPEND | StepKind.COMM_RESUME:
-                up = step.kind is StepKind.COMM_RESUME
-                address = self._address(instance)
-                await drivers.engine.communicators(address, up=up, deadline=deadline)
+                await self._communicators(step, self._address(instance))
             case StepKind.CUDA_SUSPEND:
                 await self._note_memory(instance)
                 await suspend(drivers, self._handle(instance), instance, step)
@@ -124,9 +121,7 @@ class Steps:
             case StepKind.TERMINATE:
                 await self._terminate(instance, deadline)
             case StepKind.LEAVE_GPU:
-                if instance.handle is not None and instance.facts.resumed:
-                    await self._note_memory(instance)
-                    await leave_gpu(drivers, instance.handle, instance, step)
+                await self._leave_gpu(step, instance)
             case StepKind.KILL:
                 await self._kill(instance, deadline)
             case StepKind.VERIFY_RELEASE:
@@ -141,6 +136,15 @@ class Steps:
         )
         warn_about(effect.config, instance.facts.version)
         await self._look_for_obstacles(effect, instance)
+
+    async def _communicators(self, step: Step, address: Address) -> None:
+        up = step.kind is StepKind.COMM_RESUME
+        await self._drivers.engine.communicators(address, up=up, deadline=step.deadline)
+
+    async def _leave_gpu(self, step: Step, instance: Instance) -> None:
+        if instance.handle is not None and instance.facts.resumed:
+            await self._note_memory(instance)
+            await leave_gpu(self._drivers, instance.handle, instance, step)
 
     async def _terminate(self, instance: Instance, deadline: float) -> None:
         await self._note_memory(instance)
