@@ -32,7 +32,8 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.fleet,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start guests with ssh"),
-    pytest.mark.timeout(1200),  # the first run makes the environment with Ansible, and images
+    # The first run makes the environment with Ansible, and images; a play takes minutes on each.
+    pytest.mark.timeout(900 + 900 * COUNT),
 ]
 
 # What a host is made of as far as a playbook can change it; /var/lib/apt, logs and the scopes of

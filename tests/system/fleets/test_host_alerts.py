@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.fleet,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start guests with ssh"),
-    pytest.mark.timeout(400 + 60 * MINUTE),
+    pytest.mark.timeout(1200 + 60 * MINUTE),
 ]
 
 

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.fleet,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start guests with ssh"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
 ]
 
 
