@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,21 @@ def test_a_clean_stop_forgets_it(tmp_path: Path) -> None:
     config.write_text(BAD)
     with pytest.raises(ConfigError):
         last_good.load(str(config))
+
+
+def test_the_copy_is_for_its_group_and_nobody_else(tmp_path: Path) -> None:
+    """Whatever the umask: the gateway's user reads it, and no other does."""
+    config, _ = files(tmp_path)
+    last_good = LastGood(str(tmp_path / "last-good"), group=os.getgid())
+    for umask in (0o000, 0o077):
+        before = os.umask(umask)
+        try:
+            last_good.keep(last_good.load(str(config)).config.sources)
+        finally:
+            os.umask(before)
+        top = tmp_path / "last-good"
+        found = {path: path.stat() for path in (top, *top.rglob("*"))}
+        assert len(found) == 4
+        assert {status.st_gid for status in found.values()} == {os.getgid()}
+        for path, status in found.items():
+            assert status.st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path

@@ -8,17 +8,33 @@ import json
 import os
 import socket
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime_harness import Life, begin_life, config_of, model
+from runtime_harness import Life, begin_life, config_of, in_loop, model
+from test_control_connections import stage
 
 from llmux.core.events import LoadAsked
 from llmux.errors import ControlError
-from llmux.protocol import Answer, Ask, Catalog, Hello, Message, Watch, decode
+from llmux.protocol import (
+    Answer,
+    Ask,
+    Catalog,
+    Collected,
+    Demand,
+    Drained,
+    EngineLost,
+    Hello,
+    KeepAliveHint,
+    Message,
+    ResponseOwners,
+    Watch,
+    decode,
+)
 from llmux.runtime.control.socket import ControlSocket
 from llmux.runtime.control.watchers import Watchers
 from tests.twins.disk import MemoryStore
@@ -220,3 +236,33 @@ async def no_verbs(_ask: Ask, _report: object) -> None:
 
 def empty_catalog() -> Catalog:
     return Catalog.of([])
+
+
+# ---- what only a worker may say ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Demand("a", 1, 0.0, 0, 0, 0),
+        Drained("a", "t.1"),
+        EngineLost("a", "t.1", "refused"),
+        KeepAliveHint("a", 5.0),
+        ResponseOwners({"resp_1": "a"}, {"resp_1": "key"}),
+        Collected(1, {}),
+    ],
+    ids=lambda message: message.kind,
+)
+@in_loop
+async def test_a_peer_that_is_no_worker_moves_nothing(tmp_path: Path, message: Message) -> None:
+    async with stage(tmp_path) as s:
+        stranger = await s.connect()
+        stranger.say(Hello(role="cli"), message)
+        assert await stranger.hear() is None, "the connection ends"
+        assert s.events.empty()
+        assert s.control_socket.responses.model_of("resp_1") is None
+        worker = await s.worker()  # who is one may
+        worker.say(message, message)
+        worker.say(Demand("b", 1, 0.0, 0, 0, 0))
+        while getattr(await s.events.get(), "model", "") != "b":
+            pass

@@ -14,7 +14,7 @@ from runtime_harness import Life, begin_life, config_of, in_loop, model
 from llmux.config.schema import Config
 from llmux.errors import Reason, Refused
 from llmux.protocol import Ask
-from llmux.runtime.control.status import one_line
+from llmux.runtime.control.status import catalog, one_line
 from llmux.runtime.control.verbs import Verbs
 from tests.twins.disk import MemoryStore
 from tests.twins.world import World
@@ -70,8 +70,12 @@ async def test_a_load_that_another_order_ended_says_so() -> None:
 @in_loop
 async def test_load_answers_when_the_model_serves_and_at_once_when_it_does_already() -> None:
     async with desk() as d:
+        d.world.version = "0.17.3"
         assert await d.ask("load", model="a") == {"message": "Model a is serving"}
-        assert (await d.model("a"))["state"] == "serving"
+        now = await d.model("a")
+        assert (now["state"], now["engine_version"]) == ("serving", "0.17.3")
+        told = catalog(d.life.loop.state, d.life.executor, {}, 0.0).infos()
+        assert {one.name: one.max_model_len for one in told} == {"a": 4096, "b": None}
         calls = len(d.world.calls)
         await d.ask("wake", model="a")
         assert len(d.world.calls) == calls
