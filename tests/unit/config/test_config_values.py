@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from llmux.config import keys
 from llmux.config.host import check_embedded, check_host
+from llmux.config.keyfile import without_key
 from llmux.config.load import load_config, load_marked
 from llmux.config.quantities import format_duration, format_size, parse_duration, parse_size
 from llmux.config.schema import (
@@ -305,3 +306,29 @@ def test_any_values_load_or_are_a_config_error(
         tree = {**tree, "models": {f"m{i}": model for i, model in enumerate(models)}}
     load_or_config_error(tmp_path / "any.yaml", yaml.safe_dump(tree, allow_unicode=True).encode())
     load_or_config_error(tmp_path / "any.json", json.dumps(tree).encode())
+
+
+def test_an_image_that_is_no_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "image").touch()
+    (tmp_path / "c.yaml").write_text(
+        f"models: {{m: {{model_path: org/m, checkpoint_path: {tmp_path}/image}}}}\n"
+    )
+    with pytest.raises(ConfigError, match=f"checkpoint: {tmp_path}/image is not a directory"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_what_is_no_key_stays_in_a_file_of_keys() -> None:
+    """Comments and empty lines; a list in YAML is written again as lines."""
+    lines = '# of the team\n\n{"name": "a"}\n  # theirs\n{"name": "b"}\n'
+    assert without_key(lines, "a") == '# of the team\n\n  # theirs\n{"name": "b"}\n'
+    assert without_key(lines, "nobody") == lines
+    assert without_key("- name: a\n- name: b\n", "a") == '{"name": "b"}\n'
+
+
+def test_a_network_may_be_written_with_an_address_of_it(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "models:\n  m:\n    model_path: org/m\n"
+        "    limits: {ip_address_allow: [10.1.2.3/8, 192.0.2.7, localhost]}\n"
+    )
+    allowed = load_config(tmp_path / "c.yaml").models["m"].limits.ip_address_allow
+    assert allowed == ("10.0.0.0/8", "192.0.2.7/32", "127.0.0.0/8", "::1/128")

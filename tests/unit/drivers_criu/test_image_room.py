@@ -144,3 +144,17 @@ def test_without_a_budget_nothing_goes_while_the_disk_has_room(home: pathlib.Pat
     asyncio.run(room.make("c", 1, cold_seconds=600.0))
     asyncio.run(room.enforce(()))
     assert models(store) == ["a", "b"]
+
+
+def test_before_the_first_image_there_is_no_directory(home: pathlib.Path) -> None:
+    store = ImageStore(str(home / "none"))
+    assert store.images() == []
+    assert store.sweep() == []
+
+
+def test_what_is_no_images_home_hides_no_image(home: pathlib.Path) -> None:
+    store, _ = filled(home)
+    (home / "aa-notes.txt").write_text("an operator's")
+    (home / "ab").mkdir(mode=0o700)
+    assert models(store) == ["a", "b"]
+    assert store.sweep() == []

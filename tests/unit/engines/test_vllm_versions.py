@@ -43,3 +43,9 @@ def test_faults_of_versions(
     if fault is not None and said is not None:
         assert said in fault.problem
         assert fault.serious is serious
+
+
+def test_an_image_does_not_outlive_an_upgrade_of_what_its_processes_run() -> None:
+    """Their versions are in its identity; they compile kernels, or hold them."""
+    compiled = {"vllm", "torch", "transformers", "triton", "flashinfer_python"}
+    assert compiled <= set(ENGINE_TYPES["vllm"].libraries)

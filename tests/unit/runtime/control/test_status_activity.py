@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from runtime_harness import Life, begin_life, config_of, in_loop, model
@@ -140,3 +141,20 @@ async def test_the_memory_of_each_gpu_is_shown_with_the_part_of_our_engines() ->
         holdings = Holdings(life.drivers, life.executor.instances)
         await holdings.now()
         assert holdings.gpus == (), "not seen is not empty"
+
+
+@in_loop
+async def test_an_engine_whose_memory_cannot_be_seen_hides_no_other(tmp_path: Path) -> None:
+    world = World()
+    life = await begin_life(
+        config_of(*(model(name, gpu_memory=0.3) for name in "abc")),
+        world,
+        str(tmp_path),
+        MemoryStore(),
+    )
+    for number, name in enumerate("abc"):
+        await life.verbs().answer(Ask(number, "load", {"model": name}))
+    world.fail("units.memory_bytes", OSError(19, "No such device"), model="b", always=True)
+    holdings = Holdings(life.drivers, life.executor.instances)
+    assert set(await holdings.now()) == {"a", "c"}
+    await life.drop()
