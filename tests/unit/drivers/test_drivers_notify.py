@@ -74,7 +74,8 @@ from llmux.drivers.systemd.notify import listen_fds
 os.environ["LISTEN_PID"] = str(os.getpid())
 first = int(os.environ["FIRST"])
 found = listen_fds(first)
-print(*sorted((name, len(socks)) for name, socks in found.items()), "LISTEN_FDS" in os.environ)
+left = [name for name in os.environ if name.startswith("LISTEN_")]
+print(*sorted((name, len(socks)) for name, socks in found.items()), left)
 print(listen_fds(first))
 """
 
@@ -94,6 +95,7 @@ def test_passed_sockets_are_taken_once_by_name(tmp_path: Path) -> None:
             env={
                 "PYTHONPATH": os.pathsep.join(sys.path),
                 "LISTEN_FDS": "4",
+                "LISTEN_PIDFDID": "7",
                 "LISTEN_FDNAMES": "http:metrics:http:junk",
                 "FIRST": "200",
             },
@@ -106,7 +108,7 @@ def test_passed_sockets_are_taken_once_by_name(tmp_path: Path) -> None:
             os.close(number)
         for sock in listeners:
             sock.close()
-    assert done.stdout.splitlines() == ["('http', 2) ('metrics', 1) False", "{}"]
+    assert done.stdout.splitlines() == ["('http', 2) ('metrics', 1) []", "{}"]
 
 
 @pytest.mark.parametrize(

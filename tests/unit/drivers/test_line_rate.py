@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from llmux.drivers.engine.line_rate import ERRORS, LINES, WINDOW_SECS, LineRate
@@ -57,3 +59,32 @@ def test_a_flood_leaves_lines_out_and_the_journal_is_told_how_many(tmp_path: Pat
     (left,) = [line for line in lines if "left out" in line]
     assert len(shown) <= LINES
     assert left == "MESSAGE=3000 lines left out; `llmux logs m` has the last ones"
+
+
+def test_what_is_closed_keeps_no_descriptor(tmp_path: Path) -> None:
+    """One inotify instance and two files an engine; a process may have 128 instances."""
+    directory = tmp_path / "images"
+    directory.mkdir(mode=0o700)
+
+    def watching() -> int:
+        found = 0
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # of another thread, and closed since
+                kind = os.readlink(f"/proc/self/fd/{name}")
+                found += "inotify" in kind or str(tmp_path) in kind
+        return found
+
+    async def main() -> None:
+        before = watching()
+        files = EngineFiles(str(directory), journal=Journal(str(tmp_path / "journal")))
+        handle = UnitHandle("m", "llmux-m.scope", 1, start_ticks(1) or 0, "/llmux.slice")
+        out, _ = files.paths("m")
+        files.attach(handle)
+        await asyncio.to_thread(Path(out).write_text, "one\n")
+        assert watching() > before
+        await files.close()
+        async with asyncio.timeout(60):
+            while watching() > before:  # it is closed in a thread
+                await asyncio.to_thread(lambda: None)
+
+    asyncio.run(main())

@@ -6,12 +6,15 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from runtime_harness import Life, begin_life, config_of, in_loop, model
 
 from llmux.config.schema import Config
+from llmux.core.events import ConfigChanged
 from llmux.errors import Reason, Refused
 from llmux.protocol import Ask
 from llmux.runtime.control.status import catalog, one_line
@@ -237,3 +240,22 @@ async def test_who_gives_an_order_is_told_in_one_short_line() -> None:
         d.verbs.orders.tell = lambda order, _what: given.append(order.by)
         await d.ask("load", model="a", by="\x1b[31mkey\n" + "x" * 100_000)
         assert {(by[:4], len(by)) for by in given} == {("keyx", 200)}
+
+
+@in_loop
+async def test_of_stale_engines_only_those_are_restarted() -> None:
+    """Started otherwise than the configuration says now."""
+    small = {"gpu_memory": 0.4}
+    config = config_of(model("a", **small), model("b", **small), model("c", **small))
+    async with desk(config) as d:
+        for name in ("a", "b"):
+            await d.ask("load", model=name)
+        assert (await d.ask("restart", stale=True))["restarted"] == []
+        changed = dict(config.models) | {"b": replace(config.models["b"], extra_args=("--x",))}
+        d.life.loop.post(ConfigChanged(replace(config, models=MappingProxyType(changed))))
+        await d.life.settled()
+        answer = await d.ask("restart", stale=True)
+        assert (answer["restarted"], answer["stopped"]) == (["b"], [])
+        assert d.world.names("units.start") == ["units.start a", "units.start b", "units.start b"]
+        refused = await d.refusal("restart", stale=False)
+        assert '"models" must be a list' in str(refused)
