@@ -100,6 +100,12 @@ def test_a_head_that_two_readers_could_split_differently_is_refused(line: bytes)
         (b"Content-Length: 5 5",),
         (b"Content-Length:",),
         (b"content-length: " + b"9" * 30,),
+        (b"content-length: +123456",),  # in lower case the rest of the head may be known already
+        (b"content-length: -123456",),
+        (b"content-length: 0x123456",),
+        (b"content-length: 5, 123456",),
+        (b"content-length: 123456 5",),
+        (b"content-length: 123456x",),
     ],
 )  # fmt: skip
 def test_a_body_that_two_readers_could_frame_differently_is_refused(
