@@ -78,10 +78,12 @@ class OrderBook:
             await asyncio.wait([task, accepted], return_when=asyncio.FIRST_COMPLETED)
             accepted.cancel()
             if not task.done():
+                task.add_done_callback(_unheard)
                 return {"message": f"order {order.id} was accepted: {order}", "order": order.id}
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError:
+            task.add_done_callback(_unheard)
             if self._cancel(order, "its client left"):
                 await asyncio.gather(task, return_exceptions=True)
             raise
@@ -141,6 +143,13 @@ class OrderBook:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _unheard(task: asyncio.Task[Any]) -> None:
+    """Nobody waits for the order any more. That it was refused or failed was told already."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, LlmuxError):
+        log.error("%s failed", task.get_name(), exc_info=error)
 
 
 def _fields(order: Order) -> dict[str, Any]:

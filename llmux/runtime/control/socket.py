@@ -317,8 +317,7 @@ class ControlSocket:
         self._post(WorkerJoined(hello.worker, hello.holds))
         return hello.worker
 
-    def _asked(self, peer: _Peer, ask: Ask, size: int) -> None:
-        """``size``: of its line."""
+    def _asked(self, peer: _Peer, ask: Ask, size: int) -> None:  # of its line
         if peer.verbs is not None and ask.verb not in peer.verbs:
             why = f"only root and members of group {ADMINS} may"
             return self._write(peer.writer, _refusal(ask, Reason.FORBIDDEN, why))

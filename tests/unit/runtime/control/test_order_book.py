@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -14,7 +15,7 @@ from runtime_harness import Life, begin_life, config_of, in_loop, model
 from llmux.errors import Reason, Refused
 from llmux.protocol import Ask
 from llmux.runtime.control.event_log import EventLog
-from llmux.runtime.control.order_book import Order
+from llmux.runtime.control.order_book import Order, OrderBook
 from llmux.runtime.control.verbs import Verbs
 from llmux.runtime.control.watchers import Watchers
 from tests.twins.disk import MemoryStore
@@ -187,3 +188,38 @@ async def test_orders_to_cancel_are_numbers(orders: Any) -> None:
     async with desk() as d:
         with pytest.raises(Refused, match="must be a list of numbers"):
             await d.ask("cancel", orders=orders)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+@in_loop
+async def test_an_order_that_is_refused_when_nobody_waits_leaves_no_traceback(
+    leaves: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An order that cannot be cancelled outlives its client, and was told why it failed."""
+    book, reached, go_on = OrderBook(), asyncio.Event(), asyncio.Event()
+    told: list[str] = []
+    book.tell = lambda _order, what: told.append(what)
+
+    begun: list[Order] = []
+
+    async def work(order: Order) -> None:
+        begun.append(order)
+        reached.set()
+        order.accepted.set()
+        await go_on.wait()
+        raise Refused(Reason.BAD_REQUEST, "cannot checkpoint a")
+
+    given = book.carry_out("checkpoint", ["a"], "root", work, wait=leaves)
+    asked = asyncio.create_task(given)
+    await reached.wait()
+    if leaves:
+        asked.cancel()
+    await asyncio.wait([asked])
+    go_on.set()
+    task = begun.pop().task
+    assert task is not None
+    await asyncio.wait([task])
+    del asked, given, task
+    gc.collect()
+    assert told == ["given", "cannot checkpoint a"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
