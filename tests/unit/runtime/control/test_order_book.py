@@ -223,3 +223,17 @@ async def test_an_order_that_is_refused_when_nobody_waits_leaves_no_traceback(
     gc.collect()
     assert told == ["given", "cannot checkpoint a"]
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@in_loop
+async def test_closing_ends_all_orders_and_is_no_error_itself() -> None:
+    async with desk() as d:
+        loading = [d.give("load", model="b") for _ in range(2)]
+        for _ in loading:
+            await d.given.get()
+        await d.wanted("b")
+        await d.verbs.orders.close()
+        for task in loading:
+            with pytest.raises((asyncio.CancelledError, Refused)):
+                await task
+        assert await d.listed() == []
