@@ -24,18 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from heard import SECONDS, Datagrams, Heard, Lines
+
 STANDIN = Path(__file__).resolve().parents[1] / "standin"
 sys.path.insert(0, str(STANDIN))
 
 from ledger import GIB, Ledger  # noqa: E402  # found by the line above
 from vllm_standin import faults  # noqa: E402
 
-__all__ = ["GIB", "POLICY", "Answer", "Daemon", "Start", "Stream", "in_background"]
+__all__ = ["GIB", "POLICY", "SECONDS", "Answer", "Daemon", "Start", "Stream", "in_background"]
 
 JSON = dict[str, Any]
 T = TypeVar("T")
 
-SECONDS = 45.0  # how long any single wait in a test may take
 # An answer that came so soon did not wait for a limit that these tests leave as it is (30 s and
 # more), nor for a fault (60 s). A busy machine adds seconds to any answer.
 AT_ONCE = 20.0
@@ -138,60 +139,6 @@ class Stream:
         return [event["error"] for event in self.events if "error" in event]
 
 
-class Heard:
-    """What the daemon says on one of its channels, collected by a thread as it comes."""
-
-    def __init__(self, source: Iterator[bytes]) -> None:
-        self._heard: list[str] = []
-        self._news = threading.Condition()
-        self._ended = False
-        self._thread = threading.Thread(target=self._collect, args=(source,), daemon=True)
-        self._thread.start()
-
-    def _collect(self, source: Iterator[bytes]) -> None:
-        for said in source:
-            with self._news:
-                self._heard.append(said.decode(errors="replace").rstrip())
-                self._news.notify_all()
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
-
-    def mark(self) -> int:
-        return len(self._heard)
-
-    def wait(self, text: str, *, since: int = 0) -> int:
-        """Position of the first message from ``since`` on that holds ``text``, once it is there."""
-
-        def find() -> int | None:
-            heard = enumerate(self._heard[since:], since)
-            return next((position for position, said in heard if text in said), None)
-
-        with self._news:
-            self._news.wait_for(lambda: find() is not None or self._ended, SECONDS)
-            position = find()
-        assert position is not None, f"never said: {text}\n" + "\n".join(self._heard[-40:])
-        return position
-
-    def since(self, mark: int) -> list[str]:
-        return self._heard[mark:]
-
-    def join(self) -> None:
-        self._thread.join(SECONDS)
-
-
-def _lines(pipe: Any) -> Iterator[bytes]:
-    with pipe:
-        yield from pipe
-
-
-def _datagrams(sock: socket.socket) -> Iterator[bytes]:
-    """Until an empty one, which only ``stop`` sends."""
-    with sock:
-        while data := sock.recv(65536):
-            yield data
-
-
 @dataclass
 class Daemon:
     """``llmux serve``. ``models`` is what the configuration file says now, besides the rest."""
@@ -219,7 +166,7 @@ class Daemon:
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         path = str(self.directory / "notify.sock")
         notify.bind(path)
-        self.notified = Heard(_datagrams(notify))
+        self.notified = Heard(Datagrams(notify))
         env = {key: value for key, value in os.environ.items() if not key.startswith("STANDIN_")}
         env |= {
             "NOTIFY_SOCKET": path,
@@ -236,7 +183,7 @@ class Daemon:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        self.log = Heard(_lines(self.process.stderr))
+        self.log = Heard(Lines(self.process.stderr))
         waiting = in_background(lambda: self.notified.wait("READY=1"))
         ended = in_background(self.process.wait)
         futures.wait([waiting, ended], SECONDS, futures.FIRST_COMPLETED)
