@@ -17,6 +17,7 @@ from llmux.config.host import check_directories, check_gateway_reads, check_host
 from llmux.config.load import MarkedConfig, load_marked
 from llmux.config.schema import AfterReboot, Config, Eviction
 from llmux.core.events import TrialSet
+from llmux.daemon import gpu_driver
 from llmux.daemon.duties import (
     announce,
     gid_of,
@@ -30,7 +31,7 @@ from llmux.daemon.places import LAST_GOOD, RUNTIME, SOCKET
 from llmux.daemon.process import run
 from llmux.daemon.supervisor import GATEWAY_USER, TAKEOVER_SECS, Supervisor
 from llmux.drivers.criu.driver import Criu
-from llmux.drivers.cuda.driver import CudaDriver
+from llmux.drivers.cuda.driver import LIBRARY, CudaDriver
 from llmux.drivers.cuda.tool import CudaCheckpointTool
 from llmux.drivers.engine.identity import engine_identity, portable_identity
 from llmux.drivers.engine.output import EngineFiles
@@ -62,6 +63,7 @@ CACHE = "/var/cache/llmux"  # one home per model
 EVENTS = f"{RUNTIME}/events.jsonl"
 USERS = "/var/lib/llmux/engine-users.json"
 LEARNED = "/var/lib/llmux/learned.json"
+DRIVER_MARK = f"{RUNTIME}/restarted-for-driver"
 LOGS = "/var/log/llmux"  # engines' output: on a disk of its own when images fill theirs
 
 
@@ -91,6 +93,8 @@ async def supervise(path: str) -> None:
     stop_on_signals(stop)
     lock = await _alone(patience=TAKEOVER_SECS)
     await supervisor.start()
+    # Beside everything else: only the start of an engine waits for it.
+    cuda = asyncio.ensure_future(drivers.cuda_started()) if drivers.cuda_started else None
     try:
         supervisor.loop.listeners.append(StatusLine(notifier))
         await supervisor.control_socket.listen(SOCKET, group)
@@ -103,6 +107,11 @@ async def supervise(path: str) -> None:
         ]
         if (interval := watchdog_interval()) is not None:
             works.append(feed_watchdog(supervisor.loop, notifier, interval))
+        if not drivers.gpu.available:
+            loaded = drivers.cuda_started is not None
+            works.append(
+                gpu_driver.restart_for_driver(OwnUnit().restart, DRIVER_MARK, loaded=loaded)
+            )
         log.info("llmux %s supervises %d models", __version__, len(config.models))
         await until(stop, *works)
         notifier.stopping()
@@ -111,6 +120,8 @@ async def supervise(path: str) -> None:
             await supervisor.tell_what_goes_on()
         await supervisor.thaw_if_ending()
     finally:
+        if cuda is not None:
+            cuda.cancel()
         await supervisor.close()
         os.close(lock)
 
@@ -137,6 +148,8 @@ def _system_drivers(config: Config) -> Drivers:
     )
 
     units = SystemdUnits()
+    cuda = _cuda(config)
+    start = _cuda_start(cuda)
     return Drivers(
         units=units,
         freezer=CgroupFreezer(),
@@ -147,7 +160,8 @@ def _system_drivers(config: Config) -> Drivers:
         identity=engine_identity,
         portable_identity=portable_identity,
         checkpointer=_checkpointer(config, units),
-        cuda=_cuda(config),
+        cuda=cuda,
+        cuda_started=start.wait if start is not None else None,
         keep_images=config.checkpoint.keep_images,
         available_memory=available_bytes,
         files_are_here=model_files_are_here,
@@ -279,8 +293,17 @@ def _cuda(config: Config) -> DeviceCheckpointer | None:
         return None
     tool = config.checkpoint.cuda_checkpoint_path
     library = os.environ.get("LLMUX_LIBCUDA")  # a library of another name or place
-    if not os.path.exists("/proc/driver/nvidia/version") and library is None:
+    if not os.path.exists(gpu_driver.VERSION) and library is None:
         return None
     if tool is not None and os.path.exists(tool):
         return CudaCheckpointTool(tool)
     return CudaDriver(library) if library else CudaDriver()
+
+
+def _cuda_start(cuda: DeviceCheckpointer | None) -> gpu_driver.CudaStart | None:
+    """None without an NVIDIA driver. Also where a tool or CRIU's plugin saves CUDA state."""
+    library = os.environ.get("LLMUX_LIBCUDA")
+    if not os.path.exists(gpu_driver.VERSION) and library is None:
+        return None
+    own = cuda if isinstance(cuda, CudaDriver) else CudaDriver(library or LIBRARY)
+    return gpu_driver.CudaStart(own)

@@ -89,7 +89,9 @@ class _Caller:
     def __init__(self, target: str, call_secs: float = CALL_SECS) -> None:
         self._target = target
         self._call_secs = call_secs
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._hangs_since: float | None = None
         threading.Thread(target=self._work, name="llmux-nvml", daemon=True).start()
 
@@ -128,6 +130,10 @@ class _Caller:
             self._late(future)
             raise
 
+    def end(self) -> None:
+        """No call comes any more: the thread ends."""
+        self._calls.put(None)
+
     def _late(self, future: Future[Any]) -> None:
         log.error("NVML hangs: GPU memory cannot be seen (%s)", HANGS)
         self._hangs_since = time.monotonic()
@@ -139,8 +145,8 @@ class _Caller:
         log.warning("NVML answers again")
 
     def _work(self) -> None:
-        while True:
-            function, future = self._calls.get()
+        while (call := self._calls.get()) is not None:
+            function, future = call
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -162,8 +168,14 @@ class NvmlObserver:
         except OSError as error:
             raise Unsupported("observe", "the GPUs", f"{library} is not here: {error}") from error
         self._caller = _Caller("the GPUs", call_secs)
-        with suppress(TimeoutError):  # then it is blind until the call returns
-            self._caller.wait(self._start, START_SECS)
+        try:
+            with suppress(TimeoutError):  # then it is blind until the call returns
+                self._caller.wait(self._start, START_SECS)
+        except BaseException as error:
+            self._caller.end()
+            if isinstance(error, AttributeError):  # a library of that name, and not NVIDIA's
+                raise Unsupported("observe", "the GPUs", f"{library}: {error}") from error
+            raise
 
     def _start(self) -> None:
         self._check(self._nvml.nvmlInit_v2(), "nvmlInit")
@@ -309,6 +321,11 @@ class LedgerObserver:
             return {"gpus": {}, "rows": []}
         except (OSError, ValueError, AttributeError) as error:
             raise DriverError("read", f"the GPU ledger {self._path}", str(error)) from error
+
+
+def nvml_is_here() -> bool:
+    """Whether ``find_gpu_observer`` would find it. Blocks for START_SECS at most."""
+    return find_gpu_observer().available
 
 
 def find_gpu_observer() -> GpuObserver:

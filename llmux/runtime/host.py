@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from llmux.config.schema import ModelConfig
@@ -47,6 +47,8 @@ class Drivers:
     portable_identity: Callable[[ModelConfig, LaunchSpec, str], Mapping[str, str]]
     checkpointer: Checkpointer | None = None  # None: engines are not in units of their own
     cuda: DeviceCheckpointer | None = None  # None: no CUDA driver, or CRIU's plugin does it
+    # returns when an engine can use CUDA as far as that is up to us; None: at once
+    cuda_started: Callable[[], Awaitable[None]] | None = None
     keep_images: bool = True
     # whether all files of this model path are on this host; None: not looked at
     files_are_here: Callable[[str, Mapping[str, str]], bool] | None = None

@@ -265,3 +265,7 @@ class CudaDriver(CudaSequence):
         self, library: str = LIBRARY, *, env: Mapping[str, str] | None = None, **options: Any
     ) -> None:
         super().__init__(HelperCalls(library, env), **options)
+
+    async def initialise(self) -> None:
+        """CUDA is initialised, by a helper that stays. Raises Unsupported with what is wrong."""
+        await self._calls.ready()

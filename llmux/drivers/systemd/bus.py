@@ -127,6 +127,10 @@ class Bus:
         with suppress(DBusBaseError):
             self.call(b"StopUnit", b"ss", unit.encode(), b"replace")
 
+    def restart_unit(self, unit: str) -> None:
+        """Queue a restart job, and do not wait for it."""
+        self.call(b"RestartUnit", b"ss", unit.encode(), b"replace")
+
     def wait_unloaded(self, unit: str, deadline: float) -> bool:
         """True once systemd knows no unit of that name. A failed one is reset on the way; one that
         systemd keeps active without processes is stopped."""

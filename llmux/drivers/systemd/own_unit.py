@@ -47,6 +47,24 @@ class OwnUnit:
         finally:
             bus.close()
 
+    def restart(self) -> bool:
+        """Have systemd end this process and start a successor; False when it does not."""
+        if self._group is None:
+            return False
+        try:
+            from llmux.drivers.systemd.bus import Bus
+        except ImportError:
+            return False
+        bus = Bus()
+        try:
+            bus.restart_unit(self._group.name)
+        except Exception as error:  # noqa: BLE001  # it goes on as it is
+            log.warning("cannot ask systemd for a restart: %s", error)
+            return False
+        finally:
+            bus.close()
+        return True
+
     def others(self) -> list[int]:
         """The pids of the unit's other processes."""
         if self._group is None:

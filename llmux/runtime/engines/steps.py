@@ -173,6 +173,8 @@ class Steps:
             instance.facts, address=address, identity=identity, started_as=digest
         )
         await refuse_strangers(self._drivers, config.name, address, None)
+        if self._drivers.cuda_started is not None:
+            await self._drivers.cuda_started()
         await wait_for_room(self._drivers.gpu, effect)
         log.info("Spawning vLLM process", extra={"model": config.name})
         instance.handle = await self._drivers.units.start(spec, deadline)
