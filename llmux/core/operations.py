@@ -44,6 +44,7 @@ def start(tx: Transaction, name: str, *, reason: str = "") -> None:
     op = tx.operation()
     record = tx.models[name]
     tx.drop_ahead(name)
+    tx.put(replace(record, switched_secs=0.0))
     tx.move(name, Starting(op, tx.now, reason))
     if (reservation := tx.reservations.get(name)) is not None:
         room = tx.now if reservation.room_at is None else reservation.room_at
@@ -85,6 +86,10 @@ def serve(tx: Transaction, name: str) -> None:
         decided = reservation.decided_at
         if reservation.behind and not reservation.victims:
             decided = room
+        if reservation.victims and not reservation.cold:
+            record = tx.models[name]
+            spent = tx.now - decided
+            tx.put(replace(record, switched_secs=record.switched_secs + spent))
         tx.emit(
             SwitchFinished(
                 name,

@@ -146,6 +146,7 @@ class ModelRecord:
     parked_bytes: int = 0  # host memory that its engine took when it was last parked there
     keep_alive: float | None = None  # seconds; a request's, in place of the idle timeout
     start_secs: float | None = None  # what its last cold start took
+    switched_secs: float = 0.0  # since that: what its returns took for which others made room
     residue: float | None = None  # share of each GPU that a sleep was seen to leave
     awake: float | None = None  # share of each GPU that it was seen to hold when it was up
     overdue_at: float = 0.0  # when the operation under way is taken to hang

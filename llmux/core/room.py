@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from llmux.config.schema import Eviction, Process
 from llmux.core.records import (
@@ -27,6 +28,16 @@ from llmux.core.records import (
 
 Load = dict[int, float]  # GPU index → share
 GPUs = tuple[int, ...]
+
+
+class Prices(Protocol):
+    """What placing a model on a GPU costs; see ``placement``."""
+
+    def making_room(self, gpu: int) -> float: ...
+
+    def displaced(self, record: ModelRecord, gpu: int, free: float) -> float: ...
+
+    def last_used(self, gpu: int) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,25 +170,34 @@ class Room:
         """Models that hold anything on the GPU."""
         return self._on.get(gpu, ())
 
-    def place(
-        self, record: ModelRecord, dear: Callable[[int], float] = lambda _gpu: 0.0
-    ) -> GPUs | None:
+    def free(self, gpu: int) -> float:
+        """The share of the GPU that nothing holds, nor is reserved."""
+        return 1.0 - self._after.get(gpu, 0.0) - self._reserved.get(gpu, 0.0)
+
+    def place(self, record: ModelRecord, prices: Prices | None = None) -> GPUs | None:
         """The GPUs that the model is to live on; None when this host does not have them. Of those
-        with room the emptiest; else those that are the least ``dear`` to empty."""
+        with room, where no other model in use loses its place, then the emptiest, then beside what
+        was in use last; else those that cost the least to empty, then those used longest ago."""
         if isinstance(record.phase, Parked):
             return record.gpus  # a parked engine cannot move
         wanted = record.config.gpus
         if isinstance(wanted, tuple):
             return wanted if all(gpu < self.gpu_count for gpu in wanted) else None
-        if wanted > self.gpu_count:
-            return None
+        if wanted >= self.gpu_count:
+            return tuple(range(self.gpu_count)) if wanted == self.gpu_count else None
         own = self._own(record.config.name)
+        share = record.config.gpu_memory
 
-        def cost(gpu: int) -> tuple[float, float, int]:
+        def cost(gpu: int) -> tuple[float, ...]:
             others = self._after.get(gpu, 0.0) - (own.after if gpu in own.gpus else 0.0)
             load = others + self._reserved.get(gpu, 0.0)
-            has_room = load + record.config.gpu_memory <= 1.0 + ROUNDING
-            return 0.0 if has_room else 1.0 + dear(gpu), load, gpu
+            has_room = load + share <= 1.0 + ROUNDING
+            if prices is None:
+                return 0.0 if has_room else 1.0, load, gpu
+            if has_room:
+                lost = prices.displaced(record, gpu, 1.0 - load)
+                return 0.0, lost, round(load, 6), -prices.last_used(gpu), gpu
+            return 1.0, prices.making_room(gpu), prices.last_used(gpu), load, gpu
 
         return tuple(sorted(sorted(range(self.gpu_count), key=cost)[:wanted]))
 

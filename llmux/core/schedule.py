@@ -14,8 +14,10 @@ For each model that is waited for, in the policy's order:
 9. models leave for it: they drain, or stop where only a parked residue is in the way.
 10. only models that stay resident (pinned, never_evict) are in its way: an operator's order is
    refused at once.
+11. it is parked where 8 to 10 are the choices, and other GPUs have room: it is stopped, to start
+   there, where that costs less than the switches at home.
 
-A waiting model keeps its place: room that it waits for (5 to 9) is reserved, and not given to a
+A waiting model keeps its place: room that it waits for (5 to 9, 11) is reserved, and not given to a
 model behind it. Nothing is woken on a GPU before what leaves it was seen gone.
 
 A GPU has one memory transition at a time: a start until the model serves, a wake, a park, a stop.
@@ -25,14 +27,13 @@ wait; it is no choice of ours.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
 from dataclasses import replace
 
 from llmux.config.schema import Process
 from llmux.core.effects import ReadAhead, RestoreAhead
 from llmux.core.ladder import lower_parked, may_choose, rung_for
 from llmux.core.operations import advance_drain, drain, give_up_start, start, stop, undrain, wake
+from llmux.core.placement.choice import Choice
 from llmux.core.policies.base import Resident, Waiting
 from llmux.core.records import (
     ROUNDING,
@@ -49,7 +50,6 @@ from llmux.core.records import (
     keeps_gpu,
     leaving,
     share_now,
-    stays_resident,
 )
 from llmux.core.room import GPUs, Room
 from llmux.core.timeouts import end_overdue, park_idle, retry_kills, watch_for_stalls
@@ -73,13 +73,14 @@ def schedule(tx: Transaction) -> None:
     _let_leave(tx, room)
     away = [one for name, one in waiting.items() if _is_away(tx.models[name])]
     least = min((tx.models[one.model].config.gpu_memory for one in away), default=0.0)
+    choice = Choice(tx, room)
     full = False
     for name in _in_order(tx, away):
         full = full or room.is_reserved(least)
         if full and name in tx.reservations and not isinstance(tx.models[name].phase, Failed):
             tx.drop_ahead(name)  # 7, as for all behind it, which may be hundreds
         else:
-            _consider(tx, waiting[name], away, room)
+            _consider(tx, waiting[name], away, choice)
     _let_leave(tx, room)
     lower_parked(tx, room, waiting)
     watch_for_stalls(tx)
@@ -202,8 +203,8 @@ def _is_away(record: ModelRecord) -> bool:
     return isinstance(record.phase, (Stopped, Parked, Failed))
 
 
-def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room) -> None:
-    name = target.model
+def _consider(tx: Transaction, target: Waiting, away: list[Waiting], choice: Choice) -> None:
+    name, room = target.model, choice.room
     record = tx.models[name]
     match record.phase:
         case Failed(until=until, message=message, held=held) if tx.now < until:  # 2
@@ -218,7 +219,7 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room)
         case _:
             pass
     share = record.config.gpu_memory
-    gpus = room.place(record, lambda gpu: _dear(tx, room.on(gpu)))
+    gpus = room.place(record, choice)
     if gpus is None:  # 4
         message = room.cannot_fit(record)
         tx.refuse(name, Reason.CANNOT_FIT, message)
@@ -242,29 +243,14 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], room: Room)
     elif room.could_fit(name, gpus, share):  # else 7
         _read_ahead(tx, name, gpus)
         if not room.fits_after(name, gpus, share):  # else 6
-            _make_room(tx, target, away, gpus, share, room)
-    if name not in tx.reservations:  # refused just now
-        return
+            _make_room(tx, target, away, gpus, share, choice)
+    if name not in tx.reservations or tx.models[name].phase is not record.phase:
+        return  # refused just now, or moved
     coming = room.fits_after(name, gpus, share)
     if coming:
         tx.read_weights(name, gpus)
     _restore_ahead(tx, name, gpus, coming=coming)
     room.reserve(name, gpus, share)
-
-
-def _dear(tx: Transaction, names: Collection[str]) -> float:
-    """What it costs to send these models away: a kept one cannot leave; then those that move or
-    are in use, by their requests; idle ones cost the least."""
-    total = 0.0
-    for name in names:
-        record = tx.models[name]
-        if not stays_resident(record):
-            continue
-        if tx.is_kept(name):
-            return math.inf
-        requests = tx.demand(name).in_flight + tx.demand(name).waiting
-        total += requests + (1.0 if isinstance(record.phase, Serving) else 2.0)
-    return total
 
 
 def _make_room(
@@ -273,8 +259,9 @@ def _make_room(
     away: list[Waiting],
     gpus: GPUs,
     share: float,
-    room: Room,
+    choice: Choice,
 ) -> None:
+    room = choice.room
     others = [n for n in room.neighbours(target.model, gpus) if n not in (target.model, tx.pinned)]
     serving = [
         _resident(tx, n)
@@ -284,10 +271,12 @@ def _make_room(
     victims = room.victims(
         target.model, gpus, share, tx.policy.victims(serving), _residues(tx, others)
     )
+    leave = [resident for resident in serving if resident.model in victims]
+    if (leave or not victims) and choice.move(target, leave):  # 11
+        return
     if not victims:
         _stay_away(tx, target.model, gpus, share, room)  # 10
         return
-    leave = [resident for resident in serving if resident.model in victims]
     rivals = [one for one in away if _may_live_on(tx.models[one.model], gpus)]
     earliest = max(
         (tx.policy.earliest(target, resident, rivals, tx.now) for resident in leave),

@@ -65,8 +65,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # What the decisions may use of the standard library.
 PURE = {
-    "__future__", "collections", "dataclasses", "enum", "functools", "heapq", "itertools", "math",
-    "types", "typing",
+    "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools",
+    "math", "types", "typing",
 }  # fmt: skip
 # Doors: module → the only parts that may go through it.
 DOORS = {

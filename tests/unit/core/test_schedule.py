@@ -303,11 +303,15 @@ def test_two_models_on_different_gpus_are_independent() -> None:
 
 def test_a_parked_engine_wakes_where_it_is_and_makes_room_there() -> None:
     core = Core(model("a", gpus=1), model("b", gpus=(0,)), gpu_count=2)
-    core.serve("a")
+    core.demand("a", waiting=1)
+    core.now += 60  # a start elsewhere would take as long again
+    core.finish("a")
+    core.demand("a")
     assert core.record("a").gpus == (0,)
     core.demand("b", waiting=1)
     core.park("a")
     core.finish("b")
+    core.now += 400  # b is hardly used
     core.demand("a", waiting=1)  # GPU 1 is empty, but a lives on 0
     assert core.at("b") is ModelState.DRAINING
 

@@ -77,6 +77,25 @@ def test_gpus_are_used_side_by_side() -> None:
     assert waits(result) == [10, 10]
 
 
+def test_two_halves_free_on_two_gpus_become_one_for_a_model_that_needs_it() -> None:
+    """One of the small ones moves beside the other; until it had, each large one's request sent it
+    away, and each of its own the large one."""
+    shares = {"a": 0.45, "b": 0.45, "large": 0.9}
+    models = {
+        name: ModelConfig(
+            name, name, eviction=OFFLOAD, gpus=1, gpu_memory=share, gpu_memory_parked=0.02
+        )
+        for name, share in shares.items()
+    }
+    small = [Arrival(10 * i, "ab"[i % 2], 3) for i in range(180)]
+    large = [Arrival(100 + 13 * i, "large", 3) for i in range(130)]
+    config = Config(models=MappingProxyType(models))
+    result = Simulation(config, sorted(small + large), COSTS, gpu_count=2).run()
+    switches = [one.serving_at for one in result.switches if one.victims]
+    assert 1 <= len(switches) <= 8
+    assert max(switches) < 300, "none in the other 25 minutes"
+
+
 def test_a_request_waits_no_longer_than_its_deadline() -> None:
     result = simulated(Arrival(0, "a", 2, deadline=5), Arrival(0, "a", 2))
     assert [r.refused for r in result.requests] == ["wait_expired", ""]
