@@ -15,11 +15,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-WINDOW = 16 << 20  # ordered at once; the last page of it is waited for before the next
+WINDOW = 4 << 20  # read at once
 INDEX = "model.safetensors.index.json"
 # Half: reading pushes out other files' pages, which other models' next start may need.
 SHARE = 0.5
-PAGE = 4096
 
 
 def become(uid: int, gid: int, groups: list[int]) -> None:
@@ -60,6 +59,7 @@ def windows(fd: int) -> Iterator[tuple[int, int]]:
 def read(path: str, budget: int) -> int:
     """Bytes of the file that lie in the cache now, at most ``budget``."""
     done = 0
+    buffer = bytearray(WINDOW)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -67,9 +67,9 @@ def read(path: str, budget: int) -> int:
         for start, length in windows(fd):
             if done + length > budget:
                 break
-            os.posix_fadvise(fd, start, length, os.POSIX_FADV_WILLNEED)
-            os.pread(fd, 1, max(start, start + length - PAGE))
-            done += length
+            # Not POSIX_FADV_WILLNEED: of a window Linux reads no more then than one request of the
+            # disk takes: 8 MiB of 16 where this was seen.
+            done += os.preadv(fd, [memoryview(buffer)[:length]], start)
     finally:
         os.close(fd)
     return done
