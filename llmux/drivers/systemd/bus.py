@@ -38,6 +38,8 @@ _MANAGER = b"org.freedesktop.systemd1.Manager"
 _SCOPE = b"org.freedesktop.systemd1.Scope"
 _SERVICE = b"org.freedesktop.systemd1.Service"
 _UNIT_EXISTS = b"org.freedesktop.systemd1.UnitExists"
+# pystemd has classes for some errors, which then have no name: not in every version for the same.
+NO_SUCH_UNIT = ("NoSuchUnit", "DBusNoSuchUnitError")
 
 # Not in pystemd's table up to 0.15.3 (systemd: dbus-scope.c, dbus-cgroup.c). Without an entry
 # signature_array raises KeyError. Those that it has are left alone.
@@ -71,6 +73,10 @@ class UnitExists(Exception):
     """StartTransientUnit: a unit of that name is loaded."""
 
 
+class UnitNotKept(Exception):
+    """StartTransientUnit: systemd could not write down what the unit is, or not read it again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     name: str
@@ -87,6 +93,12 @@ def _lost(error: DBusBaseError) -> bool:
 def _text(error: DBusBaseError) -> str:
     message = error.err_message or os.strerror(-error.errno)
     return message.decode(errors="replace") if isinstance(message, bytes) else str(message)
+
+
+def kind_of(error: DBusBaseError) -> str:
+    name = error.err_name
+    text = name.decode() if isinstance(name, bytes) else str(name)
+    return text.rpartition(".")[2] or type(error).__name__
 
 
 class Bus:
@@ -116,6 +128,8 @@ class Bus:
             except DBusBaseError as error:
                 if error.err_name == _UNIT_EXISTS:
                     raise UnitExists from None
+                if kind_of(error) in NO_SUCH_UNIT:  # its word for that: "Unit … not found."
+                    raise UnitNotKept(_text(error)) from None
                 raise
             removed = self._signal(b"JobRemoved", lambda body: body[1] == job, deadline)
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 import time
 from contextlib import suppress
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 from llmux.drivers.processes import cgroup
 from llmux.drivers.processes.spawn import Launch
 from llmux.drivers.systemd.bindings import KNOWN_UNIT_SIGNATURES, signature_array
-from llmux.drivers.systemd.bus import Bus, BusThread, UnitExists
+from llmux.drivers.systemd.bus import Bus, BusThread, UnitExists, UnitNotKept
 from llmux.errors import DriverError, DriverTimeout, UnitFailed
 from llmux.ports import LaunchSpec
 
@@ -25,6 +26,9 @@ SLICE: Final = "llmux.slice"
 STOP_TIMEOUT: Final = 10.0  # seconds that `systemctl stop` of a scope gives it before SIGKILL
 # A scope whose last process has gone is unloaded within milliseconds; after this we call it stuck.
 NAME_FREE_TIMEOUT: Final = 3.0
+
+RUN: Final = "/run"  # here systemd writes down what a transient unit is
+_FULL_BYTES: Final = 64 * 1024  # less than some of these files, and what others write meanwhile
 
 _INFINITY: Final = 2**64 - 1
 
@@ -54,6 +58,8 @@ class Scopes:
                     await self._until_gone(unit, spec.model, end)
                     continue
                 result = "done"
+            except UnitNotKept as error:
+                raise not_kept(target, unit, str(error), os.statvfs(RUN)) from error
             if launch.process.ended is not None:
                 raise UnitFailed(
                     "start", target, f"its launcher ended early: {launch.process.ended}"
@@ -125,6 +131,15 @@ class Scopes:
 
     async def _look(self, unit: str, target: str) -> tuple[str, str]:
         return await self._bus.call("start", target, lambda bus: _state(bus, unit))
+
+
+def not_kept(target: str, unit: str, said: str, run: os.statvfs_result) -> UnitFailed:
+    """systemd says "not found" of the unit that it was told to start; the reason is the disk."""
+    if run.f_bavail * run.f_frsize < _FULL_BYTES or (run.f_files and not run.f_favail):
+        cause = f"{RUN} is full, and systemd keeps the scope's file there ({said})"
+    else:
+        cause = f"systemd could not write {unit} into {RUN}/systemd/transient: {said}"
+    return UnitFailed("start", target, cause, hint=f"`df -h {RUN}` and `df -i {RUN}` show its room")
 
 
 def _state(bus: Bus, unit: str) -> tuple[str, str]:

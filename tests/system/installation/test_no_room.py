@@ -91,7 +91,7 @@ def test_an_engine_that_ends_because_it_cannot_print_names_the_disk(llmux: Llmux
 
 
 def test_a_full_run_stops_nobody_who_is_served(llmux: LlmuxGuest) -> None:
-    llmux.begin({"alpha": model(), "beta": model()})
+    llmux.begin({"alpha": model(), "beta": model(), "never": model()})
     for name in ("beta", "alpha"):
         assert llmux.ask(name)["error"] == ""
     main, cursor = llmux.show(SUPERVISOR, "MainPID"), llmux.cursor()
@@ -101,6 +101,9 @@ def test_a_full_run_stops_nobody_who_is_served(llmux: LlmuxGuest) -> None:
         told = llmux.journal("-u", SUPERVISOR, f"--after-cursor={cursor}")
         assert "cannot write the state file /run/llmux/state.json" in told
         assert "No space left on device" in told
+        refused = llmux.run(["llmux", "load", "never"], check=False, timeout=100)
+        assert refused.returncode != 0
+        assert "/run is full" in refused.stderr, refused.stderr
         assert llmux.show(SUPERVISOR, "MainPID") == main
     assert llmux.show(SUPERVISOR, "NRestarts") == "0"
     assert llmux.ask("beta")["error"] == ""
