@@ -16,6 +16,7 @@ from llmux_guest import STANDIN, SUPERVISOR, LlmuxGuest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "front"))
 
+from front_rig import until
 from prometheus_rig import Prometheus, prometheus, with_minutes_of
 
 IMAGES = "/var/lib/llmux/checkpoints"
@@ -36,29 +37,32 @@ class Watched:
     host: LlmuxGuest
     prometheus: Prometheus
 
-    def configure(self, **checkpoint: Any) -> None:
-        model = {"model_path": "lab/tiny", "eviction": "discard+checkpoint"}
-        self.host.configure(
-            {"alpha": model},
-            vllm_command=[STANDIN],
-            engine_user="root",  # in a container CRIU cannot dump the processes of another user
-            gateway={"listen": ["0.0.0.0:3000"], "allow_public_without_keys": True},
-            checkpoint=checkpoint,
-        )
+
+def configure(host: LlmuxGuest, **checkpoint: Any) -> None:
+    model = {"model_path": "lab/tiny", "eviction": "discard+checkpoint"}
+    host.configure(
+        {"alpha": model},
+        vllm_command=[STANDIN],
+        engine_user="root",  # in a container CRIU cannot dump the processes of another user
+        gateway={"listen": ["0.0.0.0:3000"], "allow_public_without_keys": True},
+        checkpoint=checkpoint,
+    )
 
 
 @pytest.fixture(scope="module")
 def watched(package: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     directory = tmp_path_factory.mktemp("watched")
     with fleet({"one": "trixie"}, directory, {}, [package]) as hosts:
+        host = LlmuxGuest(hosts.guests["one"])
+        configure(host)
+        host.run(["systemctl", "start", "llmux"])
+        assert not host.ask("alpha")["error"]
+        # Not before: a host that is started slowly is rightly called unreachable.
         targets = {"llmux": [("one", f"{hosts.addresses['one']}:3000")], "haproxy": [], "node": []}
         with prometheus(directory, targets, with_minutes_of(MINUTE)) as running:
-            watched = Watched(LlmuxGuest(hosts.guests["one"]), running)
-            watched.configure()
-            watched.host.run(["systemctl", "start", "llmux"])
-            assert not watched.host.ask("alpha")["error"]
+            until(lambda: running.query("up == 1"), "a scrape of llmux")
             assert running.fired() == {}
-            yield watched
+            yield Watched(host, running)
 
 
 def test_a_supervisor_that_is_away_is_reported(watched: Watched) -> None:
@@ -85,13 +89,13 @@ def test_a_supervisor_that_is_stopped_is_reported(watched: Watched) -> None:
 def test_a_budget_of_images_that_is_nearly_used_is_reported(watched: Watched) -> None:
     watched.host.run(["llmux", "checkpoint", "alpha"])
     rows = json.loads(watched.host.run(["llmux", "checkpoint", "--list", "--json"]).stdout)
-    watched.configure(max_bytes=int(rows[0]["disk_bytes"] * 1.05))
+    configure(watched.host, max_bytes=int(rows[0]["disk_bytes"] * 1.05))
     watched.host.run(["systemctl", "restart", SUPERVISOR])
     watched.prometheus.until_fired({"LlmuxImageBudget"}, 30 + 10 * MINUTE)
 
 
 def test_an_image_in_quarantine_is_reported(watched: Watched) -> None:
-    watched.configure()
+    configure(watched.host)
     watched.host.run(["systemctl", "restart", SUPERVISOR])
     watched.host.run(["llmux", "checkpoint", "alpha"])
     damage = f"printf x | dd of=$(ls {IMAGES}/alpha/images/pages-*.img | head -n 1) conv=notrunc"
