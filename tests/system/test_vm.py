@@ -1,7 +1,8 @@
 """Debian 13 as it comes: its own kernel, its own CRIU, engines under a user of their own.
 
 In a whole virtual machine, where the memory controller works and root lacks no capability.
-$LLMUX_VM_SWAPS tries the swaps of paths under an image there as well (criu_swaps.py).
+$LLMUX_VM_SWAPS tries both ways to root there as well: swaps of paths under an image
+(criu_swaps.py), and images in directories of others.
 """
 
 from __future__ import annotations
@@ -142,3 +143,70 @@ if "LLMUX_VM_SWAPS" in os.environ:  # five minutes
         done = machine.run(["/usr/bin/python3", program, scenario], check=False, timeout=600)
         print(done.stdout)
         assert done.returncode == 0, done.stderr[-4000:]
+
+    # What is done as root first, then as nobody; where the images are; why that is refused.
+    FOREIGN = {
+        "the guide's, made first by another user": (
+            ":", "mkdir -m 700 /tmp/llmux-checkpoints", "/tmp/llmux-checkpoints",
+            "/tmp/llmux-checkpoints belongs to user 65534",
+        ),
+        "another user's": (
+            "install -d -o nobody -m 700 /srv/images", ":", "/srv/images",
+            "/srv/images belongs to user 65534",
+        ),
+        "below another user's": (
+            "install -d -o nobody /srv/images && install -d -m 700 /srv/images/own", ":",
+            "/srv/images/own", "/srv/images belongs to user 65534",
+        ),
+        "open to its group": (
+            "install -d -g nogroup -m 770 /srv/images", ":", "/srv/images",
+            "/srv/images can be written by others (mode 770)",
+        ),
+        "open to all": (
+            "install -d -m 777 /srv/images", ":", "/srv/images",
+            "/srv/images can be written by others (mode 777)",
+        ),
+        "behind another user's link": (
+            "install -d -m 700 /srv/images", "ln -s /srv/images /tmp/images", "/tmp/images",
+            "/tmp/images belongs to user 65534",
+        ),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("which", FOREIGN)
+    def test_no_images_are_kept_in_a_directory_of_others(machine: LlmuxGuest, which: str) -> None:
+        """With links in it to a file of root's, in the place of each log and of what says where
+        it ends: what stood there was read, overwritten and appended to."""
+        prepare, attack, place, reason = FOREIGN[which]
+        machine.end()
+        try:
+            machine.guest.write("/etc/victim", "root-only\n")
+            machine.run(["chmod", "600", "/etc/victim"])
+            machine.run(["sh", "-ec", prepare])
+            names = " ".join(f"{log}.log {log}.log.offset" for log in ("stdout", "stderr"))
+            machine.run(["sh", "-ec", attack], user="nobody")
+            # the kernel keeps root itself from following a link in /tmp
+            real = machine.run(["readlink", "-f", place]).stdout.strip()
+            links = f"cd {real}; mkdir alpha; for n in {names}; do ln -s /etc/victim alpha/$n; done"
+            # where not even its attacker reaches it, root puts them there
+            if machine.run(["sh", "-ec", links], user="nobody", check=False).returncode:
+                machine.run(["sh", "-ec", links])
+            machine.configure(
+                {"alpha": model("retain+checkpoint")}, checkpoint={"images_dir": place}
+            )
+            checked = machine.run(["llmux", "check", "--host"], check=False)
+            assert checked.returncode != 0, checked.stdout
+            assert reason in checked.stdout + checked.stderr
+            cursor = machine.cursor()
+            started = machine.run(["systemctl", "start", "llmux"], check=False, timeout=180)
+            said = machine.journal("-u", "llmux.service", f"--after-cursor={cursor}")
+            assert started.returncode != 0, said
+            assert reason in said
+            assert machine.show("llmux.service", "ExecMainStatus") == "78", said
+            assert machine.run(["cat", "/etc/victim"]).stdout == "root-only\n"
+            assert machine.run(["stat", "-c", "%U %a", "/etc/victim"]).stdout == "root 600\n"
+            found = machine.run(["find", real, "-not", "-type", "d"]).stdout.split()
+            assert len(found) == 4, "nothing was made there"
+        finally:
+            made = "/tmp/llmux-checkpoints /tmp/images /srv/images /etc/victim"
+            machine.run(["sh", "-c", f"rm -rf {made}"])
+            machine.end()
