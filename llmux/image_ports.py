@@ -173,8 +173,13 @@ class Checkpointer(Protocol):
     async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
         """Files in /dev/shm that are open in this unit only."""
 
-    async def remove_shm(self, names: Sequence[str]) -> None:
-        """Unlink exactly these names; call after the processes are dead."""
+    async def free_shm(self, model: str) -> None:
+        """The model gets an engine that is not restored: names in /dev/shm that are held for its
+        image are free for that."""
+
+    async def remove_shm(self, model: str, names: Sequence[str]) -> None:
+        """Unlink exactly these names; call after the model's processes are dead. Names that an
+        image needs are held from then on, so that no other user can take them."""
 
     async def images(self) -> Sequence[Image]:
         """All complete images; their pages are not read."""

@@ -21,8 +21,10 @@ sys.dont_write_bytecode = True
 
 from _bench import turns  # noqa: E402
 from llmux.drivers.criu import amx, command, host, shm  # noqa: E402
+from llmux.drivers.criu.held_names import HeldNames  # noqa: E402
 from llmux.drivers.criu.tree import SHM  # noqa: E402
 from llmux.drivers.images.manifest import load_manifest  # noqa: E402
+from llmux.drivers.images.store import ImageStore  # noqa: E402
 
 UNIT = "bare-restore.scope"
 WORK = "/var/tmp/bare-restore"
@@ -34,7 +36,9 @@ def restore(image: str, model: str, socket: str) -> dict[str, object]:
     os.makedirs(f"{WORK}/no-plugins", mode=0o700)
     host.put_right(manifest)
     host.clear_sockets(manifest)
-    made = shm.put_back(manifest.shm, image)
+    held = HeldNames(ImageStore(str(pathlib.Path(image).parents[1])), SHM)
+    made = shm.put_back(manifest.shm, image, held)
+    held.begin(model)
     criu = shutil.which("criu") or "criu"
     argv = command.restore_arguments(criu, image, WORK, f"{WORK}/no-plugins")
     argv.remove("--leave-stopped")  # for a comparison that a bare restore does not make
@@ -60,7 +64,7 @@ def restore(image: str, model: str, socket: str) -> dict[str, object]:
         for process in manifest.processes:
             while os.path.exists(f"/proc/{process.pid}"):
                 time.sleep(0.001)  # init reaps it, without telling us
-        shm.remove(made, SHM)
+        held.end(model, made)
 
 
 def main(image: str, count: str, model: str, socket: str) -> int:

@@ -34,7 +34,11 @@ class MemoryCheckpointer:
     async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
         return ()
 
-    async def remove_shm(self, names: Sequence[str]) -> None:
+    async def free_shm(self, model: str) -> None:
+        if model in self._world.engines:
+            self._world.violate(f"names of {model} are freed while it has an engine")
+
+    async def remove_shm(self, model: str, names: Sequence[str]) -> None:
         assert not names, "the twin's engines have nothing in /dev/shm"
 
     async def check(self) -> CriuFacts:

@@ -10,20 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import select
 import shutil
-import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from typing import Final
 
 from llmux.drivers.criu import command, shm
-from llmux.drivers.criu.checksums import ImageCheck
 from llmux.drivers.criu.dump import Dump
+from llmux.drivers.criu.held_names import HeldNames
 from llmux.drivers.criu.restore import Restore
-from llmux.drivers.criu.tools import Tools, finish_despite_cancellation
+from llmux.drivers.criu.tools import Tools, end_dump, finish_despite_cancellation
 from llmux.drivers.criu.tree import PROC, SHM, TreeFacts, inspect
+from llmux.drivers.images.checksums import ImageCheck
 from llmux.drivers.images.files import Stopped, fetch
 from llmux.drivers.images.manifest import ManifestError
 from llmux.drivers.images.room import ImageRoom
@@ -37,7 +35,6 @@ from llmux.trusted import USE_OWN_DIRECTORY, make_private
 log = logging.getLogger(__name__)
 
 _CHECK_TIMEOUT: Final = 20.0
-_END_TIMEOUT: Final = 5.0  # seconds from SIGKILL to the end of a CRIU that writes to a slow disk
 _EMPTY: Final = ".no-plugins"
 
 
@@ -68,6 +65,7 @@ class Criu:
         self._cgroup_root = cgroup_root
         self._proc = proc
         self._shm = shm
+        self._held = HeldNames(store, shm)
         self._facts: CriuFacts | None = None
         self._dump_lock = asyncio.Lock()
         self._checks: dict[str, ImageCheck] = {}
@@ -125,6 +123,7 @@ class Criu:
             libdir=libdir,
             proc=self._proc,
             shm=self._shm,
+            held=self._held,
             cgroup_root=self._cgroup_root,
         )
 
@@ -212,11 +211,20 @@ class Criu:
         await self._room.make(handle.model, tree.resident_bytes, spec.cold_seconds)
         left = deadline - (time.monotonic() - started)
         dump = Dump(tools, self._store, handle, spec, tree, progress, left)
-        image = await dump.run(self._dump_lock)
+        whole = False
+        try:
+            image = await dump.run(self._dump_lock)
+            whole = True
+        finally:
+            await asyncio.to_thread(self._held.published, handle.model, whole=whole)
         # Its bytes were just checksummed in the page cache.
         self._verified[image.path] = await asyncio.to_thread(self._stamps, image.path)
-        await self._room.enforce({image.model})
+        await self._enforce({image.model})
         return image
+
+    async def _enforce(self, spared: Collection[str]) -> None:
+        await self._room.enforce(spared)
+        await asyncio.to_thread(self._held.settle)
 
     def take_removed(self) -> Sequence[str]:
         return self._room.take_removed()
@@ -322,15 +330,18 @@ class Criu:
 
     async def quarantine(self, image: Image, reason: str) -> str:
         self._verified.pop(image.path, None)
-        return await asyncio.to_thread(self._store.quarantine, image, reason)
+        path = await asyncio.to_thread(self._store.quarantine, image, reason)
+        await asyncio.to_thread(self._held.settle)
+        return path
 
     async def discard(self, model: str) -> None:
         await asyncio.to_thread(self._store.discard, model)
+        await asyncio.to_thread(self._held.settle)
 
     async def adopt(self, model: str, identity: Mapping[str, str]) -> Image:
         image = await asyncio.to_thread(self._store.adopt, model, identity)
         self._verified.pop(image.path, None)
-        await self._room.enforce({model})
+        await self._enforce({model})
         return image
 
     async def images(self) -> Sequence[Image]:
@@ -339,12 +350,14 @@ class Criu:
     async def recover(self) -> Sequence[Interrupted]:
         interrupted = await asyncio.to_thread(self._recover)
         await self._room.enforce({found.model for found in interrupted})  # it may be less now
+        alive = [handle.model for handle in await self._units.observe()]
+        await asyncio.to_thread(self._held.recover, alive)
         return interrupted
 
     def _recover(self) -> list[Interrupted]:
         interrupted = []
         for model, path, note in self._store.sweep():
-            self._end_criu(path)
+            end_dump(path, self._proc)
             if note:
                 inodes = [(int(device), int(inode)) for device, inode in note.get("shm", ())]
                 groups = shm.find_names(inodes, self._shm)
@@ -364,21 +377,6 @@ class Criu:
             self._store.forget(path)
         return interrupted
 
-    def _end_criu(self, path: str) -> None:
-        """Kill a CRIU that still dumps into ``path``: its supervisor is gone, the image is lost."""
-        for name in filter(str.isdigit, os.listdir(self._proc)):
-            with suppress(OSError):
-                with open(f"{self._proc}/{name}/cmdline", "rb") as file:
-                    arguments = file.read().split(b"\0")
-                if os.fsencode(path) not in arguments or b"dump" not in arguments:
-                    continue
-                pidfd = os.pidfd_open(int(name))
-                try:
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    select.select([pidfd], [], [], _END_TIMEOUT)
-                finally:
-                    os.close(pidfd)
-
     async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
         def look(members: Sequence[int]) -> list[str]:
             tree = inspect(handle.pid, members, proc=self._proc, shm=self._shm)
@@ -387,5 +385,8 @@ class Criu:
 
         return await asyncio.to_thread(look, await self._units.pids(handle))
 
-    async def remove_shm(self, names: Sequence[str]) -> None:
-        await asyncio.to_thread(shm.remove, names, self._shm)
+    async def free_shm(self, model: str) -> None:
+        await asyncio.to_thread(self._held.begin, model)
+
+    async def remove_shm(self, model: str, names: Sequence[str]) -> None:
+        await asyncio.to_thread(self._held.end, model, names)

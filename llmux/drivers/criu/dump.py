@@ -22,6 +22,7 @@ from typing import Final, TypeVar
 
 from llmux.drivers.criu import (
     command,
+    held_names,
     image_format,
     known_files,
     shm,
@@ -252,11 +253,8 @@ class Dump:
         self._processes = self._read_processes()
 
     def _complete_record(self, held: dict[str, KnownFile]) -> tuple[KnownFile, ...]:
+        remapped = held_names.read_remapped(self._directory)
         files = self._read(image_format.FILES)
-        remaps = b""
-        with suppress(FileNotFoundError):  # no deleted files
-            remaps = self._read(image_format.REMAPS)
-        remapped = image_format.remapped_names(files, remaps) if remaps else {}
         names = image_format.file_names(files).values()
         # CRIU makes sockets again, too, in directories that the engine chose.
         return known_files.complete(
@@ -272,9 +270,12 @@ class Dump:
         groups = shm.find_names(self._tree.shm, self._tools.shm)
         alive = any(read_status(pid, self._tools.proc) for pid in self._tree.pids)
         names = [name for group in groups.values() for name in group]
-        shm.remove(
-            [name for name in names if not alive or name.startswith("link_remap.")], self._tools.shm
-        )
+        links = [name for name in names if name.startswith("link_remap.")]
+        shm.remove(links, self._tools.shm)
+        if not alive:
+            needed = held_names.needed_names(self._shm, self._directory, self._tools.shm)
+            left = [name for name in names if name not in links]
+            self._tools.held.dumped(self._handle.model, needed, left)
 
     def _read_processes(self) -> tuple[TreeProcess, ...]:
         """Processes and threads as dumped, which may be more than were there when we looked."""

@@ -15,7 +15,16 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 
-from llmux.drivers.criu import amx, command, host, image_format, known_files, shm, small_files
+from llmux.drivers.criu import (
+    amx,
+    command,
+    held_names,
+    host,
+    image_format,
+    known_files,
+    shm,
+    small_files,
+)
 from llmux.drivers.criu.tools import Tools, failed, finish_despite_cancellation
 from llmux.drivers.images.manifest import Manifest, ManifestError
 from llmux.drivers.images.notes import RESTORING, write_note
@@ -75,7 +84,7 @@ class Restore:
             await asyncio.to_thread(self._store.used, self._image.model)
             # CRIU removes its links itself; should one be left, it is ours.
             links = [name for name in self._made if name.startswith("link_remap.")]
-            await asyncio.to_thread(shm.remove, links, self._tools.shm)
+            await asyncio.to_thread(self._tools.held.give_up, links)
             return handle
         except BaseException as error:
             await asyncio.shield(self._undo())
@@ -114,7 +123,7 @@ class Restore:
             known_files.check(manifest.known, self._own_paths(manifest))
             host.clear_sockets(manifest, self._tools.proc)
             self._uid = manifest.runtime_dir.uid if manifest.runtime_dir else os.geteuid()
-            self._remapped = self._read_remapped()
+            self._remapped = held_names.read_remapped(self._image.path)
             self._leftovers = list(self._remapped.values())
             self._remove_leftovers()
             write_note(
@@ -128,8 +137,14 @@ class Restore:
                 },
             )
             self._made = shm.put_back(
-                manifest.shm, self._image.path, self._tools.shm, self._tools.proc
+                manifest.shm,
+                self._image.path,
+                self._tools.held,
+                self._tools.shm,
+                self._tools.proc,
             )
+            # what CRIU makes for a moment must be free for it
+            self._tools.held.begin(self._image.model)
         except (host.HostNotReady, shm.ShmTaken) as error:
             raise self._failed(
                 str(error),
@@ -149,17 +164,6 @@ class Restore:
 
     def _remove_leftovers(self) -> None:
         shm.remove_leftovers(self._leftovers, self._uid, self._tools.shm, self._tools.proc)
-
-    def _read_remapped(self) -> dict[str, str]:
-        def read(name: str) -> bytes:
-            with open(os.path.join(self._image.path, name), "rb") as file:
-                return file.read()
-
-        try:
-            remaps = read(image_format.REMAPS)
-        except FileNotFoundError:
-            return {}  # no deleted files
-        return image_format.remapped_names(read(image_format.FILES), remaps)
 
     # ---- CRIU -----------------------------------------------------------------------------------
 
@@ -261,7 +265,7 @@ class Restore:
         if self._started is not None:
             with suppress(DriverTimeout, DriverError):
                 await self._units.kill(self._started, _KILL_TIMEOUT)
-        await asyncio.to_thread(shm.remove, self._made, self._tools.shm)
         await asyncio.to_thread(self._remove_leftovers)
+        await asyncio.to_thread(self._tools.held.end, self._image.model, self._made)
         if self._note:
             await asyncio.to_thread(self._store.forget, self._note)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
+from llmux.drivers.criu.held_names import HeldNames, is_name
 from llmux.drivers.criu.known_files import open_without_links
 from llmux.drivers.criu.tree import PROC, SHM
 from llmux.drivers.images.files import copy_sparse
@@ -175,7 +176,7 @@ def _unlink_left(directory: int, name: str, uid: int, proc: str) -> None:
 
 
 def put_back(
-    groups: Sequence[ShmGroup], image: str, shm: str = SHM, proc: str = PROC
+    groups: Sequence[ShmGroup], image: str, held: HeldNames, shm: str = SHM, proc: str = PROC
 ) -> tuple[str, ...]:
     """Make the kept files in /dev/shm again; returns the names made. All or none: ShmTaken,
     OSError."""
@@ -183,32 +184,31 @@ def put_back(
     try:
         for group in groups:
             for name in group.names:
-                if os.path.basename(name) != name or name in ("", ".", ".."):
+                if not is_name(name):
                     raise ShmTaken(f"{name!r} is not the name of a file in {shm}")
-                _clear(os.path.join(shm, name), group.uid, proc)
-            _make(group, image, shm, made)
+                if not held.is_ours(name):
+                    _clear(os.path.join(shm, name), group.uid, proc)
+            _make(group, image, held, made)
     except BaseException:
-        remove(made, shm)
+        held.give_up(made)
         raise
     return tuple(made)
 
 
-def _make(group: ShmGroup, image: str, shm: str, made: list[str]) -> None:
-    first = os.path.join(shm, group.names[0])
+def _make(group: ShmGroup, image: str, held: HeldNames, made: list[str]) -> None:
     source = os.open(os.path.join(image, group.file), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        # O_EXCL: /dev/shm is open to all, and we write as root.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        target = os.open(first, flags, 0o600)
+        # Under its name before it is filled: after a crash our note says what to remove.
+        target = held.make(group.names[0])
         made.append(group.names[0])
         try:
             copy_sparse(source, target, group.size)
             os.fchown(target, group.uid, group.gid)
             os.fchmod(target, group.mode)
+            for name in group.names[1:]:
+                held.add(target, name)
+                made.append(name)
         finally:
             os.close(target)
     finally:
         os.close(source)
-    for name in group.names[1:]:
-        os.link(first, os.path.join(shm, name), follow_symlinks=False)
-        made.append(name)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import select
+import signal
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+from llmux.drivers.criu.held_names import HeldNames
 from llmux.errors import Blame, CheckpointFailed, TreeState
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_END_TIMEOUT: Final = 5.0  # seconds from SIGKILL to the end of a CRIU that writes to a slow disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,7 @@ class Tools:
     libdir: str
     proc: str
     shm: str
+    held: HeldNames
     cgroup_root: str
 
 
@@ -40,6 +47,22 @@ async def finish_despite_cancellation(work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("%s", error)
         raise
+
+
+def end_dump(path: str, proc: str) -> None:
+    """Kill a CRIU that still dumps into ``path``: its supervisor is gone, the image is lost."""
+    for name in filter(str.isdigit, os.listdir(proc)):
+        with suppress(OSError):
+            with open(f"{proc}/{name}/cmdline", "rb") as file:
+                arguments = file.read().split(b"\0")
+            if os.fsencode(path) not in arguments or b"dump" not in arguments:
+                continue
+            pidfd = os.pidfd_open(int(name))
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [], _END_TIMEOUT)
+            finally:
+                os.close(pidfd)
 
 
 def failed(

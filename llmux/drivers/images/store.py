@@ -236,6 +236,14 @@ class ImageStore:
     def images(self) -> Sequence[Image]:
         return [image for image, _ in self.with_manifests()]
 
+    def image_directory(self, model: str) -> str:
+        """Where the model's own image is, if it has one."""
+        return os.path.join(self.directory(model), IMAGES)
+
+    def image_directories(self) -> list[tuple[str, str]]:
+        """(model, where its image is, if it has one)."""
+        return [(model, os.path.join(home, IMAGES)) for model, home in self._models()]
+
     def with_manifests(self) -> list[tuple[Image, Manifest]]:
         found = []
         for _, home in self._models():

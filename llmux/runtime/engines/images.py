@@ -289,6 +289,6 @@ class ImageLifecycle:
                 )
                 await self._drivers.units.kill(handle, 15.0)
         for found in interrupted.values():
-            await self._checkpointer.remove_shm(found.shm)
+            await self._checkpointer.remove_shm(found.model, found.shm)
             if found.operation == "restore":
                 await self._checkpointer.confirm_restore(found.model)

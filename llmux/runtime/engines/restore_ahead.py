@@ -233,7 +233,7 @@ class AheadRestorer:
         drivers.units.unwatch(handle)
         engine.shm.update(await drivers.checkpointer.shm_names(handle))
         await drivers.units.kill(handle, KILL_SECS)
-        await drivers.checkpointer.remove_shm(tuple(sorted(engine.shm)))
+        await drivers.checkpointer.remove_shm(handle.model, tuple(sorted(engine.shm)))
         await drivers.checkpointer.confirm_restore(handle.model)
         drivers.output.detach(handle.model)
         self._left.pop(handle.model, None)

@@ -176,6 +176,8 @@ class Steps:
         if self._drivers.cuda_started is not None:
             await self._drivers.cuda_started()
         await wait_for_room(self._drivers.gpu, effect)
+        if self._drivers.checkpointer is not None:
+            await self._drivers.checkpointer.free_shm(config.name)
         log.info("Spawning vLLM process", extra={"model": config.name})
         instance.handle = await self._drivers.units.start(spec, deadline)
         self._follow(instance)
@@ -198,7 +200,7 @@ class Steps:
         leftovers = await checkpointer.shm_names(handle) if checkpointer is not None else ()
         await self._drivers.units.kill(handle, deadline)
         if checkpointer is not None:
-            await checkpointer.remove_shm(leftovers)
+            await checkpointer.remove_shm(instance.config.name, leftovers)
             await checkpointer.confirm_restore(instance.config.name)
         self._drivers.output.detach(instance.config.name)
         instance.handle = None

@@ -70,7 +70,7 @@ def ready(verb: str) -> None:
 def litter() -> list[str]:
     """Of an image half made, of engines that are gone; all models are stopped."""
     left = [f"{path}" for path in IMAGES.glob(".*")] + [f"{p}" for p in IMAGES.glob("*ing.json*")]
-    left += [f"/dev/shm/{name}" for name in os.listdir("/dev/shm")]
+    left += [f"/dev/shm/{name}" for name in sorted(witness.in_shm())]
     return left + (["a stopped criu"] if _criu_lives() else [])
 
 

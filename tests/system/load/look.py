@@ -21,6 +21,8 @@ def main() -> None:
             print(json.dumps({name: sorted(pids) for name, pids in witness.scopes().items()}))
         case ["strays", *models]:
             print(json.dumps({"strays": witness.strays(models)}))
+        case ["shm"]:
+            print(json.dumps({"names": sorted(witness.in_shm())}))
         case ["held"]:
             print(json.dumps(witness.held()))
         case ["until-scopes", *models]:

@@ -205,14 +205,14 @@ async def leaves(moment: str) -> dict[str, object]:
     """The only client of alpha leaves: nothing of alpha stays but its image."""
     await alpha_on_disk_beta_serves()
     wrong = []
-    shm = set(os.listdir("/dev/shm"))
+    shm = witness.in_shm()
     image = IMAGE.read_bytes()
     draining = Draining(moment)
     await draining.begin()
     draining.asking.cancel()
     await until("only beta is there", only_beta)
     await until("beta serves", lambda: witness.states().get("beta") == "serving")
-    if left := set(os.listdir("/dev/shm")) - shm:
+    if left := witness.in_shm() - shm:
         wrong.append(f"left in /dev/shm: {left}")
     if witness.held().keys() != {"beta"}:
         wrong.append(f"GPU memory: {witness.held()}")

@@ -16,11 +16,14 @@ from time import monotonic
 from typing import TypeVar
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "standin"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from ledger import Ledger
 
 SLICE = pathlib.Path("/sys/fs/cgroup/llmux.slice")
 LEDGER = "/var/tmp/gpu/ledger.json"
+IMAGES = "/var/lib/llmux/checkpoints"
+SHM = "/dev/shm"
 SUPERVISOR, GATEWAY = "llmux.service", "llmux-gateway.service"
 
 Value = TypeVar("Value")
@@ -41,6 +44,22 @@ def show(unit: str, name: str) -> str:
 def main_pid(unit: str) -> int:
     """Of a unit that is there; 0 when it has none."""
     return int(show(unit, "MainPID"))
+
+
+def in_shm() -> set[str]:
+    """Names there, but for those that llmux holds for an image that exists."""
+    from llmux.drivers.criu.held_names import HeldNames, needed_names
+    from llmux.drivers.images.store import ImageStore
+
+    store = ImageStore(IMAGES)
+    names = HeldNames(store, SHM)
+    held = {
+        name
+        for image, manifest in store.with_manifests()
+        for name in needed_names(manifest.shm, image.path, SHM)
+        if names.is_ours(name)
+    }
+    return set(os.listdir(SHM)) - held
 
 
 def processes(cgroup: pathlib.Path) -> dict[int, str]:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import pathlib
+import subprocess
 import threading
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from criu_lab import (
     has_children,
     home,
     in_shm,
+    is_held,
     kill_criu,
     launch_spec,
     note_exists,
@@ -164,6 +166,40 @@ async def a_taken_name_in_dev_shm_is_named(lab: Lab) -> None:
     await lab.ask("m")
 
 
+def take_as_nobody(names: list[str]) -> None:
+    for name in names:
+        for attack in ("rm -f {}", "mv -f own {}", "mv {} away", ": >{}", "ln -f own {}"):
+            done = subprocess.run(
+                ["sh", "-c", f": >own && {attack.format(name)}"],
+                cwd=SHM,
+                user="nobody",
+                group="nogroup",
+                extra_groups=(),
+                check=False,
+                capture_output=True,
+            )
+            assert done.returncode, (attack, name)
+
+
+async def no_other_user_takes_a_name_in_dev_shm(lab: Lab) -> None:
+    """While the model is parked, after a dump and after a kill."""
+    handle = await lab.start("m")
+    before = await lab.ask("m")
+    await lab.dump(handle)
+    for _ in range(2):
+        names = sorted(filter(is_held, os.listdir(SHM)))
+        for group in json.loads(pathlib.Path(IMAGES, "m/images/manifest.json").read_text())["shm"]:
+            assert set(group["names"]) <= set(names)
+        take_as_nobody(names)
+        os.unlink(f"{SHM}/own")
+        assert sorted(filter(is_held, os.listdir(SHM))) == names
+        handle = await lab.restore("m")
+        assert await lab.ask("m") == before
+        await lab.kill(handle)
+    await lab.criu.discard("m")
+    assert os.listdir(SHM) == []
+
+
 async def criu_killed_in_a_restore_leaves_nothing(lab: Lab) -> None:
     await lab.dump(await lab.start("m", weights_mib=256))
     stop = threading.Event()
@@ -193,7 +229,7 @@ async def a_supervisor_killed_in_a_dump_is_cleaned_up_after(lab: Lab) -> None:
         assert not [name for name in home("m") if name.startswith(".")]
         assert isinstance(await lab.criu.find("m", IDENTITY), NoImage)
         await lab.kill(handle)
-        await lab.criu.remove_shm(found[0].shm)
+        await lab.criu.remove_shm("m", found[0].shm)
         assert in_shm() == []
 
 
@@ -206,7 +242,7 @@ async def a_supervisor_killed_in_a_restore_is_cleaned_up_after(lab: Lab) -> None
         assert [(item.unit, item.operation) for item in found] == [("llmux-m.scope", "restore")]
         for handle in await again.units.observe():
             await again.kill(handle)
-        await again.criu.remove_shm(found[0].shm)
+        await again.criu.remove_shm("m", found[0].shm)
         assert await again.criu.recover() == found, "named until it is settled"
         await again.criu.confirm_restore("m")
         assert await again.criu.recover() == []
@@ -238,7 +274,7 @@ async def a_supervisor_killed_after_a_restore_that_nobody_took_over(lab: Lab) ->
     assert [(item.unit, item.operation) for item in found] == [("llmux-m.scope", "restore")]
     (handle,) = await again.units.observe()
     await again.units.kill(handle, 10)
-    await again.criu.remove_shm(found[0].shm)
+    await again.criu.remove_shm("m", found[0].shm)
     await again.criu.confirm_restore("m")
     assert in_shm() == []
     assert home("m") == ["images", "last-used", "restore"]

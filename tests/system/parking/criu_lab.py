@@ -137,7 +137,7 @@ class Lab:
     async def kill(self, handle: UnitHandle) -> None:
         names = await self.criu.shm_names(handle)
         await self.units.kill(handle, 10)
-        await self.criu.remove_shm(names)
+        await self.criu.remove_shm(handle.model, names)
 
     async def end(self) -> None:
         for handle in await self.units.observe():
@@ -145,8 +145,15 @@ class Lab:
         await self.units.close()
 
 
+def is_held(name: str) -> bool:
+    """For an image: such a file says so."""
+    with open(f"{SHM}/{name}", "rb") as file:
+        return file.read(13) == b"held by llmux"
+
+
 def in_shm() -> list[str]:
-    return sorted(os.listdir(SHM))
+    """What engines and others have there."""
+    return sorted(name for name in os.listdir(SHM) if not is_held(name))
 
 
 async def refused(work: Awaitable[object]) -> CheckpointFailed:

@@ -42,6 +42,7 @@ from criu_lab import (
 )
 
 from llmux.drivers.criu import command, shm
+from llmux.drivers.criu.held_names import HeldNames
 from llmux.drivers.processes.freezer import CgroupFreezer
 from llmux.image_ports import DumpPhase, DumpSpec, Image, NoImage
 from llmux.ports import LaunchSpec
@@ -372,7 +373,9 @@ async def bare_restore(lab: Lab, image: Image) -> float:
     shutil.rmtree(work, ignore_errors=True)
     os.mkdir(work)
     os.makedirs("/tmp/empty", exist_ok=True)
-    shm.put_back(manifest.shm, image.path)
+    held = HeldNames(lab.store, SHM)
+    made = shm.put_back(manifest.shm, image.path, held)
+    held.begin(image.model)
     arguments = command.restore_arguments("/usr/sbin/criu", image.path, work, "/tmp/empty")
     started = time.monotonic()
     done = await asyncio.to_thread(subprocess.run, arguments, capture_output=True, check=False)
@@ -385,8 +388,7 @@ async def bare_restore(lab: Lab, image: Image) -> float:
     while any(os.path.exists(f"/proc/{item.pid}") for item in manifest.processes):
         assert time.monotonic() < end
         await asyncio.sleep(0.005)
-    for name in in_shm():
-        os.unlink(f"{SHM}/{name}")
+    held.end(image.model, [*made, *in_shm()])
     return seconds
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from llmux.drivers.criu import host, shm
 from llmux.drivers.criu.driver import Criu
+from llmux.drivers.criu.held_names import HeldNames
 from llmux.drivers.criu.tree import SHM
 from llmux.drivers.images import identity as images_identity
 from llmux.drivers.images.budget import check_disk, enforce_budget, look_for_room
@@ -275,6 +276,11 @@ def test_a_check_can_be_stopped(tmp_path: pathlib.Path) -> None:
 # ---- /dev/shm ----
 
 
+def held_at(place: pathlib.Path) -> HeldNames:
+    """Without images: no name is held."""
+    return HeldNames(ImageStore(str(place / "none")), str(place))
+
+
 def test_names_of_one_file_are_one_file_again(tmp_path: pathlib.Path) -> None:
     place, image = tmp_path / "shm", tmp_path / "image"
     place.mkdir()
@@ -291,7 +297,7 @@ def test_names_of_one_file_are_one_file_again(tmp_path: pathlib.Path) -> None:
     shm.remove([name for names in groups.values() for name in names], str(place))
     assert os.listdir(place) == ["other"]
 
-    made = shm.put_back(kept, str(image), str(place))
+    made = shm.put_back(kept, str(image), held_at(place), str(place))
     assert sorted(made) == ["link_remap.5.tok", "sem.mp-a"]
     again = (place / "sem.mp-a").stat()
     assert again.st_ino == (place / "link_remap.5.tok").stat().st_ino
@@ -312,9 +318,9 @@ def test_a_name_in_use_is_refused_and_nothing_is_left(tmp_path: pathlib.Path) ->
     ]
     with open(place / "second", "w"):
         with pytest.raises(shm.ShmTaken, match=f"is used by process {os.getpid()}"):
-            shm.put_back(groups, str(image), str(place))
+            shm.put_back(groups, str(image), held_at(place), str(place))
         assert os.listdir(place) == ["second"]
-    assert shm.put_back(groups, str(image), str(place)) == ("first", "second")
+    assert shm.put_back(groups, str(image), held_at(place), str(place)) == ("first", "second")
 
 
 def test_links_that_another_criu_left_are_set_aside_and_used_ones_named(
@@ -335,7 +341,7 @@ def test_links_that_another_criu_left_are_set_aside_and_used_ones_named(
 def test_a_name_that_leads_out_of_dev_shm_is_refused(tmp_path: pathlib.Path) -> None:
     group = ShmGroup(("../etc/passwd",), "shm/0", 0, 0o600, 0, 0)
     with pytest.raises(shm.ShmTaken):
-        shm.put_back([group], str(tmp_path), str(tmp_path))
+        shm.put_back([group], str(tmp_path), held_at(tmp_path), str(tmp_path))
 
 
 # ---- the host ----
