@@ -317,20 +317,20 @@ class ControlSocket:
         self._post(WorkerJoined(hello.worker, hello.holds))
         return hello.worker
 
-    def _asked(self, peer: _Peer, ask: Ask, size: int) -> None:  # of its line
+    def _asked(self, peer: _Peer, ask: Ask, line_bytes: int) -> None:
         if peer.verbs is not None and ask.verb not in peer.verbs:
             why = f"only root and members of group {ADMINS} may"
             return self._write(peer.writer, _refusal(ask, Reason.FORBIDDEN, why))
         if peer.caller is not None and peer.verbs is None:
-            size = 0  # an operator's
-        elif self._unanswered + size > MAX_UNANSWERED:
+            line_bytes = 0  # an operator's
+        elif self._unanswered + line_bytes > MAX_UNANSWERED:
             why = "too much that was asked before is not answered yet"
             return self._write(peer.writer, _refusal(ask, Reason.RATE_LIMITED, why))
-        self._unanswered += size
+        self._unanswered += line_bytes
 
         def answered(task: asyncio.Task[None]) -> None:
             peer.asking.discard(task)
-            self._unanswered -= size
+            self._unanswered -= line_bytes
 
         task = self._track(self._answer(peer.signed(ask), peer.writer))
         peer.asking.add(task)

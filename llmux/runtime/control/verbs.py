@@ -27,9 +27,9 @@ from llmux.runtime.engines.images import ImageLifecycle
 from llmux.runtime.host import Drivers
 from llmux.runtime.loop import Loop
 
-# A verb that takes long enough to report its progress.
 LONGEST_NAME = 200  # of who gives an order, in characters
 
+# A verb that takes long enough to report its progress.
 LongVerb = Callable[[Mapping[str, Any], ProgressCallback], Awaitable[Any]]
 
 
