@@ -20,8 +20,8 @@ MAX_DEPTH: Final = 1000  # where the engine's parser gives up too
 MAX_VALUE: Final = 4096  # bytes of a model's name as it is written
 
 PREVIOUS: Final = b"previous_response_id"
-_READ: Final = (None, b"model", PREVIOUS)  # keys themselves, and values of these
-_LITERALS: Final = (b"model", b"stream", PREVIOUS)
+_WANTED: Final = (b"model", b"stream", PREVIOUS)
+_READ: Final = (None, *_WANTED)  # strings: the keys themselves, and the values of these
 _SPACE: Final = b" \t\r\n"
 _STRING_REST: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _TOP: Final = re.compile(rb'["{}\[\],:]')
@@ -165,7 +165,7 @@ class JsonFinder:
             self._capture = bytearray(b'"') if self._key in _READ else None
         elif token == 0x3A:  # a colon
             self._key = self._end_key()
-            self._capture = bytearray() if self._key in _LITERALS else None
+            self._capture = bytearray() if self._key in _WANTED else None
         elif token == 0x2C:  # a comma
             self._end_member()
         elif token in (0x7B, 0x5B):

@@ -49,6 +49,7 @@ def found(body: bytes, cuts: list[int]) -> JsonFinder:
 
 @given(members, st.booleans(), st.integers(0, 2), st.lists(st.integers(0, 500), max_size=8))
 @example([("model", "a"), ("x", {"model": "b"}), ("model", None)], True, 0, [])
+@example([("stream", True), ("stream", "")], True, 0, [])
 def test_it_sees_what_the_engines_parser_sees(
     pairs: list[tuple[str, Any]], ascii_only: bool, indent: int, cuts: list[int]
 ) -> None:
