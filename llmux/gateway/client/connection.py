@@ -89,9 +89,8 @@ class ClientConnection(SanicBridge):
             hint="try again later; the limit is gateway.max_connections",
             retry_after=1.0,
         )
-        self._discarding = True
-        self.write(problems.error_response(problem, close=True))
-        self._answered(close=True)
+        self._reject(problem)
+        self._next()
 
     def data_received(self, data: bytes) -> None:
         if self._discarding:

@@ -162,6 +162,7 @@ async def test_connections_are_limited() -> None:
         answer = await third.answer()
         assert answer.status == 503 and int(answer.headers["retry-after"]) >= 1
         assert await third.ended() == b""
+        assert s.gateway.observer.requests["", 503] == 1
         second.leave()
         await until(lambda: s.gateway.clients == 1)
         again = await s.client()
