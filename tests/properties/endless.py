@@ -24,7 +24,7 @@ from llmux.core.events import (
 )
 from llmux.core.plans import Outcome, PlanKind
 from llmux.core.records import ROUNDING, Draining, Parked, Parking, State, share_now
-from llmux.core.reducer import initial, reduce
+from llmux.core.reducer import initial, reduce_all
 
 WORKER = "w"
 
@@ -69,7 +69,7 @@ class Endless:
     images: dict[str, None] = field(default_factory=dict)  # the oldest first
     dumped: set[str] = field(default_factory=set)
     parked_once: set[str] = field(default_factory=set)
-    happened: list[tuple[float, Event]] = field(default_factory=list)
+    happened: list[tuple[float, tuple[Event, ...]]] = field(default_factory=list)
     asked: list[Effect] = field(default_factory=list)
     number: int = 0
 
@@ -106,19 +106,18 @@ class Endless:
         for _, _, name, act in ready:
             act(name)
         if self.state.wakeup is not None and self.state.wakeup <= self.now:
-            for name, line in self.lines.items():
-                if line.held is not None:
-                    self.report(name)
-            self.happen(Tick())
+            held = [name for name, line in self.lines.items() if line.held is not None]
+            self.happen(*map(self.demand, held), Tick())
         return True
 
     def later(self, seconds: float, name: str, act: Callable[[str], None]) -> None:
         self.number += 1
         self.due.append((self.now + seconds, self.number, name, act))
 
-    def happen(self, event: Event) -> None:
-        self.happened.append((self.now, event))
-        self.state, effects = reduce(self.state, event, self.now)
+    def happen(self, *events: Event) -> None:
+        """At once, as the supervisor's loop takes what has come."""
+        self.happened.append((self.now, events))
+        self.state, effects = reduce_all(self.state, events, self.now)
         self.asked += effects
         self.check_claims()
         for effect in effects:
@@ -132,6 +131,10 @@ class Endless:
     # ---- the gateway --------------------------------------------------------------------------
 
     def report(self, name: str) -> None:
+        self.happen(self.demand(name))
+
+    def demand(self, name: str) -> DemandChanged:
+        """What the gateway says now."""
         line, stream = self.lines[name], self.streams[name]
         places = self.config.gateway.max_in_flight
         if line.flying:
@@ -141,10 +144,8 @@ class Endless:
             line.answered += rounds * min(line.flying, places)
         waiting = 0 if line.held is not None else stream.requests
         oldest = line.since if waiting else None
-        self.happen(
-            DemandChanged(
-                WORKER, name, waiting, oldest, line.flying, line.completed, line.completed
-            )
+        return DemandChanged(
+            WORKER, name, waiting, oldest, line.flying, line.completed, line.completed
         )
 
     def perform(self, effect: Effect) -> None:
@@ -201,8 +202,7 @@ class Endless:
         line.answered += line.flying
         assert line.answered or not self.streams[name].requests, f"{name} came up for nothing"
         line.flying, line.cut_before = 0, False
-        self.report(name)
-        self.happen(WorkerDrained(WORKER, name, phase.epoch))
+        self.happen(self.demand(name), WorkerDrained(WORKER, name, phase.epoch))
 
     def cut(self, name: str) -> None:
         line = self.lines[name]
@@ -213,8 +213,7 @@ class Endless:
             assert not line.cut_before, f"{name} answers nothing: its drains are always cut"
         line.cut_before = not line.answered
         line.flying = 0
-        self.report(name)
-        self.happen(WorkerDrained(WORKER, name, phase.epoch))
+        self.happen(self.demand(name), WorkerDrained(WORKER, name, phase.epoch))
 
     # ---- engines and images -------------------------------------------------------------------
 
@@ -291,12 +290,14 @@ class Endless:
 
     # ---- replay -------------------------------------------------------------------------------
 
-    def check_replay(self) -> None:
-        """The same events make the same state and ask for the same."""
+    def check_replay(self, look: Callable[[State, State], None] | None = None) -> None:
+        """The same events make the same state and ask for the same. ``look`` at each change."""
         state = self.first
         asked: list[Effect] = []
-        for now, event in self.happened:
-            state, effects = reduce(state, event, now)
+        for now, events in self.happened:
+            before, (state, effects) = state, reduce_all(state, events, now)
             asked += effects
+            if look is not None:
+                look(before, state)
         assert asked == self.asked
         assert state == self.state
