@@ -68,7 +68,8 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
 def add_sim(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE.csv",
-                        help="read rows arrival_s,model,service_s[,deadline_s][,key]")  # fmt: skip
+                        help="read rows of seconds and names under the heading"
+                        " arrival_s,model,service_s[,deadline_s][,key]")  # fmt: skip
     source.add_argument("--from-journal", type=Path, metavar="FILE",
                         help="rebuild trace and costs from `journalctl -u llmux -o json`"
                         " (- reads standard input);"
@@ -76,10 +77,19 @@ def add_sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=[p.value for p in PolicyType],
                         help="decide by this policy, not the configured one")  # fmt: skip
     parser.add_argument("--costs", type=Path, metavar="FILE.json",
-                        help="read seconds of start, wake, park and stop per model")  # fmt: skip
-    parser.add_argument("--gpus", type=int, metavar="N", help="simulate N GPUs")
+                        help='read seconds, as {"default": {"start": 60}, "models": {"NAME":'
+                        ' {"wake": 2}}}; also park, stop, and failures, a share')  # fmt: skip
+    parser.add_argument("--gpus", type=_gpus, metavar="N",
+                        help="simulate N GPUs (default: gpu_count, else 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="choose which operations fail")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the timeline")
+
+
+def _gpus(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= 1024:
+        raise argparse.ArgumentTypeError("must be 1 to 1024")
+    return count
 
 
 def _positive(text: str) -> float:

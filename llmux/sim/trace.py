@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmux.errors import LlmuxError
@@ -24,27 +25,49 @@ class Arrival:
 
 def read_trace(lines: Iterable[str], name: str = "trace") -> list[Arrival]:
     """Rows of CSV under a heading with ``arrival_s,model,service_s[,deadline_s][,key]``."""
-    rows = csv.DictReader(lines)
-    missing = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
+    rows = csv.reader(lines, skipinitialspace=True)
+    heading = [column.strip() for column in next(rows, [])]
+    missing = [column for column in COLUMNS if column not in heading]
     if missing:
         raise LlmuxError(
             f"cannot read {name}: no column {missing[0]}",
             hint="the first line must be arrival_s,model,service_s[,deadline_s][,key]",
         )
     found: list[Arrival] = []
-    for number, row in enumerate(rows, start=2):
+    for values in rows:
+        if not values:
+            continue
         try:
-            deadline = row.get("deadline_s")
-            arrival = Arrival(
-                float(row["arrival_s"]),
-                row["model"],
-                float(row["service_s"]),
-                float(deadline) if deadline else None,
-                row.get("key") or "",
-            )
-        except (TypeError, ValueError) as error:
-            raise LlmuxError(f"cannot read {name}, line {number}: {error}") from error
-        if not (0 <= arrival.at < float("inf") and 0 <= arrival.service < float("inf")):
-            raise LlmuxError(f"cannot read {name}, line {number}: times must be 0 or more")
-        found.append(arrival)
+            found.append(_arrival(heading, values))
+        except ValueError as error:
+            raise LlmuxError(f"cannot read {name}, line {rows.line_num}: {error}") from error
+    if not found:
+        raise LlmuxError(f"cannot read {name}: it has no requests")
     return sorted(found)
+
+
+def _arrival(heading: Sequence[str], values: Sequence[str]) -> Arrival:
+    if len(values) > len(heading):
+        raise ValueError(f"{len(values)} values, but the heading has {len(heading)}")
+    row = dict(zip(heading, values, strict=False))
+    model = row.get("model", "").strip()
+    if not model:
+        raise ValueError("model is empty")
+    at, service = _seconds(row, "arrival_s"), _seconds(row, "service_s")
+    deadline = None
+    if row.get("deadline_s", "").strip():
+        deadline = _seconds(row, "deadline_s")
+        if not deadline:
+            raise ValueError("deadline_s must be above 0, or empty for none")
+    return Arrival(at, model, service, deadline, row.get("key", ""))
+
+
+def _seconds(row: Mapping[str, str], column: str) -> float:
+    text = row.get(column, "").strip()
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f'{column} must be a number of seconds, 0 or more, not "{text}"')
+    return seconds

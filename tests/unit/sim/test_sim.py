@@ -128,9 +128,34 @@ def test_a_trace_names_its_faults() -> None:
     ]
     with pytest.raises(LlmuxError, match="no column service_s"):
         read_trace(["arrival_s,model"])
-    for row in ("x,a,1", "1,a,-1", "1,a"):
-        with pytest.raises(LlmuxError, match="line 2"):
-            read_trace(["arrival_s,model,service_s", row])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("x,a,1", 'arrival_s must be a number of seconds, 0 or more, not "x"'),
+        ("# later,a,1", "arrival_s must be"),
+        ("1,a,-1", "service_s must be"),
+        ("nan,a,1", "arrival_s must be"),
+        ("1,a,inf", "service_s must be"),
+        ("1,a", 'service_s must be a number of seconds, 0 or more, not ""'),
+        ("1,,2", "model is empty"),
+        ("1,a,2,-3", "deadline_s must be"),
+        ("1,a,2,0", "deadline_s must be above 0"),
+        ("1,a,2,3,k,more", "6 values, but the heading has 5"),
+    ],
+)
+def test_a_row_that_is_none_is_named(row: str, said: str) -> None:
+    heading = "arrival_s,model,service_s,deadline_s,key"
+    with pytest.raises(LlmuxError, match=f"line 4: .*{said}"):
+        read_trace([heading, "0,a,1", "", row])
+
+
+def test_a_trace_may_have_spaces_and_must_have_requests() -> None:
+    heading = "model, service_s, arrival_s\r\n"
+    assert read_trace([heading, "a, 2, 1\r\n", "\r\n"]) == [Arrival(1, "a", 2)]
+    with pytest.raises(LlmuxError, match="it has no requests"):
+        read_trace([heading])
 
 
 def test_costs_are_checked() -> None:
@@ -234,3 +259,55 @@ def test_models_that_fit_together_have_no_bound(
     (tmp_path / "t.csv").write_text("arrival_s,model,service_s\n0,a,1\n1,b,2\n")
     assert main(["sim", "-c", f"{tmp_path}/c.json", f"--trace={tmp_path}/t.csv", "--json"]) == 0
     assert ("bound" in json.loads(capsys.readouterr().out)) == bounded
+
+
+@pytest.fixture
+def verb(tmp_path: Path) -> list[str]:
+    """``llmux sim`` of two models on a GPU."""
+    models = {name: {"model_path": f"x/{name}"} for name in "ab"}
+    (tmp_path / "c.json").write_text(json.dumps({"models": models}))
+    (tmp_path / "t.csv").write_text("\ufeffarrival_s,model,service_s,deadline_s\n0,a,1,\n1,b,1,2\n")
+    return ["sim", "-c", f"{tmp_path}/c.json", f"--trace={tmp_path}/t.csv"]
+
+
+def test_what_was_never_served_has_no_wait(
+    verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(verb) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("2 requests in 61 s, 1 unserved, 0 cut; 0 switches of 0 s in all;")
+    assert said[2].split() == ["all", *["60.00"] * 5]
+    assert said[4].split() == ["b", *"-----"]
+    assert said[5].startswith("assumed of each model: start 60 s, wake 5 s, park 1 s, stop 1 s")
+    assert len(said) == 6, "no bound, since not all were served"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--plot=/nonexistent/t.svg"], "cannot write /nonexistent/t.svg: no such file or"),
+        (["--plot=t.png"], "cannot draw t.png: only SVG is drawn (name t.svg, then rsvg-convert"),
+        (["--costs=/nonexistent"], "cannot read /nonexistent: no such file or directory"),
+        (["--costs={tmp}/ghost.json"], 'ghost.json: model "ghost" is not configured'),
+        (["--costs={tmp}/t.csv"], "cannot read {tmp}/t.csv: "),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    more: list[str], said: str, verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ghost.json").write_text('{"models": {"ghost": {"wake": 1}}}')
+    assert main([*verb, *(one.format(tmp=tmp_path) for one in more)]) == 1
+    assert said.format(tmp=tmp_path) in capsys.readouterr().err
+
+
+def test_all_policies_are_not_drawn_at_once(
+    verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*verb[:3], "--from-journal=-", "--plot=t.svg"]) == 1
+    assert "cannot draw all policies at once (name one with --policy)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "x", "-1", "99999"])
+def test_there_are_gpus(count: str, verb: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*verb, "--gpus", count])
