@@ -1,0 +1,1 @@
+"""What `bench policy` is made of: its workloads and its verdicts."""
