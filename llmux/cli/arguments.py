@@ -59,7 +59,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECS",
-        type=_positive,
+        type=positive,
         default=SILENCE_SECS,
         help=f"give up after SECS without a byte (default: {SILENCE_SECS:g})",
     )
@@ -92,8 +92,12 @@ def _gpus(text: str) -> int:
     return count
 
 
-def _positive(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < 1e6:
-        raise ValueError(text)
+def positive(text: str) -> float:
+    """Seconds, more than none, of up to ten years."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 3.2e8:
+        raise argparse.ArgumentTypeError(f'must be a number of seconds above 0, not "{text}"')
     return seconds

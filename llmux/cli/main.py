@@ -242,7 +242,11 @@ def _add_orders(client: _Client) -> None:
             sub.add_argument("--eviction", metavar="W+P", help="park so instead of as configured")
         if name == "pin":
             sub.add_argument(
-                "--for", dest="seconds", type=float, metavar="SECS", help="unpin after SECS seconds"
+                "--for",
+                dest="seconds",
+                type=arguments.positive,
+                metavar="SECS",
+                help="unpin after SECS seconds",
             )
         if name == "restart":
             sub.add_argument(
@@ -269,7 +273,10 @@ def _add_order(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", nargs="*", help="the models, all at the same time")
     sub.add_argument("--all", action="store_true", help="all configured models")
     sub.add_argument(
-        "--timeout", type=float, metavar="SECS", help="withdraw the order after SECS seconds"
+        "--timeout",
+        type=arguments.positive,
+        metavar="SECS",
+        help="withdraw the order after SECS seconds",
     )
     sub.add_argument(
         "--no-wait", action="store_true", help="return once the order is accepted; see orders"

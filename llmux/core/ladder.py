@@ -106,6 +106,7 @@ def rung_for(tx: Transaction, name: str, eviction: Eviction) -> Eviction:
 def lower_parked(tx: Transaction, room: Room, waiting: Container[str]) -> None:
     budget = tx.config.policy.parked_max_bytes
     over = tx.memory_short or (budget is not None and used_bytes(tx) > budget)
+    why = "host memory is short" if tx.memory_short else "policy.parked_max_bytes is exceeded"
     candidates: dict[str, Eviction] = {}
     for name, record in tx.models.items():
         if not isinstance(record.phase, Parked) or not in_host_memory(record.phase.eviction):
@@ -119,7 +120,7 @@ def lower_parked(tx: Transaction, room: Room, waiting: Container[str]) -> None:
     for name in sorted(candidates, key=lambda name: _value(tx, name, candidates[name])):
         if room.may_leave(name):
             if candidates[name].process is Process.STOP:
-                stop(tx, name, "host memory is wanted" if over else "not used", grace=True)
+                stop(tx, name, why if over else "not used", grace=True)
             else:
                 deepen(tx, name, candidates[name])
             room.refresh(name)

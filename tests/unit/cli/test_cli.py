@@ -307,3 +307,14 @@ def test_every_failure_of_ours_has_an_exit_status() -> None:
     for kind in below(LlmuxError):
         assert any(issubclass(kind, listed) for listed, _ in EXIT_CODES), kind
     assert exit_code(ConfigError(())) == 78
+
+
+@pytest.mark.parametrize("order", [["pin", "a", "--for"], ["load", "a", "--timeout"]])
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "soon"])
+def test_seconds_of_orders_are_checked_where_they_are_typed(
+    order: list[str], seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*order, seconds])
+    said = capsys.readouterr().err
+    assert f'{order[-1]}: must be a number of seconds above 0, not "{seconds}"' in said

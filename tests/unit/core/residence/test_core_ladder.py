@@ -75,7 +75,9 @@ def test_the_least_valuable_goes_down_when_the_budget_is_exceeded() -> None:
     park(core, "b", 30)
     assert core.at("b") is ModelState.PARKED, "within the budget"
     park(core, "a", 30)
-    assert core.at("a") is ModelState.STOPPING
+    phase = core.record("a").phase
+    assert isinstance(phase, Stopping)
+    assert phase.reason == "policy.parked_max_bytes is exceeded"
     assert core.at("b") is ModelState.PARKED
     core.finish("a")
     assert core.states() == {"a": "stopped", "b": "parked"}
