@@ -240,20 +240,12 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = self._open_lock()
+        fd = open_for_all(f"{self.path}.lock", os.O_RDWR)
         try:
             self._lock(fd)
             yield
         finally:
             os.close(fd)
-
-    def _open_lock(self) -> int:
-        """Made with its mode at once: engines of several users begin in the same moment."""
-        former = os.umask(0)
-        try:
-            return os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        finally:
-            os.umask(former)
 
     def _lock(self, fd: int) -> None:
         """flock knows no time limit: a thread waits in it, and we for the thread.
@@ -277,6 +269,15 @@ class Ledger:
                 f"cannot lock the GPU ledger {self.path}: held for "
                 f"{self._lock_timeout:g}s, perhaps by a frozen engine"
             ) from None
+
+
+def open_for_all(path: str, flags: int) -> int:
+    """Made with its mode at once: engines of several users begin in the same moment."""
+    former = os.umask(0)
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    finally:
+        os.umask(former)
 
 
 def _empty() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ledger import GIB, Ledger
+from ledger import GIB, Ledger, open_for_all
 
 
 class DeviceError(Exception):
@@ -73,7 +73,7 @@ class Device:
     @contextmanager
     def moving(self, what: str) -> Iterator[None]:
         """Memory is mapped or unmapped; beside another engine's that hangs or kills it."""
-        fd = os.open(f"{self._ledger.path}.moving.{self._gpu}", os.O_RDWR | os.O_CREAT, 0o666)
+        fd = open_for_all(f"{self._ledger.path}.moving.{self._gpu}", os.O_RDWR)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +89,7 @@ class Device:
 
     def _note(self, text: str) -> None:
         path = f"{self._ledger.path}.complaints"
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = open_for_all(path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(fd, f"GPU {self._gpu}, {self._model}: {text}\n".encode())
         finally:

@@ -1,4 +1,5 @@
-"""Send the requests of a trace when it says, and print how long each waited for its model.
+"""Send the requests of a trace when it says, and print how long each waited for its model and
+what ``watch_ledger.py`` saw of the GPUs meanwhile.
 
 replay.py TRACE.json          [[seconds, model, tokens], …]
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pathlib
+import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "load"))
@@ -28,4 +30,11 @@ async def main(trace: list[tuple[float, str, int]]) -> dict[str, object]:
     return {"waits": [a.wait_ms / 1000 for a in answers], "wrong": wrong}
 
 
-print(json.dumps(asyncio.run(main(json.loads(pathlib.Path(sys.argv[1]).read_text())))))
+watcher = subprocess.Popen(
+    [sys.executable, str(pathlib.Path(__file__).with_name("watch_ledger.py"))],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+)
+report = asyncio.run(main(json.loads(pathlib.Path(sys.argv[1]).read_text())))
+seen, _ = watcher.communicate(b"", timeout=60)
+print(json.dumps(report | {"ledger": json.loads(seen)}))

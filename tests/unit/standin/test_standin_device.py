@@ -49,6 +49,20 @@ def test_alone_nothing_is_complained_of(start: Start, ledger: Ledger) -> None:
     assert complaints(ledger) == ""
 
 
+def test_engines_of_several_users_share_a_device(start: Start, ledger: Ledger) -> None:
+    """What the first one leaves beside the ledger is open to all, whatever its umask."""
+    former = os.umask(0o077)
+    try:
+        start("alpha", *CHECKED)
+    finally:
+        os.umask(former)
+    left = list(Path(ledger.path).parent.glob(f"{Path(ledger.path).name}*"))
+    assert {f"{ledger.path}.lock", f"{ledger.path}.moving.0"} <= {str(path) for path in left}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in left} == {
+        path.name: "0o666" for path in left
+    }
+
+
 def test_too_little_is_free_at_start(start: Start, ledger: Ledger, other: Other) -> None:
     other(20)
     engine = start("alpha", *CHECKED, ready=False)
