@@ -87,15 +87,14 @@ def schedule(tx: Transaction) -> None:
 
 
 def _in_order(tx: Transaction, away: list[Waiting]) -> list[str]:
-    """The policy's order, but no model comes back before the one that it left for, unless its
-    priority is higher: both switches would have been for nothing."""
+    """The policy's order, but no model comes back before the one that it left for, whatever their
+    priorities: both switches would have been for nothing."""
     order = tx.policy.order(away, tx.now)
     place = {name: float(index) for index, name in enumerate(order)}
-    priority = {one.model: one.priority for one in away}
     for target in order:
         reservation = tx.reservations.get(target)
         for victim in reservation.victims if reservation is not None else ():
-            if victim in place and priority[victim] <= priority[target]:
+            if victim in place:
                 place[victim] = max(place[victim], place[target] + 0.5)
     return sorted(order, key=place.__getitem__)
 

@@ -248,8 +248,13 @@ def test_demand_that_comes_during_a_drain_does_not_turn_it_back() -> None:
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))
-def test_a_model_that_left_for_another_does_not_come_back_before_it(kind: PolicyType) -> None:
-    core = Core(model("a"), model("b"), policy_type=kind, amortization_factor=0.0)
+@pytest.mark.parametrize("priority", [0, 5])
+def test_a_model_that_left_for_another_does_not_come_back_before_it(
+    kind: PolicyType, priority: int
+) -> None:
+    core = Core(
+        model("a", priority=priority), model("b"), policy_type=kind, amortization_factor=0.0
+    )
     core.serve("a")
     core.demand("b", waiting=1)
     core.demand("a", waiting=500, age=9.0)  # more, and older, than b's
@@ -258,18 +263,6 @@ def test_a_model_that_left_for_another_does_not_come_back_before_it(kind: Policy
     core.happen(WorkerDrained(WORKER, "a", epoch))
     core.finish("a")
     assert core.plans() == ["start b"]
-
-
-def test_a_higher_priority_comes_back_before_the_model_that_it_left_for() -> None:
-    core = Core(model("a", priority=1), model("b"))
-    core.serve("a")
-    core.demand("b", waiting=1)
-    core.demand("a", waiting=1)
-    epoch = core.record("a").epoch
-    assert epoch is not None
-    core.happen(WorkerDrained(WORKER, "a", epoch))
-    core.finish("a")
-    assert core.plans() == ["wake a"]
 
 
 def test_a_model_that_nobody_waits_for_any_more_gives_its_place_up() -> None:

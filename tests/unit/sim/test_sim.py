@@ -44,11 +44,14 @@ def simulated(
     places: int = 32,
     gpus: int = 1,
     each: Mapping[str, Any] = MappingProxyType({}),
+    each_of: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     **policy: Any,
 ) -> Result:
-    """``each``: settings of every model."""
-    names = sorted({arrival.model for arrival in trace})
-    models = {name: ModelConfig(name, name, eviction=OFFLOAD, gpus=1, **each) for name in names}
+    """``each``: settings of every model; ``each_of``: of one."""
+    models = {
+        name: ModelConfig(name, name, eviction=OFFLOAD, gpus=1, **each, **each_of.get(name, {}))
+        for name in sorted({arrival.model for arrival in trace})
+    }
     config = Config(
         models=MappingProxyType(models),
         policy=PolicyConfig(**policy),
@@ -114,6 +117,19 @@ def test_answers_longer_than_the_drain_timeout_get_done(kind: PolicyType) -> Non
     result = simulated(*trace, policy_type=kind, drain_timeout_secs=10, request_timeout_secs=3000)
     assert not any(r.refused for r in result.requests)
     assert max(r.cuts for r in result.requests) <= 1
+
+
+@pytest.mark.parametrize("kind", list(PolicyType))
+def test_steady_traffic_of_a_higher_priority_starves_no_other(kind: PolicyType) -> None:
+    """It left for the other and came back before it, for ever: switches that served nobody."""
+    high = [Arrival(2.0 * i, "a", 3) for i in range(150)]
+    result = simulated(
+        *sorted([*high, Arrival(5, "b", 1), Arrival(100, "b", 1), Arrival(200, "b", 1)]),
+        each_of={"a": {"priority": 5}},
+        policy_type=kind,
+    )
+    waited = [r.wait or 0.0 for r in result.requests if r.arrival.model == "b"]
+    assert max(waited) < 60.0, waited
 
 
 def test_the_same_trace_gives_the_same_figures() -> None:
