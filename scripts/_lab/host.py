@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
+UBUNTU_MIRROR = "http://archive.ubuntu.com/ubuntu"
+UBUNTU_KEYRING = "/usr/share/keyrings/ubuntu-archive-keyring.gpg"
 
 # tool → the Debian package that has it
 PACKAGE_OF_TOOL = {
@@ -186,6 +188,18 @@ def debian_mirror() -> str:
         lines = listing.read_text().split() if listing.exists() else []
         return lines[0].rstrip("/") if lines else DEFAULT_MIRROR
     return found
+
+
+def ubuntu_archive() -> tuple[str, str]:
+    """Mirror and keyring of Ubuntu: its own, or what the environment names."""
+    keyring = os.environ.get("LLMUX_UBUNTU_KEYRING", UBUNTU_KEYRING)
+    if not pathlib.Path(keyring).exists():
+        raise LabError(
+            f"cannot verify Ubuntu's archive: {keyring} does not exist\n"
+            "  next step: put the file of Ubuntu's package ubuntu-keyring there, or name it in"
+            " LLMUX_UBUNTU_KEYRING"
+        )
+    return os.environ.get("LLMUX_UBUNTU_MIRROR", UBUNTU_MIRROR).rstrip("/"), keyring
 
 
 def _read_sources(apt: pathlib.Path) -> list[tuple[str, str]]:

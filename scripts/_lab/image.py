@@ -56,6 +56,7 @@ TOOLS = (
     "systemd-sysv",
     "util-linux",
 )
+UBUNTU = ("noble", "resolute")  # 24.04 and 26.04
 VM_PACKAGES = ("linux-image-cloud-amd64", "criu", "openssh-server", "systemd-timesyncd")
 
 # Timers and consoles that only make a short-lived guest slower and its journal longer.
@@ -182,7 +183,11 @@ class _Scratch:
 
 
 def _bootstrap(recipe: Recipe, root: pathlib.Path) -> None:
-    mirror = host.debian_mirror()
+    keyring = None
+    if recipe.suite in UBUNTU:
+        mirror, keyring = host.ubuntu_archive()
+    else:
+        mirror = host.debian_mirror()
     host.say(f"building the {recipe.suite} root from {mirror} (half a minute, once)")
     began = time.monotonic()
     argv = [
@@ -213,7 +218,10 @@ def _bootstrap(recipe: Recipe, root: pathlib.Path) -> None:
             # Without its lists this source is only a trap for the next apt-get update.
             f"--customize-hook=rm {lists}",
         ]
-    argv += [recipe.suite, str(root), f"deb {mirror} {recipe.suite} main"]
+    argv += [f"--keyring={keyring}"] if keyring else []
+    # Half of what llmux depends on is in Ubuntu's universe.
+    components = "main universe" if keyring else "main"
+    argv += [recipe.suite, str(root), f"deb {mirror} {recipe.suite} {components}"]
     log = host.cache_dir() / f"{root.parent.name}.log"
     host.run_logged(argv, what=f"building the {recipe.suite} root", log=log)
     log.unlink(missing_ok=True)

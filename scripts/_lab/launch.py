@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from . import host, image, nspawn, state, vllm, vm
 
-SUITES = ("trixie", "bookworm")
+SUITES = ("trixie", "bookworm", *image.UBUNTU)
 BOOT_TIMEOUT = 90.0  # seconds; a boot takes one, the rest is for a machine that others keep busy
 PROJECT_IN_GUEST = "/srv/llmux"
 
@@ -71,6 +71,11 @@ def plan(name: str, directory: pathlib.Path, options: Options) -> Plan:
         "owner_pid": options.owner_pid,
         "shares": [dataclasses.asdict(share) for share in shares],
     }
+    if options.machine and options.suite in image.UBUNTU:
+        raise host.LabError(
+            f"--vm with {options.suite}: its kernel is another package\n"
+            "  next step: a guest without --vm, or a suite of Debian"
+        )
     if options.machine:
         return _plan_machine(name, directory, options, shares, facts)
     host.need_tools(host.NSPAWN_TOOLS)
