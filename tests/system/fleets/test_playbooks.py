@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import pathlib
 import shutil
 import subprocess
+import threading
 
 import pytest
 from fleet import ANSIBLE, PLAYBOOKS, Played, ansible_environment, ansible_tools, read_play
@@ -20,9 +23,13 @@ echo "$@" >> {asked}
 case "$1" in
 status)
     echo '{{"models": {{
-        "image": {{"eviction": "retain+checkpoint", "in_flight": 0, "queue_depth": 0}},
-        "none": {{"eviction": "discard+checkpoint", "in_flight": {busy}, "queue_depth": 0}},
-        "other": {{"eviction": "offload+stop", "in_flight": 0, "queue_depth": 0}}}}}}' ;;
+        "image": {{"state": "serving",
+            "eviction": "retain+checkpoint", "in_flight": 0, "queue_depth": 0}},
+        "none": {{"state": "waiting for room",
+            "eviction": "discard+checkpoint",
+            "in_flight": {busy}, "queue_depth": 0}},
+        "other": {{"state": "parked",
+            "eviction": "offload+stop", "in_flight": 0, "queue_depth": 0}}}}}}' ;;
 checkpoint)
     if [ "$3" = image ]; then echo '{{"reused": true}}'; else echo '{{"reused": false}}'; fi ;;
 esac
@@ -72,6 +79,63 @@ def test_a_drain_that_does_not_end_fails_where_it_must(tmp_path: pathlib.Path, m
     limits = ("-e", "llmux_drain_secs=1", "-e", must_drain)
     assert (play(tmp_path, playbook, *limits, busy=2).status != 0) == must
     play(tmp_path, playbook, *limits).assert_ok()
+
+
+def test_the_table_is_not_folded_and_names_who_is_not_reached(tmp_path: pathlib.Path) -> None:
+    away = tmp_path / "away.ini"
+    away.write_text("[llmux]\naway ansible_host=127.0.0.1 ansible_port=1\n")
+    played = play(tmp_path, PLAYBOOKS / "status.yml", "-i", str(away)).assert_ok()
+    head, here, gone = (" ".join(line.split()) for line in table(played.output))
+    assert head == "HOST VERSION MODELS STATES GPU MEMORY WAITING IN FLIGHT"
+    assert here.startswith("here ") and here.endswith(" 0 0")
+    assert gone == "away - - unreachable - - -"
+    assert "FAILED" not in played.output
+
+
+def table(output: str) -> list[str]:
+    """The lines below ``msg:`` of the task that prints them."""
+    lines = output.partition("msg: |-\n")[2].partition("\n\n")[0]
+    return lines.splitlines()
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A gateway that is ready, and whose engine is not."""
+
+    def do_GET(self) -> None:
+        self.answer(200, {"status": "ready"})
+
+    def do_POST(self) -> None:
+        self.answer(503, {"error": {"message": "alpha could not be started: no room"}})
+
+    def answer(self, status: int, body: object) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+def test_a_gate_that_fails_says_why_and_does_not_show_the_key(tmp_path: pathlib.Path) -> None:
+    role = "{ansible.builtin.include_role: {name: llmux, tasks_from: gate.yml}}"
+    playbook = tmp_path / "gate.yml"
+    playbook.write_text(f"- hosts: llmux\n  gather_facts: false\n  tasks: [{role}]\n")
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            values = {
+                "llmux_config": {"gateway": {"listen": [f"127.0.0.1:{server.server_port}"]}},
+                "llmux_models": {"alpha": {"model_path": "lab/tiny"}},
+                "llmux_probe_key": "sk-secret",
+            }
+            played = play(tmp_path, playbook, "-e", json.dumps(values), "-vv")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert played.status != 0
+    assert "alpha could not be started: no room" in " ".join(played.output.split())
+    assert "sk-secret" not in played.output
 
 
 def test_secrets_beside_the_inventory_are_no_hosts(tmp_path: pathlib.Path) -> None:
