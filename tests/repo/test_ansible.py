@@ -57,3 +57,14 @@ def test_a_model_of_the_example_inventory_is_of_the_schema(tmp_path: Path) -> No
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     assert set(load_config(file, check_files=False).models) == {"qwen3-4b", "qwen3-32b"}
+
+
+def test_every_alert_has_a_test_of_its_rule_and_a_fault_that_fires_it() -> None:
+    tests = ANSIBLE.parent / "tests"
+    rules = load(ANSIBLE / "roles/llmux_monitoring/files/llmux.rules.yml")["groups"]
+    names = [rule["alert"] for group in rules for rule in group["rules"]]
+    units = (tests / "fixtures/monitoring/llmux.rules.test.yml").read_text()
+    faults = ("front/test_alerts.py", "fleets/test_host_alerts.py")
+    made = "".join((tests / "system" / path).read_text() for path in faults)
+    assert [name for name in names if f'alertname="{name}"' not in units] == []
+    assert [name for name in names if f'"{name}"' not in made] == []
