@@ -138,6 +138,17 @@ def test_a_gate_that_fails_says_why_and_does_not_show_the_key(tmp_path: pathlib.
     assert "sk-secret" not in played.output
 
 
+def test_a_file_with_secrets_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+    role = "{ansible.builtin.include_role: {name: llmux, tasks_from: configure.yml}}"
+    playbook = tmp_path / "configure.yml"
+    playbook.write_text(f"- hosts: llmux\n  gather_facts: false\n  tasks: [{role}]\n")
+    values = {"llmux_installed": False, "llmux_keys_src": "/nowhere/keys"}
+    played = play(tmp_path, playbook, "--check", "-e", json.dumps(values))
+    assert played.status != 0
+    said = " ".join(played.output.split())
+    assert "cannot write /etc/llmux/keys: /nowhere/keys does not exist on the control node" in said
+
+
 def test_secrets_beside_the_inventory_are_no_hosts(tmp_path: pathlib.Path) -> None:
     """Ansible reads every file of an inventory directory, and a line of text is a host's name."""
     tools = ansible_tools()
