@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -113,6 +113,41 @@ def ansible_environment(tools: pathlib.Path, directory: pathlib.Path) -> dict[st
     }
 
 
+# What a host is made of as far as a playbook can change it; /var/lib/apt, logs, what Prometheus
+# has scraped and the scopes of ssh sessions are not.
+FINGERPRINT = """
+find /etc /usr /opt /var/lib /var/cache -xdev \\( -path /var/lib/apt -o -path /var/cache/apt \
+  -o -path /var/lib/systemd -o -path /var/lib/prometheus -o -path '*/__pycache__' \\) -prune \
+  -o -printf '%p %m %U:%G %y %s %T@\\n' | grep -v '^/var/cache/ldconfig' | sort
+dpkg-query -W
+systemctl list-unit-files --no-legend | awk '$2 != "transient"'
+"""
+
+
+def fingerprints(hosts: Fleet) -> dict[str, str]:
+    return {
+        name: guest.run(["bash", "-c", FINGERPRINT]).stdout for name, guest in hosts.guests.items()
+    }
+
+
+def repacked(
+    package: str,
+    directory: pathlib.Path,
+    change: Callable[[pathlib.Path], None] = lambda tree: None,
+    suffix: str = "+next",
+) -> str:
+    """The same package under a later version, its files changed by ``change``."""
+    directory.mkdir(exist_ok=True)
+    tree, target = directory / "tree", directory / f"llmux_{suffix[1:]}_all.deb"
+    subprocess.run(["dpkg-deb", "-R", package, str(tree)], check=True)
+    control = tree / "DEBIAN/control"
+    control.write_text(re.sub(r"(?m)^(Version: .*)$", rf"\1{suffix}", control.read_text()))
+    change(tree)
+    pack = ["dpkg-deb", "--root-owner-group", "-Zgzip", "-b", str(tree), str(target)]
+    subprocess.run(pack, check=True, stdout=subprocess.DEVNULL)
+    return str(target)
+
+
 _RECAP = re.compile(r"^(\S+) +: (ok=\d+ .*)$", re.MULTILINE)
 _TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[(.*)\] \**$")
 
@@ -142,11 +177,13 @@ def fleet(
     directory: pathlib.Path,
     packages: Mapping[str, Sequence[str]],
     debs: Sequence[str] = (),
+    downloads: Sequence[str] = (),
 ) -> Iterator[Fleet]:
     """Guests by name and suite, up and reachable over ssh as root with ``directory/key``.
 
     ``packages`` are Debian's that a guest has besides, since it cannot fetch any itself; ``debs``
-    are files that all have.
+    are files that all have; ``downloads`` are packages that lie, with what they need, in the
+    guests' /var/cache/apt/archives, for a playbook to install.
     """
     tools = ansible_tools()
     subprocess.run(
@@ -166,7 +203,7 @@ def fleet(
             _connect(guests[name], f"{addresses[name]}/{network.prefixlen}")
         with ThreadPoolExecutor() as pool:
             furnish = (
-                pool.submit(_serve_ssh, guest, public, packages.get(name, ()))
+                pool.submit(_serve_ssh, guest, public, packages.get(name, ()), downloads)
                 for name, guest in guests.items()
             )
             for one in list(furnish):
@@ -214,7 +251,9 @@ def _ip(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["ip", *words], check=True, text=True, stdout=subprocess.PIPE)
 
 
-def _serve_ssh(guest: Guest, public_key: str, more: Sequence[str]) -> None:
+def _serve_ssh(
+    guest: Guest, public_key: str, more: Sequence[str], downloads: Sequence[str]
+) -> None:
     """Debian's own sshd; apt runs in the guest's mounts with the network of this host. Its lists
     stay: they are new enough, so that nothing fetches others."""
     guest.write("/root/.ssh/authorized_keys", public_key, mode=0o600)
@@ -225,7 +264,10 @@ def _serve_ssh(guest: Guest, public_key: str, more: Sequence[str]) -> None:
            "-o", "Acquire::Check-Valid-Until=false"]  # fmt: skip
     # python3-apt: Ansible would fetch it itself, but not from where a guest is
     packages = ["openssh-server", "python3-apt", *more]
-    for words in (["update"], ["--no-install-recommends", "install", *packages]):
+    install = ["--no-install-recommends", "install"]
+    orders = [["update"], [*install, *packages]]
+    orders += [[*install, "--download-only", *downloads]] if downloads else []
+    for words in orders:
         host.run_logged(
             [*enter, *apt, *words],
             what=f"installing sshd in {guest.name}",

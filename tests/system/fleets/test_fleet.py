@@ -14,11 +14,11 @@ import os
 import pathlib
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from fleet import Fleet, Played, fleet
+from fleet import Fleet, Played, fingerprints, fleet, repacked
 from llmux_guest import LOAD, STANDIN, Guest
 
 COUNT = int(os.environ.get("LLMUX_FLEET_GUESTS", "2"))
@@ -35,16 +35,6 @@ pytestmark = [
     # The first run makes the environment with Ansible, and images; a play takes minutes on each.
     pytest.mark.timeout(900 + 900 * COUNT),
 ]
-
-# What a host is made of as far as a playbook can change it; /var/lib/apt, logs and the scopes of
-# ssh sessions are not.
-FINGERPRINT = """
-find /etc /usr /opt /var/lib /var/cache -xdev \\( -path /var/lib/apt -o -path /var/cache/apt \
-  -o -path /var/lib/systemd -o -path '*/__pycache__' \\) -prune \
-  -o -printf '%p %m %U:%G %y %s %T@\\n' | grep -v '^/var/cache/ldconfig' | sort
-dpkg-query -W
-systemctl list-unit-files --no-legend | awk '$2 != "transient"'
-"""
 
 
 def variables(package: str, **more: Any) -> dict[str, Any]:
@@ -123,12 +113,6 @@ def deployed(
         if test_the_second_run_changes_nothing.__name__ in wanted:
             found.second = hosts.play("site.yml", file, "--diff").assert_ok()
         yield found
-
-
-def fingerprints(hosts: Fleet) -> dict[str, str]:
-    return {
-        name: guest.run(["bash", "-c", FINGERPRINT]).stdout for name, guest in hosts.guests.items()
-    }
 
 
 def ask(guest: Guest, name: str) -> dict[str, Any]:
@@ -248,7 +232,7 @@ def test_one_table_shows_every_host(deployed: Deployed) -> None:
     deployed.touched = False
     print(played.output)
     for name, guest in deployed.fleet.guests.items():
-        row = rf"- '?{name} +{re.escape(version(guest))} +5 .*beta serving"
+        row = rf"(?m)^ +{name} +{re.escape(version(guest))} +5 .*beta serving"
         assert re.search(row, played.output), played.output
 
 
@@ -258,7 +242,7 @@ def test_one_table_shows_every_host(deployed: Deployed) -> None:
 @pytest.fixture(scope="module")
 def newer(package: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same package under a later version."""
-    return repacked(package, tmp_path_factory.mktemp("newer"), lambda tree: None)
+    return repacked(package, tmp_path_factory.mktemp("newer"))
 
 
 @pytest.fixture(scope="module")
@@ -272,16 +256,6 @@ def stricter(package: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         keys.write_text(text.replace('"warmup": parse.boolean,', ""))
 
     return repacked(package, tmp_path_factory.mktemp("stricter"), forget)
-
-
-def repacked(package: str, directory: pathlib.Path, change: Callable[[pathlib.Path], None]) -> str:
-    tree, target = directory / "tree", directory / "llmux_next_all.deb"
-    subprocess.run(["dpkg-deb", "-R", package, str(tree)], check=True)
-    control = tree / "DEBIAN/control"
-    control.write_text(re.sub(r"(?m)^(Version: .*)$", r"\1+next", control.read_text()))
-    change(tree)
-    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", str(tree), str(target)], check=True)
-    return str(target)
 
 
 @contextlib.contextmanager
