@@ -10,13 +10,17 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmux import __version__
 from llmux.cli.client import ask
 from llmux.cli.order import order
 from llmux.cli.output import print_json, print_table, span
-from llmux.errors import ConfigError, LlmuxError
+from llmux.errors import ConfigError, LlmuxError, Problem
+
+if TYPE_CHECKING:  # reading configurations takes time that the client's verbs need not spend
+    from llmux.config.files.marks import Marks
+    from llmux.config.schema import Config
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -90,6 +94,8 @@ def check(args: argparse.Namespace) -> int:
     try:
         marked = load_marked(path, candidate=candidate)
         host = check_host(marked.config, marked.marks) if args.host else ()
+        if args.host and not host:  # what is said already would be said again
+            host = _closed_to_engines(marked.config, marked.marks)
         # Another user's check, or one of a file elsewhere, says nothing of the service.
         if os.geteuid() == 0 and path.startswith(SERVICE_FILES) and candidate is None:
             host += check_gateway_reads(marked.config, marked.marks)
@@ -112,6 +118,17 @@ def check(args: argparse.Namespace) -> int:
         if config.gateway.keys_file is None:
             print(WITHOUT_KEYS, file=sys.stderr)
     return 0
+
+
+def _closed_to_engines(config: Config, marks: Marks) -> tuple[Problem, ...]:
+    """What the configured engines cannot do on this host, as the doctor finds it."""
+    from llmux.daemon.host import look_as_engines
+
+    return tuple(
+        marks.problem(("vllm_command",), f"{check.seen} ({check.remedy})")
+        for check in look_as_engines(config)
+        if check.level == "FAIL"
+    )
 
 
 def _problem(problem: Any) -> dict[str, Any]:

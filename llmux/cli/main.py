@@ -188,7 +188,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="validate the configuration as it would be with FILE at PATH",
     )
     check.add_argument(
-        "--host", action="store_true", help="check this host's programs and users as well"
+        "--host",
+        action="store_true",
+        help="check this host's programs and users, and what engines can do here, as well",
     )
     watching = verb("top", commands.top, "watch GPUs, orders and models in the terminal")
     watching.add_argument(

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmux.config.schema import Config
+from llmux.daemon.engine_users import planned_starts
+from llmux.drivers.doctor.access import check_access
+from llmux.drivers.doctor.facts import Host
 from llmux.drivers.doctor.run import Check, run_checks
 
 
 def look_at_host(
     config: Config | None, *, deep: bool = False, cuda_round_trip: bool = False
 ) -> Sequence[Check]:
-    return run_checks(config, deep=deep, cuda_round_trip=cuda_round_trip)
+    host = Host(starts=planned_starts)
+    return run_checks(config, host, deep=deep, cuda_round_trip=cuda_round_trip)
+
+
+def look_as_engines(config: Config) -> Sequence[Check]:
+    """What engines can do here, asked as their users. Nothing where we may not become them."""
+    return check_access(Host(starts=planned_starts), config)

@@ -27,6 +27,7 @@ from llmux.daemon.duties import (
     until,
 )
 from llmux.daemon.engine_environment import engine_environment
+from llmux.daemon.engine_users import engine_users
 from llmux.daemon.places import LAST_GOOD, RUNTIME, SOCKET
 from llmux.daemon.process import run
 from llmux.daemon.supervisor import GATEWAY_USER, TAKEOVER_SECS, Supervisor
@@ -43,15 +44,13 @@ from llmux.drivers.images.identity import model_files_are_here
 from llmux.drivers.images.store import ImageStore
 from llmux.drivers.memory import Pressure, available_bytes
 from llmux.drivers.processes.freezer import CgroupFreezer
-from llmux.drivers.processes.users import ModelUsers, SharedUser
 from llmux.drivers.store import FileStateStore
 from llmux.drivers.systemd.notify import SdNotifier, watchdog_interval
 from llmux.drivers.systemd.own_unit import OwnUnit
 from llmux.errors import ConfigError, LlmuxError, Reason, Refused
 from llmux.peers import ADMINS
-from llmux.ports import DeviceCheckpointer, EngineUsers, UnitManager
+from llmux.ports import DeviceCheckpointer, UnitManager
 from llmux.protocol import Ask, ProgressCallback
-from llmux.runtime.engines.launch import home_name
 from llmux.runtime.host import Drivers, Places
 from llmux.runtime.pressure import watch_pressure
 from llmux.runtime.watchdog import StatusLine, feed_watchdog
@@ -59,9 +58,7 @@ from llmux.trusted import make_private
 
 log = logging.getLogger("llmux")
 
-CACHE = "/var/cache/llmux"  # one home per model
 EVENTS = f"{RUNTIME}/events.jsonl"
-USERS = "/var/lib/llmux/engine-users.json"
 LEARNED = "/var/lib/llmux/learned.json"
 DRIVER_MARK = f"{RUNTIME}/restarted-for-driver"
 LOGS = "/var/log/llmux"  # engines' output: on a disk of its own when images fill theirs
@@ -156,7 +153,7 @@ def _system_drivers(config: Config) -> Drivers:
         engine=VllmEngine(),
         output=EngineFiles(LOGS),
         gpu=find_gpu_observer(),
-        places=Places(RUNTIME, _users(config), config.vllm_command, engine_environment()),
+        places=Places(RUNTIME, engine_users(config), config.vllm_command, engine_environment()),
         identity=engine_identity,
         portable_identity=portable_identity,
         checkpointer=_checkpointer(config, units),
@@ -167,14 +164,6 @@ def _system_drivers(config: Config) -> Drivers:
         files_are_here=model_files_are_here,
         weights=PageCache(),
     )
-
-
-def _users(config: Config) -> EngineUsers | None:
-    if config.engine_user == "root":
-        return None
-    if config.engine_user is not None:
-        return SharedUser(config.engine_user, CACHE)
-    return ModelUsers(USERS, lambda model: f"{CACHE}/{home_name(model)}")
 
 
 async def _alone(*, patience: float) -> int:

@@ -83,6 +83,10 @@ class EngineType:
     # (launch, directory for its sockets, home of its alone or None)
     environment: Callable[[Launch, str, str | None], Mapping[str, str]]
 
+    # (environment) -> what it writes there: directory; weights are downloaded to another one
+    caches: Callable[[Mapping[str, str]], Mapping[str, str]]
+    modules: tuple[str, ...]  # of Python, that its start imports; the slow ones first
+
     # sleep and wake
     sleep_levels: Mapping[Weights, int]
     wake_stages: Mapping[Weights, tuple[WakeStage, ...]]

@@ -137,6 +137,22 @@ def environment(launch: Launch, directory: str, home: str | None) -> Mapping[str
     return env
 
 
+def caches(env: Mapping[str, str]) -> Mapping[str, str]:
+    """Where vLLM and the compilers that it calls keep what they compile, as they look for it."""
+    home = env.get("HOME", "/")
+    cache = env.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    temporary = env.get("TMPDIR") or "/tmp"  # noqa: S108  # looked at, not used
+    inductor = f"{temporary}/torchinductor_{env.get('USER', 'user')}"
+    flashinfer = env.get("FLASHINFER_WORKSPACE_BASE") or home
+    return {
+        "vLLM's cache": env.get("VLLM_CACHE_ROOT") or f"{cache}/vllm",
+        "Triton's cache": env.get("TRITON_CACHE_DIR") or f"{home}/.triton/cache",
+        "TorchInductor's cache": env.get("TORCHINDUCTOR_CACHE_DIR") or inductor,
+        "FlashInfer's cache": f"{flashinfer}/.cache/flashinfer",
+        "CUDA's cache": env.get("CUDA_CACHE_PATH") or f"{home}/.nv/ComputeCache",
+    }
+
+
 def sleeps(launch: Launch) -> bool:
     return launch.eviction.weights is not Weights.RETAIN
 
@@ -241,6 +257,8 @@ VLLM: Final = EngineType(
     adapters=adapters,
     argv=argv,
     environment=environment,
+    caches=caches,
+    modules=("torch", "vllm"),
     sleep_levels=SLEEP_LEVELS,
     wake_stages=WAKE_STAGES,
     cache_apart=cache_apart,

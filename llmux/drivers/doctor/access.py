@@ -1,89 +1,59 @@
-"""Can an engine run its program, read its weights and compile kernels here? Asked as its user.
+"""Can an engine run its program, read its weights, write its caches and compile kernels here?
 
-What root can open says nothing: an environment below /root, a Python that uv put there, weights in
-somebody's home are closed to an engine, which then ends with "Permission denied".
+Asked as the engine itself: through the launcher, as its user, with its environment. What root can
+do says nothing: an environment below /root, a Python that uv put there, weights in somebody's home
+are closed to an engine, which then ends with "Permission denied".
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
 
-from llmux.config.schema import ENGINES, Config
+from llmux.config.schema import Config
 from llmux.drivers.doctor.facts import Check, Host, Level
 from llmux.drivers.doctor.parking import interpreter_of
+from llmux.drivers.images.identity import hub_cache, missing_of_model, model_directory
+from llmux.errors import LlmuxError
+from llmux.ports import LaunchSpec
 
-NAME = "engine access"
-COMPILERS = "compilers"
-# In a process of its own, which becomes the engine's user for good.
-LOOK = """
-import json, os, pwd, shutil, subprocess, sys
-asked = json.loads(sys.argv[1])
-user = pwd.getpwnam(asked["user"])
-os.setgroups(os.getgrouplist(user.pw_name, user.pw_gid))
-os.setgid(user.pw_gid)
-os.setuid(user.pw_uid)
-os.environ.update(PATH=asked["path"], HOME="/")
-problems, found, files = [], {}, 0
-def closed(path):
-    ways = [path, os.path.realpath(path)]
-    for way in ways:
-        parts = way.split("/")
-        for end in range(2, len(parts)):
-            if not os.access("/".join(parts[:end]), os.X_OK):
-                return "/".join(parts[:end]) + " is closed to it"
-    return "its mode is " + oct(os.stat(path).st_mode & 0o7777)
-program, interpreter = asked["program"], asked["interpreter"]
-if not os.access(program, os.X_OK):
-    problems.append("cannot execute " + program + ": " + closed(program))
-elif interpreter:
-    try:
-        ran = subprocess.run([*interpreter, "-c", asked["ask"]], capture_output=True, timeout=30)
-        if ran.returncode:
-            words = ran.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
-            problems.append("cannot execute " + interpreter[0] + ": " + words[-1])
-        else:
-            found = json.loads(ran.stdout)
-    except PermissionError:
-        problems.append("cannot execute " + interpreter[0] + ": " + closed(interpreter[0]))
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        problems.append("cannot execute " + interpreter[0] + ": " + str(error))
-for name, path in asked["models"].items():
-    bad = []
-    def unreadable(error):
-        bad.append(error.filename)
-    if os.path.isfile(path):
-        names = [path]
-    else:
-        names = []
-        for top, folders, ones in os.walk(path, onerror=unreadable):
-            folders[:] = [one for one in folders if not one.startswith(".")]
-            names += [os.path.join(top, one) for one in ones if not one.startswith(".")]
-    if not os.path.exists(path):
-        bad.append(path)
-    bad += [one for one in names if not os.access(one, os.R_OK)]
-    files += len(names)
-    if bad:
-        problems.append("cannot read " + bad[0] + " of " + name + ": " + closed(bad[0]))
-found.update({tool: shutil.which(tool) is not None for tool in ("ninja", "cc", "nvcc")})
-print(json.dumps({"problems": problems, "files": files, "found": found}))
-"""
-ASK = """
-import importlib.util, json, os, sysconfig
-print(json.dumps({
-    "Python.h": os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")),
-    "flashinfer-jit-cache": importlib.util.find_spec("flashinfer_jit_cache") is not None,
-}))
-"""
-LOOK_SECS = 60.0
-REMEDY = (
+NAME: Final = "engine access"
+DIRECTORIES: Final = "engine directories"
+IMPORTS: Final = "engine imports"
+HUB: Final = "models of the hub"
+COMPILERS: Final = "compilers"
+LOOK: Final = Path(__file__).with_name("look_as_engine.py")
+# An engine's user may be kept from llmux's own interpreter, in an environment of its developers.
+PYTHON: Final = "/usr/bin/python3"
+IMPORT_SECS: Final = 180.0  # from a slow disk; 5 to 20 s from a warm one
+LOOK_SECS: Final = 120.0  # for the rest
+ROOT: Final = {"HOME": "/root"}  # the environment of whoever tried vLLM by hand
+SHOWN: Final = 3  # engines of which nothing bad is to be said
+_OWN_VARIABLE: Final = "VLLM_RPC_BASE_PATH"
+_HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+REMEDY: Final = (
     "install vLLM and put the weights where every user may read them (/opt/vllm, /srv/models), with"
     " `uv venv --python` of a Python outside /root; see README, *Weights and environment*"
 )
-COMPILERS_REMEDY = (
+IMPORTS_REMEDY: Final = (
+    "install vLLM into its environment again; `{} -c 'import {}'` in an engine's environment"
+    " (README, *Weights and environment*) shows the whole error"
+)
+DIRECTORIES_REMEDY: Final = (
+    "make it writable for that user, or set the variable that moves it (HOME, TMPDIR, HF_HOME,"
+    " XDG_CACHE_HOME) in the unit's Environment= or in the model's `env`"
+)
+HUB_REMEDY: Final = (
+    "`HF_HOME=/srv/huggingface hf download {}` where all engines may read it, with HF_HOME set as"
+    " in README, *Weights and environment*{}"
+)
+PATH_REMEDY: Final = "write its absolute path into vllm_command, e.g. /opt/vllm/bin/vllm"
+COMPILERS_REMEDY: Final = (
     "apt install ninja-build gcc python3-dev (or `pip install ninja` into vLLM's environment), and"
     " NVIDIA's cuda-nvcc or flashinfer-jit-cache: without them kernels that are compiled at first"
     " use end the engine or are left out"
@@ -92,46 +62,147 @@ COMPILERS_REMEDY = (
 
 def check_access(host: Host, config: Config | None) -> list[Check]:
     """Nothing for embedded engines, which run as whoever starts them."""
-    user = (config.engine_user if config is not None else None) or ENGINES
-    if config is None or host.euid != 0 or user == "root" or not host.user_exists(user):
+    if config is None or host.euid != 0 or host.starts is None:
         return []
-    models: dict[tuple[str, ...], dict[str, str]] = {}
-    for model in config.models.values():
-        command = model.vllm_command or config.vllm_command
-        here = model.model_path.startswith("/") and host.path(model.model_path).exists()
-        models.setdefault(command, {}).update({model.name: model.model_path} if here else {})
-    checks = []
-    for command, paths in sorted(models.items()):
-        program = host.which(command[0])
-        if program is not None:  # else it is said where programs are looked at
-            checks += _as_user(host, user, program, paths)
-    return checks
+    try:
+        starts = host.starts(config)
+    except LlmuxError:
+        return []  # there is no such user: said where users are looked at
+    groups: dict[tuple[Any, ...], list[LaunchSpec]] = {}
+    for spec in starts:
+        groups.setdefault(_kind(spec), []).append(spec)
+    checks: list[Check] = []
+    imported: set[str] = set()
+    for specs in groups.values():
+        program = host.which(specs[0].argv[0])
+        if program is not None and "/" not in specs[0].argv[0]:
+            seen = f"{program} is on your PATH, and not on that of engines"
+            checks.append(Check(NAME, Level.FAIL, seen, PATH_REMEDY))
+        elif program is not None:  # else it is said where programs are looked at
+            checks += _look(host, config, specs, program, with_imports=program not in imported)
+            imported.add(program)
+    return [*_merged(checks), *_hub(host, config, starts)]
 
 
-def _as_user(host: Host, user: str, program: str, models: Mapping[str, str]) -> list[Check]:
+def _kind(spec: LaunchSpec) -> tuple[Any, ...]:
+    """Equal for engines of which one look is enough."""
+    env = sorted((name, value) for name, value in spec.env.items() if name != _OWN_VARIABLE)
+    return spec.argv[0], spec.user, tuple(env)
+
+
+def _merged(checks: Sequence[Check]) -> Iterator[Check]:
+    """What is good of several is said once; what is not, of each."""
+    for name in dict.fromkeys(check.name for check in checks):
+        ones = [check for check in checks if check.name == name]
+        bad = {check.seen: check for check in ones if check.level is not Level.OK}
+        good = list(dict.fromkeys(check.seen for check in ones))
+        more = f"; and {len(good) - SHOWN} more" if len(good) > SHOWN else ""
+        yield from bad.values() or [Check(name, Level.OK, "; ".join(good[:SHOWN]) + more)]
+
+
+def _look(
+    host: Host, config: Config, specs: Sequence[LaunchSpec], program: str, *, with_imports: bool
+) -> list[Check]:
+    first = specs[0]
+    whom = first.user.name if first.user is not None else "root"
     interpreter = interpreter_of(host, program)
+    engine = config.models[first.model].engine_type
+    modules = engine.modules if with_imports and _is_environment(host, interpreter) else ()
     asked = {
-        "user": user,
         "program": program,
         "interpreter": interpreter.split() if interpreter else [],
-        "models": models,
-        "path": f"{os.path.dirname(program)}:{os.environ.get('PATH', os.defpath)}",
-        "ask": ASK,
+        "modules": modules,
+        "import_secs": IMPORT_SECS,
+        "models": dict(_readable(host, config, specs)),
+        "directories": {**_directories(first.env), **engine.caches(first.env)},
     }
-    ran = host.run([sys.executable, "-I", "-c", LOOK, json.dumps(asked)], LOOK_SECS)
+    python = PYTHON if os.path.exists(PYTHON) else sys.executable
+    argv = (python, "-I", "-c", LOOK.read_text(), json.dumps(asked))
+    spec = LaunchSpec(first.model, argv, first.env, first.user, "", "", first.runtime_dir)
+    ran = host.as_engine(spec, LOOK_SECS + (IMPORT_SECS if modules else 0))
     try:
-        said: dict[str, Any] = json.loads(ran.output.splitlines()[0])
-    except (ValueError, IndexError):
+        said: dict[str, Any] = json.loads(ran.output.splitlines()[-1])
+        problems = said["problems"]
+    except (ValueError, IndexError, LookupError, TypeError):
         words = ran.output.strip().splitlines()[-1:] or ["no answer"]
-        return [Check(NAME, Level.WARN, f"could not be looked at as {user}: {words[0]}", REMEDY)]
-    if said["problems"]:
-        seen = f"{user} {'; '.join(said['problems'])}"
-        return [Check(NAME, Level.FAIL, seen, REMEDY)]
-    seen = f"as {user}: {program} can be executed, {said['files']} files of models read"
-    checks = [Check(NAME, Level.OK, seen)]
-    if host.read("/proc/driver/nvidia/version") is not None:
-        checks.append(_compilers(program, said["found"]))
-    return checks
+        return [Check(NAME, Level.WARN, f"could not be looked at as {whom}: {words[0]}", REMEDY)]
+    return list(_judged(host, program, whom, said, problems, modules))
+
+
+def _judged(
+    host: Host,
+    program: str,
+    whom: str,
+    said: Mapping[str, Any],
+    problems: Sequence[str],
+    modules: Sequence[str],
+) -> Iterator[Check]:
+    if problems:
+        yield Check(NAME, Level.FAIL, f"{whom} {'; '.join(problems)}", REMEDY)
+    else:
+        read = f"{said['files']} files of models read"
+        yield Check(NAME, Level.OK, f"as {whom}: {program} can be executed, {read}")
+    if said["imports"] is not None:
+        remedy = IMPORTS_REMEDY.format(said["imports"].partition(" ")[0], modules[-1])
+        yield Check(IMPORTS, Level.FAIL, f"as {whom}: {said['imports']}", remedy)
+    elif modules and not problems:
+        yield Check(IMPORTS, Level.OK, f"{program}: {', '.join(modules)}")
+    if said["closed"]:
+        seen = "; ".join(f"{' and '.join(what)} ({why})" for why, what in said["closed"].items())
+        yield Check(DIRECTORIES, Level.FAIL, f"{whom} cannot write {seen}", DIRECTORIES_REMEDY)
+    else:
+        yield Check(DIRECTORIES, Level.OK, "HOME, TMPDIR and caches can be written")
+    if host.read("/proc/driver/nvidia/version") is not None and not problems:
+        yield _compilers(program, said["found"])
+
+
+def _is_environment(host: Host, interpreter: str | None) -> bool:
+    """Whether it is the Python of a virtual environment: another one has no vLLM to import."""
+    if interpreter is None:
+        return False
+    prefix = os.path.dirname(os.path.dirname(interpreter.split()[0]))
+    return host.path(f"{prefix}/pyvenv.cfg").exists()
+
+
+def _directories(env: Mapping[str, str]) -> dict[str, str]:
+    temporary = env.get("TMPDIR") or "/tmp"  # noqa: S108  # looked at, not used
+    return {"HOME": env["HOME"], "TMPDIR": temporary, "the Hugging Face cache": hub_cache(env)}
+
+
+def _readable(host: Host, config: Config, specs: Sequence[LaunchSpec]) -> Iterator[tuple[str, str]]:
+    for spec in specs:
+        path = config.models[spec.model].model_path
+        if path.startswith("/"):
+            if host.path(path).exists():
+                yield spec.model, path
+        elif missing_of_model(path, spec.env) is None and (
+            directory := model_directory(path, spec.env)
+        ):
+            yield spec.model, directory
+
+
+def _hub(host: Host, config: Config, starts: Sequence[LaunchSpec]) -> Iterator[Check]:
+    """Models whose files are not complete on this host."""
+    good = []
+    for spec in starts:
+        path = config.models[spec.model].model_path
+        if not _HUB_NAME.fullmatch(path) or host.path(f"/{path}").exists():
+            continue
+        missing = missing_of_model(path, spec.env)
+        if missing is None:
+            good.append(path)
+            continue
+        offline = spec.env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+        seen = f"{path} of {spec.model} is not complete in {hub_cache(spec.env)}: {missing}"
+        then = "" if offline else "; else its engine downloads it at its first start"
+        if offline:
+            seen += ", and HF_HUB_OFFLINE forbids its download"
+        elif missing_of_model(path, ROOT) is None:
+            seen += f"; {hub_cache(ROOT)} has it, which engines cannot read"
+        level = Level.FAIL if offline else Level.WARN
+        yield Check(HUB, level, seen, HUB_REMEDY.format(path, then))
+    if good:
+        yield Check(HUB, Level.OK, f"complete on this host: {', '.join(dict.fromkeys(good))}")
 
 
 def _compilers(program: str, found: Mapping[str, bool]) -> Check:

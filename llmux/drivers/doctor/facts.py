@@ -18,8 +18,10 @@ from pathlib import Path
 
 from llmux.config.schema import Config, Process, Weights
 from llmux.drivers import memory
+from llmux.drivers.doctor.as_engine import run_as_engine
 from llmux.drivers.processes import run as programs
 from llmux.errors import DriverError
+from llmux.ports import LaunchSpec
 
 GIB = 1 << 30
 
@@ -59,6 +61,11 @@ def run(argv: Sequence[str], seconds: float) -> Ran:
     return Ran(done.code, f"{done.stdout}\n{done.stderr}".strip())
 
 
+def as_engine(spec: LaunchSpec, seconds: float) -> Ran:
+    """``spec.argv`` as its engine would run."""
+    return Ran(*run_as_engine(spec, seconds))
+
+
 @dataclass(frozen=True, slots=True)
 class Space:
     total: int
@@ -91,6 +98,8 @@ class Host:
     space: Callable[[Path], Space] = space
     memory: Callable[[], tuple[int, int]] = available_and_swap
     user_exists: Callable[[str], bool] = user_exists
+    starts: Callable[[Config], Sequence[LaunchSpec]] | None = None  # of the service's engines
+    as_engine: Callable[[LaunchSpec, float], Ran] = as_engine
     euid: int = field(default_factory=os.geteuid)
     release: str = field(default_factory=lambda: os.uname().release)
 

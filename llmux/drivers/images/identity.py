@@ -153,38 +153,46 @@ def _snapshot(model_path: str, hub: str) -> str | None:
     return None
 
 
-def _hub(env: Mapping[str, str]) -> str:
+def hub_cache(env: Mapping[str, str]) -> str:
+    """Where a client of the Hugging Face hub keeps what it downloaded."""
     home = env.get("HF_HOME") or os.path.join(env.get("HOME", "/root"), ".cache", "huggingface")
     return env.get("HF_HUB_CACHE") or os.path.join(home, "hub")
 
 
 def model_directory(model_path: str, env: Mapping[str, str]) -> str | None:
     """Where its files are: a directory of the host's, or a snapshot in the cache of the hub."""
-    return model_path if os.path.isdir(model_path) else _snapshot(model_path, _hub(env))
+    return model_path if os.path.isdir(model_path) else _snapshot(model_path, hub_cache(env))
 
 
 def model_files_are_here(model_path: str, env: Mapping[str, str]) -> bool:
     """All files of the model are in a directory of this host, or in its cache of the hub, where no
     download is under way or was broken off."""
-    if os.path.isdir(model_path):
-        return True
-    directory = model_directory(model_path, env)
+    return os.path.isdir(model_path) or missing_of_model(model_path, env) is None
+
+
+def missing_of_model(model_path: str, env: Mapping[str, str]) -> str | None:
+    """What the cache of the hub lacks of the model, in words; None when it is complete."""
+    directory = _snapshot(model_path, hub_cache(env))
     if directory is None:
-        return False
+        return "it is not there"
     try:
         names = set(os.listdir(directory))
         blobs = os.listdir(os.path.join(directory, os.pardir, os.pardir, "blobs"))
-    except OSError:
-        return False
-    if any(name.endswith(".incomplete") for name in blobs) or "config.json" not in names:
-        return False
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    if any(name.endswith(".incomplete") for name in blobs):
+        return "its download is under way, or was broken off"
+    if "config.json" not in names:
+        return "it has no config.json"
     try:
         with open(os.path.join(directory, "model.safetensors.index.json")) as file:
-            return set(json.load(file)["weight_map"].values()) <= names
+            absent = set(json.load(file)["weight_map"].values()) - names
+            return f"it lacks {min(absent)}" if absent else None
     except FileNotFoundError:
-        return any(name.endswith(".safetensors") for name in names)
+        there = any(name.endswith(".safetensors") for name in names)
+        return None if there else "it has no *.safetensors"
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return False
+        return "its model.safetensors.index.json cannot be read"
 
 
 def model_identity(

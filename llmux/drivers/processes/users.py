@@ -103,6 +103,19 @@ class ModelUsers:
         entry = _entry(self._groups_of)
         with self._lock:
             uid = self._uid(model)
+        return self._user(model, uid, entry)
+
+    def plan(self, model: str) -> EngineUser:
+        """The user that ``find`` would give now; nothing is written. For one who only looks."""
+        entry = _entry(self._groups_of)
+        with self._lock:
+            known = self._read()
+            uid = known.get(model)
+            if uid is None:
+                uid = self._allocate(model, known)
+        return self._user(model, uid, entry)
+
+    def _user(self, model: str, uid: int, entry: pwd.struct_passwd) -> EngineUser:
         home = self._home(model)
         groups = tuple(os.getgrouplist(self._groups_of, entry.pw_gid))
         return EngineUser(f"llmux-{uid}", uid, uid, home, groups, temporary=f"{home}/tmp")  # noqa: S108  # not the one for all

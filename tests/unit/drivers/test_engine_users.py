@@ -49,6 +49,17 @@ def test_every_model_has_its_own_and_keeps_it(place: Path) -> None:
     assert (place / "lib" / "engine-users.json").stat().st_mode & 0o777 == 0o600
 
 
+def test_who_only_looks_is_told_the_same_and_nothing_is_kept(place: Path) -> None:
+    known = users(place)
+    uid = known.find("poet").uid
+    before = written(place)
+    assert users(place).plan("poet") == known.find("poet")
+    planned = users(place).plan("critic")
+    assert planned.uid not in (uid, os.geteuid())
+    assert written(place) == before
+    assert known.find("critic") == planned, "the supervisor gives out the same"
+
+
 def test_a_users_group_home_and_temporary_directory_are_its_own(place: Path) -> None:
     user = users(place).find("poet")
     assert user.gid == user.uid
