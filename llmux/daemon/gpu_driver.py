@@ -83,8 +83,11 @@ async def restart_for_driver(
             continue
         log.warning("the NVIDIA driver is there now: llmux restarts to use it, engines go on")
         if not await asyncio.to_thread(restart):
-            log.warning("llmux cannot restart itself: `systemctl restart llmux` makes it use GPUs")
-        await asyncio.Event().wait()
+            log.warning(
+                "llmux cannot restart itself: `systemctl restart llmux` makes it use GPUs"
+                " (it tries again in %d minutes)",
+                RESTART_EVERY / 60,
+            )
 
 
 def _may_restart(mark: str) -> bool:

@@ -204,6 +204,27 @@ def test_where_it_cannot_restart_it_says_what_to_do(
     asyncio.run(host.watched(lambda: told in caplog.text))
 
 
+def test_a_restart_that_systemd_refused_is_tried_again(tmp_path: Path) -> None:
+    """Not at once: its mark says when the last one was."""
+    host = Host(tmp_path)
+    host.version.touch()
+    host.works = False
+
+    hour_ago = time.time() - 3600
+    looks: list[bool] = []
+
+    def has_nvml() -> bool:
+        looks.append(True)
+        if len(looks) == 5:
+            assert host.restarts == 1
+            os.utime(host.mark, (hour_ago, hour_ago))
+        return True
+
+    host.has_nvml, host.loaded = has_nvml, True  # type: ignore[method-assign]
+    asyncio.run(host.watched(lambda: len(looks) > 10))
+    assert host.restarts == 2
+
+
 def test_looking_for_nvml_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver without a working NVML, as after an upgrade without a reboot, is asked for days."""
     monkeypatch.delenv("LLMUX_GPU_LEDGER", raising=False)
