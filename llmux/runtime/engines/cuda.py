@@ -77,10 +77,8 @@ async def leave_gpu(drivers: Drivers, handle: UnitHandle, instance: Instance, st
 
 async def discard_cache(drivers: Drivers, address: Address, instance: Instance, step: Step) -> None:
     """Before the suspend of a retained engine: most of what it holds is blocks of prompts that no
-    client asks for again. Does nothing to an engine that cannot. Raises what the engine did
+    client asks for again. Raises what the engine did
     instead; it then keeps its cache or, where that is not known, is taken to have none."""
-    if not instance.config.engine_type.discards_cache(instance.facts.version or ""):
-        return
     # First, and not after it came back: a block found by its prompt must never be one without data.
     await drivers.engine.reset_prefix_cache(address, step.deadline)
     # Before the call: one that fails half-way has unmapped some of it.
@@ -102,10 +100,10 @@ async def discard_cache(drivers: Drivers, address: Address, instance: Instance, 
 async def return_cache(
     drivers: Drivers, effect: RunPlan, address: Address, instance: Instance, step: Step
 ) -> None:
-    """After the resume, where it was discarded and once there is room for it."""
-    if not instance.facts.cache_discarded or instance.handle is None:
-        return
-    held = await held_before(drivers, instance.handle)
+    """After the resume, once there is room for it."""
+    handle = instance.handle
+    assert handle is not None  # else the step is void
+    held = await held_before(drivers, handle)
     await wait_for_room(drivers.gpu, effect, held=sum(held.values()))
     await drivers.engine.return_cache(address, step.deadline)
     instance.facts = replace(instance.facts, cache_discarded=False)

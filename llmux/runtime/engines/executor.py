@@ -266,6 +266,8 @@ class Executor:
             await self._step(step, effect, instance)
 
     async def _step(self, step: Step, effect: RunPlan, instance: Instance) -> None:
+        if self.steps.is_void(step, instance):
+            return
         began = monotonic()
         result = "ok"
         instance.report(step.kind)

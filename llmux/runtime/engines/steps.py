@@ -67,6 +67,20 @@ class Steps:
         self._on_exit = on_exit
         self._tell = tell
 
+    @staticmethod
+    def is_void(step: Step, instance: Instance) -> bool:
+        """Whether the step has nothing to do for this engine: a plan is made without knowing what
+        its engine was through. Such a step is neither told of nor measured."""
+        match step.kind:
+            case StepKind.DISCARD_CACHE:
+                return not instance.config.engine_type.discards_cache(instance.facts.version or "")
+            case StepKind.RETURN_CACHE:
+                return not instance.facts.cache_discarded or instance.handle is None
+            case StepKind.LEAVE_GPU:
+                return not instance.facts.resumed or instance.handle is None
+            case _:
+                return False
+
     async def run(self, step: Step, effect: RunPlan, instance: Instance) -> None:
         drivers, deadline = self._drivers, step.deadline
         match step.kind:
@@ -142,9 +156,8 @@ class Steps:
         await self._drivers.engine.communicators(address, up=up, deadline=step.deadline)
 
     async def _leave_gpu(self, step: Step, instance: Instance) -> None:
-        if instance.handle is not None and instance.facts.resumed:
-            await self._note_memory(instance)
-            await leave_gpu(self._drivers, instance.handle, instance, step)
+        await self._note_memory(instance)
+        await leave_gpu(self._drivers, self._handle(instance), instance, step)
 
     async def _terminate(self, instance: Instance, deadline: float) -> None:
         await self._note_memory(instance)

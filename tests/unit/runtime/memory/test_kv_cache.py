@@ -61,8 +61,26 @@ async def test_a_version_that_cannot_is_not_asked(tmp_path: Path) -> None:
     world.version = "0.31.1"
     shop = Shop(world, str(tmp_path))
     await parked(shop, SUSPEND)
+    assert "discard_cache" not in dict(shop.phases), "nothing is told of that was not done"
     await woken(shop, SUSPEND)
     assert world.names(*CALLS) == []
+
+
+@in_loop
+async def test_only_what_is_done_is_told_of(tmp_path: Path) -> None:
+    shop = Shop(World(), str(tmp_path))
+    shop.world.fail("engine.discard_cache", EngineUnhealthy("discard", "a", "404", status=404))
+    await parked(shop, SUSPEND)
+    assert ("discard_cache", "failed") in shop.phases
+    woke = await shop.run(MODEL, wake_plan(MODEL, SUSPEND))
+    assert woke.outcome is Outcome.UP
+    assert "cuda_resume" in dict(shop.phases)
+    assert "return_cache" not in dict(shop.phases), "it had kept its cache"
+    assert (await shop.run(MODEL, stop_plan(MODEL))).outcome is Outcome.DOWN
+    assert "leave_gpu" in dict(shop.phases), "its CUDA state was resumed"
+    assert (await shop.run(MODEL, start_plan(MODEL, 60.0))).outcome is Outcome.UP
+    assert (await shop.run(MODEL, stop_plan(MODEL))).outcome is Outcome.DOWN
+    assert "leave_gpu" not in dict(shop.phases), "it never left the GPU"
 
 
 @in_loop
