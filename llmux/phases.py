@@ -18,6 +18,7 @@ _WORDS: Final = MappingProxyType(
         "start_server": "starting its HTTP server",
         "describe": "asking the engine what it is",
         "canary_record": "first inference",
+        "canary_sample": "first sampled inference",
         "canary_check": "comparing its answer",
         "inference": "inference",
         "sleep": "the engine releases its memory",

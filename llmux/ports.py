@@ -199,6 +199,10 @@ class Engine(Protocol):
         """The first fixed request that the engine serves: a greedy completion where it can. Empty,
         with a warning, when it serves none."""
 
+    async def sample(self, address: Address, model: str, deadline: float) -> None:
+        """A short request answered at random: what the engine compiles for that is compiled then.
+        Nothing where it serves no such request. EngineUnhealthy when it cannot answer."""
+
     async def vitals(self, address: Address, deadline: float) -> Vitals:
         """What it says of itself now; raises nothing. Never queues behind the engine's work."""
 

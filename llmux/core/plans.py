@@ -23,6 +23,7 @@ class StepKind(StrEnum):
     WAIT_HEALTHY = "wait_healthy"
     DESCRIBE = "describe"
     CANARY_RECORD = "canary_record"
+    CANARY_SAMPLE = "canary_sample"
     CANARY_CHECK = "canary_check"
     SLEEP = "sleep"
     WAKE_UP = "wake_up"
@@ -112,6 +113,8 @@ RELEASE_SECS = 10.0  # the driver frees a killed process's memory within a secon
 # an engine has unmapped before it says that it sleeps; what is not gone soon stays
 SLEEP_RELEASE_SECS = 3.0
 CANARY_SECS = 60.0  # eight tokens; the first request after a start may compile kernels
+# Kernels for sampling may be compiled at the first request that samples: minutes with nvcc.
+SAMPLE_SECS = 300.0
 PROBE_SECS = 30.0
 COMM_SECS = 60.0  # NCCL's rendezvous of all ranks
 DESCRIBE_SECS = 5.0
@@ -138,7 +141,7 @@ def start_plan(model: ModelConfig, startup_secs: float) -> Plan:
             Step(StepKind.SPAWN, SPAWN_SECS),
             Step(StepKind.WAIT_HEALTHY, startup_secs),
             Step(StepKind.DESCRIBE, DESCRIBE_SECS, optional=True),
-            *((Step(StepKind.CANARY_RECORD, CANARY_SECS),) if model.canary else ()),
+            *(_canaries() if model.canary else ()),
         ),
         success=Outcome.UP,
         fallback=_down(model, grace=False),
@@ -149,6 +152,15 @@ def resume_start_plan(model: ModelConfig, startup_secs: float) -> Plan:
     """The rest of a start that a former supervisor began: the unit is there already."""
     plan = start_plan(model, startup_secs)
     return replace(plan, steps=plan.steps[1:])
+
+
+def _canaries() -> tuple[Step, ...]:
+    """What a wake is compared with; then, once, what an engine good at the first may die of: a
+    compiler that is missing shows at the first request that samples, a client's otherwise."""
+    return (
+        Step(StepKind.CANARY_RECORD, CANARY_SECS),
+        Step(StepKind.CANARY_SAMPLE, SAMPLE_SECS),
+    )
 
 
 def stop_plan(model: ModelConfig, *, grace: bool = True) -> Plan:

@@ -46,8 +46,16 @@ def fits(status: int, body: bytes) -> bool:
 _GREEDY: Final = {"max_tokens": TOKENS, "temperature": 0, "seed": 0}
 
 
+# As clients ask by default. Some kernels are compiled at the first such request, not at the start.
+_SAMPLED: Final = {"max_tokens": TOKENS, "temperature": 1, "top_p": 0.9, "seed": 0}
+
+
 def _completion(model: str) -> Mapping[str, Any]:
     return {"model": model, "prompt": PROMPT, **_GREEDY, "logprobs": 1}
+
+
+def _sampled_completion(model: str) -> Mapping[str, Any]:
+    return {"model": model, "prompt": PROMPT, **_SAMPLED}
 
 
 def _read_completion(answer: Any) -> Answer:
@@ -59,6 +67,10 @@ def _read_completion(answer: Any) -> Answer:
 def _chat(model: str) -> Mapping[str, Any]:
     messages = [{"role": "user", "content": PROMPT}]
     return {"model": model, "messages": messages, **_GREEDY, "logprobs": True}
+
+
+def _sampled_chat(model: str) -> Mapping[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": PROMPT}], **_SAMPLED}
 
 
 def _read_chat(answer: Any) -> Answer:
@@ -129,6 +141,13 @@ OPENAI: Final = (
     Probe("/score", _pair, _reader("score")),
     Probe("/pooling", _input, _reader("data")),
     Probe("/v1/audio/transcriptions", _silence, _read_transcription),
+)
+
+
+# Answers are not compared: other kernels may draw other tokens.
+SAMPLED: Final = (
+    Probe("/v1/completions", _sampled_completion, _read_completion, optional="seed"),
+    Probe("/v1/chat/completions", _sampled_chat, _read_chat, optional="seed"),
 )
 
 

@@ -96,6 +96,7 @@ class EngineType:
     communicators_down: tuple[str, ...]  # worker methods; which of them exists depends on its patch
     communicators_up: tuple[str, ...]
     canaries: tuple[Probe, ...]  # best first
+    sampled: tuple[Probe, ...]  # the same, answered at random
     control_hint: str  # why its control API may not know an order
 
     # what an image depends on

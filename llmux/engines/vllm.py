@@ -267,6 +267,7 @@ VLLM: Final = EngineType(
     communicators_down=("checkpoint_prepare", "suspend_nccl"),
     communicators_up=("checkpoint_restore", "resume_nccl"),
     canaries=canaries.OPENAI,
+    sampled=canaries.SAMPLED,
     control_hint="is VLLM_SERVER_DEV_MODE=1 in its environment, and this vLLM recent enough?",
     libraries=("vllm", "torch", "transformers", "triton", "flashinfer_python"),
     shown_variables=re.compile(

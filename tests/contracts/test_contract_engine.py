@@ -55,6 +55,19 @@ class TestEngine:
 
         asyncio.run(body())
 
+    def test_a_sampled_request_is_answered_and_changes_nothing(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        async def body() -> None:
+            async with engine_rig(kind, tmp_path) as rig:
+                address = await rig.start()
+                before = await rig.engine.canary(address, "alpha", DEADLINE)
+                for _ in range(2):
+                    await rig.engine.sample(address, "alpha", DEADLINE)
+                assert await rig.engine.canary(address, "alpha", DEADLINE) == before
+
+        asyncio.run(body())
+
     def test_level_2_needs_its_weights_again(self, kind: str, tmp_path: Path) -> None:
         async def body() -> None:
             async with engine_rig(kind, tmp_path) as rig:
@@ -90,8 +103,9 @@ class TestEngine:
             async with engine_rig(kind, tmp_path) as rig:
                 address = await rig.start()
                 await rig.engine.discard_cache(address, DEADLINE)
-                with pytest.raises(EngineUnhealthy):
-                    await rig.engine.canary(address, "alpha", DEADLINE)
+                for ask in (rig.engine.sample, rig.engine.canary):
+                    with pytest.raises(EngineUnhealthy):
+                        await ask(address, "alpha", DEADLINE)
 
         asyncio.run(body())
 

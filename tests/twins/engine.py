@@ -99,18 +99,25 @@ class MemoryEngine:
         return bool(engine.asleep)
 
     async def canary(self, address: Address, model: str, deadline: float) -> Canary:
-        engine = await self._reach("engine.canary", "test", address)
-        if engine.asleep:
-            # It hangs until a wake (vLLM 0.32).
-            self._world.violate(f"canary of {model} while it sleeps")
-            raise DriverTimeout("test", f"the engine at {address}", "no answer: it sleeps")
-        if engine.cacheless:
-            self._world.violate(f"canary of {model} without its KV cache")
-            raise EngineUnhealthy("test", f"the engine at {address}", "CUDA error: illegal access")
-        engine.remembers = True
+        engine = await self._infer("engine.canary", "test", address, model)
         if engine.spoiled:
             return Canary(GARBAGE, (-9.0,))
         return Canary(f"{model} says Paris", (-0.5, -0.25))
+
+    async def sample(self, address: Address, model: str, deadline: float) -> None:
+        await self._infer("engine.sample", "sample", address, model)
+
+    async def _infer(self, call: str, verb: str, address: Address, model: str) -> TwinEngine:
+        engine = await self._reach(call, verb, address)
+        if engine.asleep:
+            # It hangs until a wake (vLLM 0.32).
+            self._world.violate(f"inference of {model} while it sleeps")
+            raise DriverTimeout(verb, f"the engine at {address}", "no answer: it sleeps")
+        if engine.cacheless:
+            self._world.violate(f"inference of {model} without its KV cache")
+            raise EngineUnhealthy(verb, f"the engine at {address}", "CUDA error: illegal access")
+        engine.remembers = True
+        return engine
 
     async def vitals(self, address: Address, deadline: float) -> Vitals:
         try:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -200,16 +200,9 @@ class VllmEngine:
 
     async def canary(self, address: Address, model: str, deadline: float) -> Canary:
         operation = _Operation("test", address, deadline)
-        for probe in VLLM.canaries:
-            reply = await _ask(operation, probe, model)
-            if not fits(reply.status, reply.body):
-                continue
-            if reply.status != 200:
-                raise operation.bad_answer(probe.path, reply)
-            try:
-                return Canary(*probe.read(reply.json()))
-            except ODD as error:
-                raise operation.bad_answer(probe.path, reply) from error
+        found = await _first_answer(operation, VLLM.canaries, model)
+        if found is not None:
+            return found
         log.warning(
             "no canary fits %s: it serves none of %s; its wakes are not compared",
             model,
@@ -217,6 +210,9 @@ class VllmEngine:
             extra={"model": model},
         )
         return Canary("")
+
+    async def sample(self, address: Address, model: str, deadline: float) -> None:
+        await _first_answer(_Operation("sample", address, deadline), VLLM.sampled, model)
 
     async def vitals(self, address: Address, deadline: float) -> Vitals:
         try:
@@ -294,6 +290,23 @@ async def _await_sleeping(operation: _Operation, want: bool) -> None:
         contrary = True
         await asyncio.sleep(min(pause, max(operation.left, 0)))
         pause = min(pause * 2, LAST_PAUSE)
+
+
+async def _first_answer(
+    operation: _Operation, probes: Iterable[Probe], model: str
+) -> Canary | None:
+    """The answer to the first request that the engine serves; None when it serves none."""
+    for probe in probes:
+        reply = await _ask(operation, probe, model)
+        if not fits(reply.status, reply.body):
+            continue
+        if reply.status != 200:
+            raise operation.bad_answer(probe.path, reply)
+        try:
+            return Canary(*probe.read(reply.json()))
+        except ODD as error:
+            raise operation.bad_answer(probe.path, reply) from error
+    return None
 
 
 async def _ask(operation: _Operation, probe: Probe, model: str) -> Reply:

@@ -5,10 +5,25 @@ from __future__ import annotations
 from typing import Final
 
 from llmux.config.schema import ModelConfig
+from llmux.core.plans import PlanKind
+from llmux.errors import EngineUnhealthy
 from llmux.ports import EngineOutput
 
 CAUSE_LINES: Final = 200  # an error of one process is followed by tracebacks of the others
 TAIL_LINES: Final = 12
+
+
+def behind_answer(
+    output: EngineOutput, config: ModelConfig, kind: PlanKind, error: Exception
+) -> str:
+    """What an engine wrote of the fault that it answered an order of its start with: it says "see
+    the stack trace above" and goes on for seconds. Empty where that is not so, or not known."""
+    if kind is not PlanKind.START or not isinstance(error, EngineUnhealthy):
+        return ""
+    if error.fields.get("status", 0) < 500:
+        return ""
+    cause = config.engine_type.root_cause(output.tail(config.name, CAUSE_LINES))
+    return "" if cause is None else f": {cause} (see `llmux logs {config.name}`)"
 
 
 def with_cause(output: EngineOutput, config: ModelConfig, description: str) -> str:

@@ -23,7 +23,7 @@ from llmux.core.records import ModelRecord
 from llmux.errors import Blame, CheckpointFailed, DriverTimeout, EngineUnhealthy, LlmuxError
 from llmux.image_ports import Image
 from llmux.ports import UnitHandle
-from llmux.runtime.engines.deaths import with_cause
+from llmux.runtime.engines.deaths import behind_answer, with_cause
 from llmux.runtime.engines.facts import EngineFacts
 from llmux.runtime.engines.host_memory import host_bytes
 from llmux.runtime.engines.images import ImageLifecycle
@@ -247,6 +247,7 @@ class Executor:
     def _failed(self, effect: RunPlan, error: Exception) -> str:
         """Log why the plan failed; a fault of ours with its traceback."""
         detail = str(error) or type(error).__name__
+        detail += behind_answer(self._drivers.output, effect.config, effect.plan.kind, error)
         if not isinstance(error, LlmuxError):
             detail = f"cannot {effect.plan.kind} model {effect.model!r}: {detail}"
         log.warning(

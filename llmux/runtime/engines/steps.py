@@ -95,6 +95,9 @@ class Steps:
             case StepKind.CANARY_RECORD:
                 canary = await self.ask_canary(instance, deadline)
                 instance.facts = replace(instance.facts, canary=canary)
+            case StepKind.CANARY_SAMPLE:
+                address = self._address(instance)
+                await drivers.engine.sample(address, instance.config.name, deadline)
             case StepKind.CANARY_CHECK:
                 await self._check_canary(instance, deadline)
             case StepKind.SLEEP:

@@ -24,6 +24,7 @@ from .faults import Faults
 from .kernel_objects import KernelObjects
 from .options import Options
 from .process import Channel, exit_on_sigterm, log, set_name
+from .sampler import Sampler
 from .worker import run_worker
 
 TYPE_CHECKING = False
@@ -79,6 +80,7 @@ class Core:
         # the prefix cache knows blocks of prompts; they lost their data; no block has memory
         self._remembers = self._stale = self._unmapped = False
         self._paused = False
+        self._sampler = Sampler(options.sampler_compiles)
         self._keep = False  # sleep?mode=keep: running requests stand still and go on after waking
         self._draining: list[tuple[int, int]] = []  # sleep?mode=wait: (call id, level)
         self._start = find_start_time("self")
@@ -159,6 +161,8 @@ class Core:
                 seed=message.get("seed"),
                 content=text.GARBAGE if self._stale else self._content,
             )
+            if complaint := self._sampler.complaint(message.get("temperature", 0.0)):
+                self._die(complaint)
             job.limit = message["max_tokens"]
             job.due = time.monotonic() + self._faults.secs("ttft_secs", options.ttft_secs)
             self._running[job_id] = job
@@ -351,7 +355,8 @@ class Core:
             self._ask(message)
 
     def _die(self, reason: str) -> None:
-        log("EngineCore", f"EngineCore encountered a fatal error. {reason}", "ERROR")
+        for line in f"EngineCore encountered a fatal error. {reason}".splitlines():
+            log("EngineCore", line, "ERROR")
         os._exit(1)
 
 

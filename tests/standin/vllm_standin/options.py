@@ -45,6 +45,7 @@ class Options:
         self.context_gib = 1.0
         self.device_checks = False
         self.profile_secs = 0.0
+        self.sampler_compiles = False
         self.ram_mib = 0
         self.host_weights_mib = 0
         # the stand-in's: speed
@@ -78,6 +79,7 @@ STANDIN_FLAGS: dict[str, type] = {
     "context-gib": float,
     "device-checks": bool,
     "profile-secs": float,
+    "sampler-compiles": bool,
     "ram-mib": int,
     "host-weights-mib": int,
     "startup-secs": float,

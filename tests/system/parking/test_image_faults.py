@@ -148,8 +148,9 @@ def test_criu_killed_in_its_work(lab: ParkingLab, verb: str, words: str) -> None
 
 # Everything that the supervisor tells of; "wait" and "canary" steps are the start's.
 MAKING = (
-    "spawn", "wait_healthy", "canary_record", "inference", "sleep", "cuda_suspend", "check", "dump",
-    "criu:before", "criu:inside", "criu:after", "released", "pack", "sync", "done",
+    "spawn", "wait_healthy", "canary_record", "canary_sample", "inference", "sleep",
+    "cuda_suspend", "check", "dump", "criu:before", "criu:inside", "criu:after", "released",
+    "pack", "sync", "done",
     "verify_release",
 )  # fmt: skip
 RESTORING = (

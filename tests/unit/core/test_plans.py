@@ -216,8 +216,11 @@ def test_a_cold_start_records_what_a_wake_is_compared_with() -> None:
         K.WAIT_HEALTHY,
         K.DESCRIBE,
         K.CANARY_RECORD,
+        K.CANARY_SAMPLE,
     ]
-    assert K.CANARY_RECORD not in kinds(start_plan(model("a", canary=False), 600.0))
+    asked = {K.CANARY_RECORD, K.CANARY_SAMPLE}
+    assert not asked & set(kinds(start_plan(model("a", canary=False), 600.0)))
+    assert K.CANARY_SAMPLE not in kinds(wake_plan(MODEL, DISCARD)), "once, after a cold start"
     assert start_plan(MODEL, 77.0).steps[1].deadline == 77.0
 
 
