@@ -12,6 +12,7 @@ from typing import Final
 
 from llmux.config.addresses import split_address
 from llmux.config.files.marks import Fault, KeyPath, Marks, dotted, quote
+from llmux.config.parse import NO_MIG
 from llmux.config.schema import Config, ModelConfig
 from llmux.engines.options import find_option
 
@@ -268,12 +269,17 @@ def _parking(draft: Draft) -> Iterator[Fault]:
             yield draft.marks.fault(where, f"{obstacle.message}. {hint}")
 
 
+VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+
+
 def _variables(draft: Draft) -> Iterator[Fault]:
     for path, model in _models(draft, "env"):
         for name, remedy in model.engine_type.owned_variables.items():
             if name in model.env:
                 message = f"cannot pass {name} to {model.engine_type.title}: {remedy}"
                 yield draft.marks.fault((*path, "env", name), message)
+        if "MIG-" in model.env.get(VISIBLE, ""):
+            yield draft.marks.fault((*path, "env", VISIBLE), NO_MIG)
 
 
 _CROSS_CHECKS: Final[tuple[Check, ...]] = (

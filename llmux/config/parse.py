@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from llmux.config.files.marks import (
     Fault,
@@ -226,6 +226,12 @@ def environment(node: Node) -> Mapping[str, str]:
     return MappingProxyType(values)
 
 
+NO_MIG: Final = (
+    "llmux divides whole GPUs and gives no MIG device to a model: switch MIG off"
+    " (`nvidia-smi -mig 0`), and write indices such as [0, 1]"
+)
+
+
 def gpus(node: Node) -> tuple[int, ...] | int:
     """A number of GPUs, or a list of indices."""
     if not isinstance(node, Items):
@@ -234,6 +240,9 @@ def gpus(node: Node) -> tuple[int, ...] | int:
         return integer(1, 64, "a number of GPUs (or a list of indices such as [0, 1])")(node)
     if not node.items:
         raise invalid(node, "expected at least one GPU index, got an empty list")
+    for position, item in enumerate(node.items):
+        if isinstance(item, Scalar) and item.text.startswith("MIG-"):
+            raise ParseError(Fault(item.mark, (position,), NO_MIG))
     indices = listing(integer(0, 63, "a GPU index"), "")(node)
     for position, index in enumerate(indices):
         if index in indices[:position]:

@@ -179,6 +179,23 @@ class NvmlObserver:
 
     def _start(self) -> None:
         self._check(self._nvml.nvmlInit_v2(), "nvmlInit")
+        for gpu in filter(self._is_divided, range(self._count())):
+            log.warning(
+                "GPU %d is divided by MIG: llmux counts it as one GPU, does not see what engines"
+                " hold of it, and cannot suspend their CUDA state (next step: `nvidia-smi -i %d"
+                " -mig 0`)",
+                gpu,
+                gpu,
+            )
+
+    def _is_divided(self, gpu: int) -> bool:
+        """Whether MIG is on. GPUs without it, and old drivers, say that they do not know."""
+        ask = getattr(self._nvml, "nvmlDeviceGetMigMode", None)
+        if ask is None:
+            return False
+        now, after_reset = ctypes.c_uint(), ctypes.c_uint()
+        code = ask(self._device(gpu), ctypes.byref(now), ctypes.byref(after_reset))
+        return code == _SUCCESS and now.value == 1
 
     @property
     def available(self) -> bool:

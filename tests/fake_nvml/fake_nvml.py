@@ -52,6 +52,10 @@ class FakeNvml:
         """Memory of an ended process is back only so much later."""
         (self.directory / "late").write_text(f"{milliseconds}\n")
 
+    def mig(self, *gpus: int) -> None:
+        """MIG is on there: of the whole device no processes are shown."""
+        (self.directory / "mig").write_text("".join(f"{gpu}\n" for gpu in gpus))
+
     def unknown(self, pids: Sequence[int] | None) -> None:
         """Amounts of these processes are not available; None: of all."""
         words = ["all"] if pids is None else [str(pid) for pid in pids]

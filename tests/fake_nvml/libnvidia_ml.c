@@ -9,6 +9,8 @@
  * long after it has ended. DIR/unknown, lines "PID" or "all": their bytes are NOT_AVAILABLE (WSL,
  * some vGPUs); the device's own figures are right.
  *
+ * DIR/mig, lines "GPU": MIG is on there; NVML shows no processes of the whole device then.
+ *
  * DIR/faults/CALL (init, count, handle, memory, processes) is a fault to order:
  *   fail CODE    the call returns CODE (15: the GPU is lost)
  *   hang         the call blocks until the FIFO beside it (FAULT.fifo) is opened and closed
@@ -204,18 +206,19 @@ static int rows_now(Row *rows)
 	return count;
 }
 
-static int is_unknown(unsigned pid)
+/* Is there a line of the number, or one that says all? */
+static int is_listed(const char *file, unsigned number)
 {
 	char path[PATH_MAX], *text, word[16];
-	int unknown = 0;
+	int listed = 0;
 
-	path_of(path, "unknown");
+	path_of(path, "%s", file);
 	text = read_file(path);
-	snprintf(word, sizeof word, "%u", pid);
+	snprintf(word, sizeof word, "%u", number);
 	for (char *at = text ? strtok(text, "\n") : NULL; at; at = strtok(NULL, "\n"))
-		unknown |= !strcmp(at, "all") || !strcmp(at, word);
+		listed |= !strcmp(at, "all") || !strcmp(at, word);
 	free(text);
-	return unknown;
+	return listed;
 }
 
 static unsigned long long capacity(int gpu)
@@ -293,16 +296,24 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *size, Proces
 	if (!initialised) return UNINITIALIZED;
 	if (fault("processes", &code)) return code;
 	*size = 0;
+	if (is_listed("mig", (unsigned)gpu)) return OK;
 	for (int i = 0, count = rows_now(rows); i < count; i++) {
 		if (rows[i].gpu != gpu) continue;
 		if (*size < room) {
-			unsigned long long bytes = is_unknown(rows[i].pid) ? NOT_AVAILABLE : rows[i].bytes;
+			unsigned long long bytes = is_listed("unknown", rows[i].pid) ? NOT_AVAILABLE : rows[i].bytes;
 
 			out[*size] = (Process){ rows[i].pid, bytes, ~0u, ~0u };
 		}
 		++*size;
 	}
 	return *size > room ? INSUFFICIENT_SIZE : OK;
+}
+
+int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending)
+{
+	if (!initialised) return UNINITIALIZED;
+	*current = *pending = (unsigned)is_listed("mig", (unsigned)(size_t)device - 1);
+	return OK;
 }
 
 int nvmlSystemGetDriverVersion(char *out, unsigned size)

@@ -137,7 +137,11 @@ def test_gpus(tmp_path: Path) -> None:
         ("NVIDIA H200, 143771 MiB, Enabled, Enabled\n", "FAIL"),
     ):
         host = make(tmp_path, run=lambda argv, seconds, text=text: Ran(0, text))
-        assert level(parking.check_gpus(host, SUSPEND), text.strip()) == expected
+        check = parking.check_gpus(host, SUSPEND)
+        assert level(check, text.strip()) == expected
+        if expected == "WARN":
+            assert check.seen.startswith("persistence mode is off")
+            assert "nvidia-persistenced" in check.remedy
     assert level(parking.check_gpus(make(tmp_path), STOP), "nvidia-smi") == "WARN"
 
 

@@ -170,6 +170,17 @@ def require_model(config: ModelConfig) -> None:
         )
 
 
+def require_whole_gpus(config: ModelConfig, env: Mapping[str, str]) -> None:
+    """Raises LlmuxError where the unit's environment gives the engine a MIG device: what it holds
+    would be counted as a part of the whole GPU's memory."""
+    if "MIG-" in env.get("CUDA_VISIBLE_DEVICES", ""):
+        raise LlmuxError(
+            f'cannot start model "{config.name}": CUDA_VISIBLE_DEVICES of the service names a MIG'
+            " device, and llmux divides whole GPUs",
+            hint="switch MIG off (`nvidia-smi -mig 0`), and name GPUs by index or UUID",
+        )
+
+
 def _enter_user(env: dict[str, str], config: ModelConfig, places: Places) -> str | None:
     """Set who the engine is, and where its files are; returns its home when that is its alone."""
     if places.users is None:

@@ -37,6 +37,7 @@ from llmux.runtime.engines.launch import (
     launch_digest,
     refuse_strangers,
     require_model,
+    require_whole_gpus,
     warn_about,
 )
 from llmux.runtime.host import Drivers
@@ -182,6 +183,7 @@ class Steps:
         instance.forget()
         require_model(config)
         spec = self._images.spec(config, effect.gpus)
+        require_whole_gpus(config, spec.env)
         address = engine_address(config, self._drivers.places)
         identity = await asyncio.to_thread(self._drivers.identity, config, spec)
         digest = launch_digest(config, effect.gpus, self._drivers.places)

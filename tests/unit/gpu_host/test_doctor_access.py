@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,7 @@ def config_of(command: str, **paths: str) -> Config:
     return Config(models=models, vllm_command=(command,), engine_user="nobody")
 
 
-def starts(
-    user: EngineUser | None = NOBODY, **env: str
-) -> Callable[[Config], Sequence[LaunchSpec]]:
+def starts(user: EngineUser | None, **env: str) -> Callable[[Config], Sequence[LaunchSpec]]:
     def plan(config: Config) -> Sequence[LaunchSpec]:
         home = user.home if user is not None else "/root"
         given = {"HOME": home, "PATH": "/usr/bin:/bin", **env}
@@ -49,7 +47,7 @@ def canned(
     *,
     driver: bool = True,
     config: Config | None = None,
-    **env: str,
+    env: Mapping[str, str] | None = None,
 ) -> list[Check]:
     if driver:
         version = tmp_path / "proc/driver/nvidia/version"
@@ -61,7 +59,11 @@ def canned(
         return Ran(0, text)
 
     host = Host(
-        root=tmp_path, which=lambda name: name, euid=0, as_engine=as_engine, starts=starts(**env)
+        root=tmp_path,
+        which=lambda name: name,
+        euid=0,
+        as_engine=as_engine,
+        starts=starts(NOBODY, **(env or {})),
     )
     return check_access(host, config or config_of("/v/bin/vllm"))
 
@@ -96,8 +98,8 @@ def test_what_cannot_be_looked_at_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_nothing_is_said_of_engines_that_run_as_whoever_starts_them() -> None:
-    assert check_access(Host(euid=1000, starts=starts()), config_of("sh")) == []
-    assert check_access(Host(euid=0, starts=starts()), None) == []
+    assert check_access(Host(euid=1000, starts=starts(NOBODY)), config_of("sh")) == []
+    assert check_access(Host(euid=0, starts=starts(NOBODY)), None) == []
     assert check_access(Host(euid=0), config_of("sh")) == []
 
     def no_user(config: Config) -> Sequence[LaunchSpec]:
@@ -107,7 +109,7 @@ def test_nothing_is_said_of_engines_that_run_as_whoever_starts_them() -> None:
 
 
 def test_a_program_that_only_roots_own_path_has_is_named(tmp_path: Path) -> None:
-    host = Host(root=tmp_path, which=lambda _: "/root/bin/vllm", euid=0, starts=starts())
+    host = Host(root=tmp_path, which=lambda _: "/root/bin/vllm", euid=0, starts=starts(NOBODY))
     (check,) = check_access(host, config_of("vllm"))
     assert check.level is Level.FAIL
     assert "/root/bin/vllm is on your PATH, and not on that of engines" in check.seen
@@ -122,7 +124,7 @@ def test_models_that_differ_in_nothing_are_looked_at_once(tmp_path: Path) -> Non
 
     (tmp_path / "m").mkdir()
     host = Host(
-        root=tmp_path, which=lambda name: name, euid=0, as_engine=as_engine, starts=starts()
+        root=tmp_path, which=lambda name: name, euid=0, as_engine=as_engine, starts=starts(NOBODY)
     )
     check_access(host, config_of("/v/bin/vllm", a="/m", b="/m", c="s3://c"))
     assert [one["models"] for one in seen] == [{"a": "/m", "b": "/m"}]
@@ -148,7 +150,9 @@ def test_a_model_of_the_hub_is_found_or_said_to_be_missing(tmp_path: Path) -> No
     config = config_of("/v/bin/vllm", a="org/name")
     whole = str(a_hub(tmp_path / "whole", complete=True))
     (check,) = [
-        one for one in canned(tmp_path, {}, config=config, HF_HUB_CACHE=whole) if one.name == HUB
+        one
+        for one in canned(tmp_path, {}, config=config, env={"HF_HUB_CACHE": whole})
+        if one.name == HUB
     ]
     assert (check.level, check.seen) == (Level.OK, "complete on this host: org/name")
 
@@ -166,7 +170,7 @@ def test_how_a_model_is_brought_along(
     if state == "part":
         a_hub(hub, complete=False)
     env = {"HF_HUB_CACHE": str(hub), **({"HF_HUB_OFFLINE": "1"} if offline else {})}
-    (check,) = [one for one in canned(tmp_path, {}, config=config, **env) if one.name == HUB]
+    (check,) = [one for one in canned(tmp_path, {}, config=config, env=env) if one.name == HUB]
     assert check.level is (Level.FAIL if offline else Level.WARN)
     assert f"org/name of a is not complete in {hub}: {words}" in check.seen
     assert ("HF_HUB_OFFLINE forbids its download" in check.seen) is offline
