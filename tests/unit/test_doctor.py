@@ -21,7 +21,7 @@ from llmux.config.schema import (
     Process,
     Weights,
 )
-from llmux.drivers.doctor import parking
+from llmux.drivers.doctor import gpus, parking
 from llmux.drivers.doctor import run as host_checks
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Ran, Space, run, version
 
@@ -127,6 +127,34 @@ def test_libcuda(tmp_path: Path, change: dict[str, Any], words: str, expected: s
 
 def test_libcuda_with_a_helper_that_says_nothing(tmp_path: Path) -> None:
     assert level(parking.check_libcuda(make(tmp_path), SUSPEND), "the CUDA helper failed") == "FAIL"
+
+
+def with_driver(tmp_path: Path, files: dict[str, str], **options: Any) -> Host:
+    return make(
+        tmp_path, {"/proc/driver/nvidia/version": NVRM.format("580.65.06"), **files}, **options
+    )
+
+
+def test_services_beside_the_driver(tmp_path: Path) -> None:
+    (plain,) = gpus.check_services(with_driver(tmp_path / "a", {"/proc/7/comm": "bash\n"}), SUSPEND)
+    assert level(plain, "no MPS, no NVSwitches") is Level.OK
+    assert gpus.check_services(make(tmp_path / "b"), SUSPEND) == []
+    mps = with_driver(tmp_path / "c", {"/proc/812/comm": "nvidia-cuda-mps\n"})
+    for config, expected in ((SUSPEND, Level.FAIL), (STOP, Level.WARN)):
+        (check,) = gpus.check_services(mps, config)
+        assert level(check, "MPS runs (process 812)") is expected
+    switch = {"/proc/driver/nvidia-nvswitch/devices/0000:05:00.0": ""}
+    for said, expected in (("active\n", Level.OK), ("inactive\n", Level.FAIL)):
+        programs = Programs()
+        programs.answers = {"systemctl is-active": Ran(0, said)}
+        (check,) = gpus.check_services(with_driver(tmp_path / "d", switch, run=programs), STOP)
+        assert level(check, f"nvidia-fabricmanager is {said.strip()}") is expected
+
+
+def test_memory_that_may_not_be_promised_twice(tmp_path: Path) -> None:
+    host = make(tmp_path, {"/proc/sys/vm/overcommit_memory": "2\n"})
+    check = host_checks.check_memory(host, STOP)
+    assert level(check, "vm.overcommit_memory is 2") is Level.WARN
 
 
 def test_gpus(tmp_path: Path) -> None:

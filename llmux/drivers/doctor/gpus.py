@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Final
 
 from llmux.config.schema import Config
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs, bad
@@ -53,6 +54,35 @@ def check_memory(host: Host, config: Config | None) -> Check:
         remedy = "end it, or claim less: lower `gpu_memory` of the models on that GPU"
         return Check("GPU memory", Level.WARN, f"{seen}; {named}", remedy)
     return Check("GPU memory", Level.OK, seen)
+
+
+SERVICES: Final = "GPU services"
+_MPS: Final = "nvidia-cuda-mps"  # as far as a process's name goes: -control, -server
+_SWITCHES: Final = "/proc/driver/nvidia-nvswitch/devices"
+
+
+def check_services(host: Host, config: Config | None) -> list[Check]:
+    """What runs beside the driver: MPS, which parking cannot have, and what NVSwitches need.
+    Nothing where there is no driver."""
+    if host.read("/proc/driver/nvidia/version") is None:
+        return []
+    for entry in sorted(host.path("/proc").iterdir()):
+        if entry.name.isdigit() and (host.read(f"/proc/{entry.name}/comm") or "").startswith(_MPS):
+            remedy = "`echo quit | nvidia-cuda-mps-control`, or park with stop"
+            seen = f"MPS runs (process {entry.name}): CUDA state of its clients cannot be suspended"
+            return [Check(SERVICES, bad(Needs.of(config).cuda), seen, remedy)]
+    switches = host.path(_SWITCHES)
+    if switches.is_dir() and any(switches.iterdir()):
+        ran = host.run(["systemctl", "is-active", "nvidia-fabricmanager"], 10.0)
+        if ran.output.strip() != "active":
+            seen = f"there are NVSwitches, and nvidia-fabricmanager is {ran.output.strip()[:80]}"
+            remedy = (
+                "`systemctl enable --now nvidia-fabricmanager`, of the driver's version: until then"
+                ' CUDA answers "system not yet initialized"'
+            )
+            return [Check(SERVICES, Level.FAIL, seen, remedy)]
+        return [Check(SERVICES, Level.OK, "no MPS, nvidia-fabricmanager is active")]
+    return [Check(SERVICES, Level.OK, "no MPS, no NVSwitches")]
 
 
 def _is_engine(host: Host, pid: int) -> bool:

@@ -161,6 +161,9 @@ def check_shm(host: Host, config: Config | None) -> Check:
 def check_memory(host: Host, config: Config | None) -> Check:
     available, swap = host.memory()
     seen = f"{available / GIB:.1f} GiB available, {swap / GIB:.1f} GiB of swap"
+    if (host.read("/proc/sys/vm/overcommit_memory") or "").strip() == "2":
+        remedy = "sysctl vm.overcommit_memory=0: CUDA reserves addresses for each GPU's memory"
+        return Check("memory", Level.WARN, f"{seen}; vm.overcommit_memory is 2", remedy)
     if Needs.of(config).ram and available < RAM_SPARE:
         remedy = "cuda_suspend and offload keep what leaves the GPU in RAM: use discard, or add RAM"
         return Check("memory", Level.WARN, seen, remedy)
@@ -202,6 +205,7 @@ CHECKS: tuple[tuple[str, Callable[[Host, Config | None], Check | list[Check]]], 
     ("NVIDIA driver", parking.check_driver),
     ("GPUs", parking.check_gpus),
     ("GPU memory", gpus.check_memory),
+    (gpus.SERVICES, gpus.check_services),
     ("libcuda", parking.check_libcuda),
     ("cuda-checkpoint", parking.check_cuda_checkpoint),
     ("CRIU", parking.check_criu),
