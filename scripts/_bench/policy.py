@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any
 
 from _bench.policies.verdicts import THREE, Rows, by_seed, is_loose, judge, nearness, of_best
-from _bench.policies.workloads import PLACES, WORKLOADS, Workload, name_of
+from _bench.policies.workloads import FURTHER, PLACES, WORKLOADS, Workload, name_of
 from llmux.config.schema import (
     Config,
     Eviction,
@@ -50,6 +50,7 @@ from llmux.sim.world import Simulation
 HELP = "compare the policies over simulated workloads"
 
 OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
+ALL = (*WORKLOADS, *FURTHER)
 COSTS = ("2", "10", "30", "38/4")
 REPORT_SECS = 0.2  # coarser than a gateway's few ms: four times as fast, and alike for all
 
@@ -123,11 +124,11 @@ def bound_of(workload: Workload, cost: str, seed: int = 0) -> float:
 
 
 def _simulate(job: tuple[int, str, str, int]) -> dict[str, Any]:
-    return simulate(WORKLOADS[job[0]], *job[1:])
+    return simulate(ALL[job[0]], *job[1:])
 
 
 def _bound(job: tuple[int, str, int]) -> float:
-    return bound_of(WORKLOADS[job[0]], *job[1:])
+    return bound_of(ALL[job[0]], *job[1:])
 
 
 def averaged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -147,6 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--cost", nargs="+", default=list(COSTS), help="seconds of a switch")
     parser.add_argument("--workload", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--further", action="store_true", help="nine more workloads")
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="traces per workload")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
 
@@ -154,10 +156,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     chosen = [
         index
-        for index, workload in enumerate(WORKLOADS)
-        if not arguments.workload or workload.name in arguments.workload
+        for index, workload in enumerate(ALL)
+        if (
+            workload.name in arguments.workload
+            if arguments.workload
+            else arguments.further or index < len(WORKLOADS)
+        )
     ]
-    names = [WORKLOADS[index].name for index in chosen]
+    names = [ALL[index].name for index in chosen]
     cells = [(index, cost) for index in chosen for cost in arguments.cost]
     seeds = range(arguments.seeds)
     jobs = [
@@ -170,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [averaged(simulated[at : at + arguments.seeds]) for at in several]
     found = {(r["workload"], r["cost"], r["policy"]): r for r in rows}
     bounds = {
-        (WORKLOADS[index].name, cost): _mean(least[at * len(seeds) : (at + 1) * len(seeds)])
+        (ALL[index].name, cost): _mean(least[at * len(seeds) : (at + 1) * len(seeds)])
         for at, (index, cost) in enumerate(cells)
     }
     for row in rows:
@@ -181,14 +187,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nswitch cost {cost} s: mean wait, p99 wait, makespan in seconds")
         head = "".join(f"{policy:>24}" for policy in arguments.policy)
         print(f"{'':16}{head}{'bound':>10}{'times':>9}{'of best, by trace':>22}")
-        for workload in (WORKLOADS[index] for index in chosen):
+        for workload in (ALL[index] for index in chosen):
             in_line = [found[workload.name, cost, policy] for policy in arguments.policy]
             line = "".join(map(_cell, in_line)) + _to(in_line[-1], is_loose(workload))
             spread = _spread(found, workload.name, cost) if complete else ""
             print(f"{workload.name:16}{line}{spread:>22}")
     targets = judge(found, names, arguments.cost) if complete else []
     if complete:
-        print("\n" + "\n".join(nearness(found, [WORKLOADS[i] for i in chosen], arguments.cost)))
+        print("\n" + "\n".join(nearness(found, [ALL[i] for i in chosen], arguments.cost)))
     for target in targets:
         print(("PASS  " if target["passed"] else "FAIL  ") + target["target"])
     if arguments.json:

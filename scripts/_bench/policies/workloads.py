@@ -110,3 +110,75 @@ WORKLOADS = (
     named("long prompts", steady(1.5, 1.5, service=6.0)),
     *(Workload(f"random {seed}", 6, anything) for seed in range(1, 5)),
 )
+
+
+def two_phases(rng: random.Random) -> Iterator[Arrival]:
+    for model in range(2):
+        for began in (0.0, 600.0):
+            rate = 3.0 if (began > 0) == (model > 0) else 0.2
+            yield from poisson(rng, model, rate, 3.0, began + 600, began)
+
+
+def one_long_answer(rng: random.Random) -> Iterator[Arrival]:
+    for model in range(2):
+        yield from poisson(rng, model, 1.0, 2.0, 1200)
+    for at in (100.0, 500.0, 900.0):
+        yield Arrival(at + rng.uniform(0, 50), name_of(0), 300.0)
+
+
+def on_and_off(rng: random.Random) -> Iterator[Arrival]:
+    for model in range(3):
+        at = 0.0
+        while at < 1500:
+            until = at + rng.expovariate(1 / 40)
+            yield from poisson(rng, model, 2.0, 3.0, min(until, 1500.0), at)
+            at = until + rng.expovariate(1 / 120)
+
+
+def pairs(rng: random.Random) -> Iterator[Arrival]:
+    """A request for one of two models is followed by one for its companion."""
+    at = 0.0
+    while (at := at + rng.expovariate(0.1)) < 1500:
+        first = 2 * rng.randrange(2)
+        yield Arrival(at, name_of(first), rng.expovariate(1 / 3))
+        yield Arrival(at + rng.uniform(0.5, 3), name_of(first + 1), rng.expovariate(1 / 3))
+
+
+def an_overload(rng: random.Random) -> Iterator[Arrival]:
+    for model in range(2):
+        yield from poisson(rng, model, 0.4, 3.0, 1500)
+        yield from poisson(rng, model, 12.0, 3.0, 360, 300)
+
+
+def chains(rng: random.Random) -> Iterator[Arrival]:
+    """Each request of a chain follows the answer of the one before, of the other model."""
+    for _ in range(25):
+        at = rng.uniform(0, 900)
+        for link in range(rng.randint(5, 15)):
+            service = rng.expovariate(1 / 4)
+            yield Arrival(at, name_of(link % 2), service)
+            at += service + rng.uniform(5, 30)
+
+
+def short_and_long(rng: random.Random) -> Iterator[Arrival]:
+    yield from poisson(rng, 0, 2.0, 1.0, 1200)
+    yield from poisson(rng, 1, 0.2, 30.0, 1200)
+
+
+def regular(_: random.Random) -> Iterator[Arrival]:
+    for model, every in enumerate((1.0, 7.0, 31.0)):
+        for number in range(int(1200 / every)):
+            yield Arrival(number * every + 0.3 * model, name_of(model), 3.0)
+
+
+FURTHER = (  # not looked at while the policies were made
+    Workload("two phases", 2, two_phases),
+    named("24 tiny", steady(*[0.05] * 24, service=1.0, secs=900)),
+    Workload("one long answer", 2, one_long_answer),
+    Workload("on and off", 3, on_and_off),
+    Workload("pairs", 4, pairs),
+    Workload("an overload", 2, an_overload),
+    Workload("short and long", 2, short_and_long),
+    Workload("chains", 2, chains),
+    Workload("regular", 3, regular),
+)
