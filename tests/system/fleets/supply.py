@@ -75,6 +75,7 @@ def wheel(version: str) -> bytes:
     info = f"vllm-{version}.dist-info"
     files = {
         "vllm/__init__.py": f"__version__ = '{version}'\n",
+        "torch/__init__.py": "",  # which llmux doctor imports in an engine's environment
         "vllm/command.py": _COMMAND.format(version=version, standin=STANDIN),
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
