@@ -12,11 +12,12 @@ import math
 from collections.abc import Container
 
 from llmux.config.schema import Eviction, Process
+from llmux.core.demand.usage import UNUSED
 from llmux.core.operations import deepen, stop
 from llmux.core.records import Draining, ModelRecord, Parked, Parking, coming
 from llmux.core.room import Room
 from llmux.core.states import MOVING
-from llmux.core.transaction import UNUSED, Transaction
+from llmux.core.transaction import Transaction
 
 DEPTH = {process: depth for depth, process in enumerate(Process)}
 
@@ -59,7 +60,7 @@ def used_bytes(tx: Transaction, leave_out: str = "") -> int:
     """Host memory of parked engines, and of those that are on their way there."""
     return sum(
         record.parked_bytes
-        for name, record in tx.models.items()
+        for name, record in tx.at(Parked, Parking, Draining)
         if name != leave_out
         and isinstance(record.phase, (Parked, Parking, Draining))
         and in_host_memory(record.phase.eviction)
@@ -108,8 +109,9 @@ def lower_parked(tx: Transaction, room: Room, waiting: Container[str]) -> None:
     over = tx.memory_short or (budget is not None and used_bytes(tx) > budget)
     why = "host memory is short" if tx.memory_short else "policy.parked_max_bytes is exceeded"
     candidates: dict[str, Eviction] = {}
-    for name, record in tx.models.items():
-        if not isinstance(record.phase, Parked) or not in_host_memory(record.phase.eviction):
+    for name, record in tx.at(Parked):
+        assert isinstance(record.phase, Parked)
+        if not in_host_memory(record.phase.eviction):
             continue
         if name in waiting or record.park_request is not None:
             continue

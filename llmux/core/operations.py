@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmux.config.schema import Eviction, Process
+from llmux.core.demand.workers import busy, holders
 from llmux.core.effects import SendCut, SendRevoke, SwitchFinished
 from llmux.core.plans import deepen_plan, park_plan, start_plan, stop_plan, wake_plan
 from llmux.core.records import (
@@ -134,7 +135,7 @@ def drain(
             reason=reason,
         ),
     )
-    for worker in tx.holders(name, serving.epoch):
+    for worker in holders(tx.workers, name, serving.epoch):
         tx.emit(SendRevoke(worker, name, serving.epoch))
 
 
@@ -155,17 +156,17 @@ def advance_drain(tx: Transaction, name: str, *, may_move: bool) -> None:
     assert isinstance(draining, Draining)
     if not may_move and not keeps_gpu(draining.eviction):
         return
-    holders = tx.busy(name, draining.epoch)
-    if holders and draining.cut_at is None and tx.now >= draining.deadline:
-        for worker in holders:
+    working = busy(tx.workers, name, draining.epoch)
+    if working and draining.cut_at is None and tx.now >= draining.deadline:
+        for worker in working:
             tx.emit(SendCut(worker, name, draining.epoch))
         draining = replace(draining, cut_at=tx.now)
         record = replace(record, phase=draining)
         tx.put(record)
-    if holders and draining.cut_at is not None and tx.now >= draining.cut_at + CUT_GRACE_SECS:
+    if working and draining.cut_at is not None and tx.now >= draining.cut_at + CUT_GRACE_SECS:
         tx.release_holds(name)
-        holders = []
-    if holders:
+        working = []
+    if working:
         cut_at = draining.cut_at
         tx.wake_at(draining.deadline if cut_at is None else cut_at + CUT_GRACE_SECS)
         return
@@ -224,7 +225,7 @@ def crash(tx: Transaction, name: str, reason: str, *, hung: bool = False) -> Non
     record = tx.models[name]
     phase = record.phase
     assert isinstance(phase, (Serving, Draining))
-    for worker in tx.holders(name, phase.epoch):
+    for worker in holders(tx.workers, name, phase.epoch):
         tx.emit(SendRevoke(worker, name, phase.epoch, dead=not hung))
         if hung:
             tx.emit(SendCut(worker, name, phase.epoch, reason))

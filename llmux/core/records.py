@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from llmux.config.schema import (
     GPU_RESIDUE,
@@ -19,12 +19,11 @@ from llmux.config.schema import (
     Process,
     Weights,
 )
-from llmux.core.policies.base import PolicyOf
+from llmux.core.demand.usage import Usage
+from llmux.core.demand.workers import NO_DEMAND, Worker, WorkerDemand
+from llmux.core.policies.base import PolicyOf, Waiting
 from llmux.core.policies.choose import policy_for
 from llmux.core.states import ModelState
-from llmux.core.usage import Usage
-
-EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,48 +170,6 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerDemand:
-    waiting: int = 0
-    oldest_since: float | None = None
-    in_flight: int = 0
-    progress: int = 0
-    completed: int = 0
-    repeated: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """A connected gateway worker. ``holds`` is what it may still have requests on."""
-
-    holds: Mapping[str, str] = field(default_factory=lambda: EMPTY)
-    demands: Mapping[str, WorkerDemand] = field(default_factory=lambda: MappingProxyType({}))
-
-
-def demand_by_model(workers: Mapping[str, Worker]) -> Mapping[str, WorkerDemand]:
-    """The demand of all workers together, for the models that have any."""
-    total: dict[str, WorkerDemand] = {}
-    for worker in workers.values():
-        for name, demand in worker.demands.items():
-            if (known := total.get(name)) is None:
-                total[name] = demand
-                continue
-            times = [
-                one.oldest_since
-                for one in (known, demand)
-                if one.waiting and one.oldest_since is not None
-            ]
-            total[name] = WorkerDemand(
-                known.waiting + demand.waiting,
-                min(times, default=None),
-                known.in_flight + demand.in_flight,
-                known.progress + demand.progress,
-                known.completed + demand.completed,
-                known.repeated + demand.repeated,
-            )
-    return total
-
-
-@dataclass(frozen=True, slots=True)
 class Reservation:
     """A model that waits for room or is being made resident. ``decided_at``: when its first victim
     was sent away, or when it began to wait. ``since``: when it did; ``behind``: models
@@ -232,17 +189,31 @@ class Reservation:
     cold: bool = False
 
 
+class Waiter(NamedTuple):
+    """A model that is waited for, beside what was looked at to say so: while these are the same
+    objects, nothing about it has changed."""
+
+    record: ModelRecord
+    demand: WorkerDemand
+    usage: Usage
+    wanted: float | None
+    waiting: Waiting
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """The whole. ``wakeup``: when the next Tick is due, None = only on an event. ``costs``: mean
     seconds of operations by (model, operation); see ``coming`` and ``leaving``. ``pinned``: by the
-    mode; ``pins``: model → until when it makes no room for others."""
+    mode; ``pins``: model → until when it makes no room for others. ``demands``: of all ``workers``
+    together. ``waiters``: who waited at the last decision, for the next one to begin with."""
 
     config: Config
     gpu_count: int
     epoch_prefix: str
     models: Mapping[str, ModelRecord] = field(default_factory=lambda: MappingProxyType({}))
     workers: Mapping[str, Worker] = field(default_factory=lambda: MappingProxyType({}))
+    demands: Mapping[str, WorkerDemand] = field(default_factory=lambda: MappingProxyType({}))
+    waiters: Mapping[str, Waiter] = field(default_factory=dict, repr=False, compare=False)
     wants: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     reservations: Mapping[str, Reservation] = field(default_factory=lambda: MappingProxyType({}))
     usage: Mapping[str, Usage] = field(default_factory=lambda: MappingProxyType({}))
@@ -258,22 +229,16 @@ class State:
     policy_of: PolicyOf = policy_for
 
     def waiting(self, model: str) -> int:
-        return sum(w.demands[model].waiting for w in self.workers.values() if model in w.demands)
+        return self.demands.get(model, NO_DEMAND).waiting
 
     def in_flight(self, model: str) -> int:
-        return sum(w.demands[model].in_flight for w in self.workers.values() if model in w.demands)
+        return self.demands.get(model, NO_DEMAND).in_flight
 
     def oldest_since(self, model: str) -> float | None:
         """When the oldest waiter for the model (operators included) began to wait."""
-        times = [
-            demand.oldest_since
-            for worker in self.workers.values()
-            if (demand := worker.demands.get(model)) and demand.waiting
-            if demand.oldest_since is not None
-        ]
-        if model in self.wants:
-            times.append(self.wants[model])
-        return min(times, default=None)
+        demand = self.demands.get(model, NO_DEMAND)
+        times = (demand.oldest_since if demand.waiting else None, self.wants.get(model))
+        return min((time for time in times if time is not None), default=None)
 
 
 def coming(eviction: Eviction | None) -> str:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import assert_never
 
 from llmux.config.schema import Config, Eviction, Process
+from llmux.core.demand.workers import Worker, WorkerDemand
 from llmux.core.effects import Effect, SendRevoke, Verdict
 from llmux.core.events import (
     AwakeSeen,
@@ -66,8 +67,6 @@ from llmux.core.records import (
     Stopped,
     Stopping,
     Waking,
-    Worker,
-    WorkerDemand,
     coming,
     leaving,
     moves_memory,

@@ -83,11 +83,15 @@ class Room:
     def refresh(self, name: str) -> None:
         """The model changed."""
         record = self._models[name]
-        if moves_memory(record):
-            for gpu in record.gpus:
-                self._moving.setdefault(gpu, set()).add(name)
+        share = share_now(record)
+        if isinstance(record.phase, Parked):  # at rest, as hundreds may be
+            new = _Held(record.gpus, share, share)
+        else:
+            if moves_memory(record):
+                for gpu in record.gpus:
+                    self._moving.setdefault(gpu, set()).add(name)
+            new = _Held(record.gpus, share, share_after(record))
         old = self._own(name)
-        new = _Held(record.gpus, share_now(record), share_after(record))
         if new == old:
             return
         for gpu in old.gpus:

@@ -27,9 +27,11 @@ wait; it is no choice of ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from llmux.config.schema import Process
+from llmux.core.demand.usage import UNUSED
 from llmux.core.effects import ReadAhead, RestoreAhead
 from llmux.core.ladder import lower_parked, may_choose, rung_for
 from llmux.core.operations import advance_drain, drain, give_up_start, start, stop, undrain, wake
@@ -53,17 +55,18 @@ from llmux.core.records import (
 )
 from llmux.core.room import GPUs, Room
 from llmux.core.timeouts import end_overdue, park_idle, retry_kills, watch_for_stalls
-from llmux.core.transaction import UNUSED, Transaction
+from llmux.core.transaction import Transaction
+from llmux.core.waiting import find_waiting
 from llmux.errors import Reason
 
-MANUAL_RETRY_SECS = 30.0  # an operator acts at some time; OpenAI's SDKs heed up to a minute
+AT_REST = (Stopped, Parked, Failed)
 # Not sooner: a policy's time recedes as it comes near while no answer ends, as they seem longer.
 LOOK_AGAIN_SECS = 0.1
 
 
 def schedule(tx: Transaction) -> None:
     end_overdue(tx)
-    waiting = _waiting(tx)
+    waiting = find_waiting(tx)
     _forget_reservations(tx, waiting)
     _cancel_drains(tx, waiting)
     retry_kills(tx)
@@ -86,10 +89,12 @@ def schedule(tx: Transaction) -> None:
     watch_for_stalls(tx)
 
 
-def _in_order(tx: Transaction, away: list[Waiting]) -> list[str]:
+def _in_order(tx: Transaction, away: list[Waiting]) -> Sequence[str]:
     """The policy's order, but no model comes back before the one that it left for, whatever their
     priorities: both switches would have been for nothing."""
     order = tx.policy.order(away, tx.now)
+    if not any(reservation.victims for reservation in tx.reservations.values()):
+        return order
     place = {name: float(index) for index, name in enumerate(order)}
     for target in order:
         reservation = tx.reservations.get(target)
@@ -101,7 +106,7 @@ def _in_order(tx: Transaction, away: list[Waiting]) -> list[str]:
 
 def _let_leave(tx: Transaction, room: Room) -> None:
     """Go on with drains and with operators' stops of parked models."""
-    for name, record in list(tx.models.items()):
+    for name, record in tx.at(Draining, Parked):
         match record.phase:
             case Draining():
                 advance_drain(tx, name, may_move=room.may_leave(name))
@@ -112,53 +117,19 @@ def _let_leave(tx: Transaction, room: Room) -> None:
                 room.refresh(name)
 
 
-def _waiting(tx: Transaction) -> dict[str, Waiting]:
-    """Models that requests or operators wait for, but for those that manual mode refuses."""
-    found: dict[str, Waiting] = {}
-    wanted = {name for name, demand in tx.demands().items() if demand.waiting} | set(tx.wants)
-    for name in sorted(wanted & tx.models.keys()):
-        record = tx.models[name]
-        oldest = tx.oldest_since(name)
-        if oldest is None or record.removed:
-            continue
-        if tx.manual and name not in tx.wants and name != tx.pinned:
-            if not isinstance(record.phase, Serving):
-                tx.refuse(  # 1
-                    name,
-                    Reason.MANUAL_MODE,
-                    f'model "{name}" is not resident and llmux is in manual mode',
-                    MANUAL_RETRY_SECS,
-                )
-            continue
-        usage = tx.usage.get(name, UNUSED)
-        found[name] = Waiting(
-            name,
-            tx.demand(name).waiting,
-            oldest,
-            tx.cost(name, coming(tx.way_back(name))),
-            usage.rate_at(tx.now),
-            usage.service,
-            tx.config.gateway.max_in_flight,
-            record.config.priority,
-            record.phase.since,
-        )
-    return found
-
-
 def _forget_reservations(tx: Transaction, waiting: dict[str, Waiting]) -> None:
     """A model that is waited for no more, and that has not begun, gives its place up."""
-    for name in list(tx.reservations):
-        resting = isinstance(tx.models[name].phase, (Stopped, Parked, Failed))
-        if resting and name not in waiting:
+    for name in [name for name in tx.reservations if name not in waiting]:
+        if isinstance(tx.models[name].phase, AT_REST):
             tx.forget_reservation(name)
 
 
 def _cancel_drains(tx: Transaction, waiting: dict[str, Waiting]) -> None:
-    for name, record in list(tx.models.items()):
+    for name, record in tx.at(Draining):
         phase = record.phase
+        assert isinstance(phase, Draining)
         if (
-            isinstance(phase, Draining)
-            and phase.wanted_by is not None
+            phase.wanted_by is not None
             and phase.wanted_by not in waiting
             and phase.cut_at is None
             and not record.removed
@@ -169,11 +140,7 @@ def _cancel_drains(tx: Transaction, waiting: dict[str, Waiting]) -> None:
 def _give_up_starts(tx: Transaction, waiting: dict[str, Waiting], room: Room) -> None:
     """A start that nothing waits for ends when another model waits for its room; one that is nearly
     done by its usual duration gets give_up_start_secs to end by itself."""
-    idle = [
-        name
-        for name, record in tx.models.items()
-        if isinstance(record.phase, Starting) and name not in waiting and not tx.is_kept(name)
-    ]
+    idle = [name for name, _ in tx.at(Starting) if name not in waiting and not tx.is_kept(name)]
     needed = [
         set(gpus)
         for name in (waiting if idle else ())
@@ -199,7 +166,7 @@ def _give_up_starts(tx: Transaction, waiting: dict[str, Waiting], room: Room) ->
 
 def _is_away(record: ModelRecord) -> bool:
     """At rest and not resident; else (3)."""
-    return isinstance(record.phase, (Stopped, Parked, Failed))
+    return isinstance(record.phase, AT_REST)
 
 
 def _consider(tx: Transaction, target: Waiting, away: list[Waiting], choice: Choice) -> None:

@@ -9,16 +9,23 @@ from dataclasses import replace
 
 from llmux.core.ladder import may_choose, rung_for
 from llmux.core.operations import drain, fail, stop
-from llmux.core.records import Failed, Parking, Serving, Starting, Stopping, Waking, frees_memory
+from llmux.core.records import (
+    Draining,
+    Failed,
+    Parking,
+    Serving,
+    Starting,
+    Stopping,
+    Waking,
+    frees_memory,
+)
 from llmux.core.transaction import Transaction
 
 
 def end_overdue(tx: Transaction) -> None:
     """An operation always ends: by its own deadlines, and else by this one. Its engine is presumed
     to hold its GPU until a kill was seen to work."""
-    for name, record in list(tx.models.items()):
-        if not isinstance(record.phase, (Starting, Parking, Waking, Stopping)):
-            continue
+    for name, record in tx.at(Starting, Parking, Waking, Stopping):
         if tx.now < record.overdue_at:
             tx.wake_at(record.overdue_at)
             continue
@@ -29,9 +36,10 @@ def end_overdue(tx: Transaction) -> None:
 
 def retry_kills(tx: Transaction) -> None:
     """An engine that could not be killed keeps its GPU: try again."""
-    for name, record in list(tx.models.items()):
+    for name, record in tx.at(Failed):
         phase = record.phase
-        if isinstance(phase, Failed) and phase.held:
+        assert isinstance(phase, Failed)
+        if phase.held:
             if tx.now >= phase.until:
                 stop(tx, name, f"ended at a further try, after: {phase.message}", grace=False)
             else:
@@ -40,12 +48,14 @@ def retry_kills(tx: Transaction) -> None:
 
 def park_idle(tx: Transaction, waiting: Container[str]) -> None:
     """Models that were not used for their idle timeout leave although no model needs the room."""
+    if tx.manual:
+        return
     unused: dict[str, float] = {}
-    for name, record in tx.models.items():
+    for name, record in tx.at(Serving):
         limit = record.keep_alive
         if limit is None:
             limit = tx.config.idle_timeout(record.config) or math.inf
-        if limit == math.inf or not isinstance(record.phase, Serving) or tx.manual:
+        if limit == math.inf:
             continue
         if tx.demand(name).in_flight or tx.is_kept(name) or name in waiting:
             continue
@@ -63,9 +73,8 @@ def park_idle(tx: Transaction, waiting: Container[str]) -> None:
 
 def watch_for_stalls(tx: Transaction) -> None:
     """Look for signs of life of a busy engine that sent no byte for half its stall timeout."""
-    for name, demand in tx.demands().items():
-        record = tx.models.get(name)
-        if not demand.in_flight or record is None or record.epoch is None or record.probing:
+    for name, record in tx.at(Serving, Draining):
+        if record.probing or not tx.demand(name).in_flight:
             continue
         limit = record.config.stall_timeout_secs
         if not limit:

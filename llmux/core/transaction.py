@@ -13,6 +13,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from llmux.config.schema import Config, Eviction, Weights
+from llmux.core.demand.usage import UNUSED, Costs, Usage
+from llmux.core.demand.workers import (
+    NO_DEMAND,
+    Worker,
+    WorkerDemand,
+    demand_by_model,
+    demand_for,
+)
 from llmux.core.effects import (
     DropAhead,
     Effect,
@@ -35,19 +43,13 @@ from llmux.core.records import (
     Reservation,
     State,
     Stopped,
-    Worker,
-    WorkerDemand,
-    demand_by_model,
 )
 from llmux.core.states import MOVING, TRANSITIONS, ModelState
-from llmux.core.usage import UNKNOWN_COST_SECS, Usage, averaged
 from llmux.errors import InvariantError, Reason
 
 # An operation ends by the deadlines of its steps. This much later it is taken to hang: time for
 # what its plan does not list (an engine restored ahead ends, an image is looked for).
 OVERDUE_SECS = 240.0
-NO_DEMAND = WorkerDemand()
-UNUSED = Usage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,19 @@ class Transaction:
     def __init__(self, state: State, now: float) -> None:
         self.base = state
         self.now = now
+        self.waiters = state.waiters
         self.configure(state.config)
         self._models = dict(state.models)
+        self._by_phase: dict[type[Phase], list[tuple[int, str]]] | None = None
         self._workers = dict(state.workers)
+        self._demands = dict(state.demands)
         self._wants = dict(state.wants)
         self._reservations = dict(state.reservations)
-        self._costs = dict(state.costs)
+        self._costs = Costs(state.costs)
         self.models: Mapping[str, ModelRecord] = self._models
         self.workers: Mapping[str, Worker] = self._workers
         self.wants: Mapping[str, float] = self._wants
         self.reservations: Mapping[str, Reservation] = self._reservations
-        self._means: dict[str, float] = {}  # of costs, by operation
         self._usage = dict(state.usage)
         self.usage: Mapping[str, Usage] = self._usage
         self.manual = state.manual
@@ -90,11 +94,12 @@ class Transaction:
         self._next_epoch = state.next_epoch
         self._wakeup: float | None = None
         self._effects: list[Effect] = []
-        self._demand: Mapping[str, WorkerDemand] | None = None
         self._refusals: dict[str, Refusal] = {}
         self._loads: list[tuple[int, str]] = []
 
     def configure(self, config: Config) -> None:
+        if config is not self.base.config:
+            self.waiters = {}
         self.config = config
         self.policy: Policy = self.base.policy_of(config.policy)
 
@@ -106,9 +111,11 @@ class Transaction:
             config=self.config,
             models=MappingProxyType(self._models),
             workers=MappingProxyType(self._workers),
+            demands=MappingProxyType(self._demands),
+            waiters=self.waiters,
             wants=MappingProxyType(self._wants),
             reservations=MappingProxyType(self._reservations),
-            costs=MappingProxyType(self._costs),
+            costs=MappingProxyType(self._costs.known),
             usage=MappingProxyType(self._usage),
             manual=self.manual,
             pinned=self.pinned,
@@ -131,9 +138,22 @@ class Transaction:
 
     # ---- models -------------------------------------------------------------------------------
 
+    def at(self, *phases: type[Phase]) -> list[tuple[str, ModelRecord]]:
+        """The models that are in these phases now, in the order of all models. Of hundreds most
+        are in one phase, and most questions are about the others."""
+        if self._by_phase is None:
+            self._by_phase = {}
+            for place, (name, record) in enumerate(self._models.items()):
+                self._by_phase.setdefault(type(record.phase), []).append((place, name))
+        found = [name for phase in phases for name in self._by_phase.get(phase, ())]
+        if len(phases) > 1:
+            found.sort()
+        return [(name, self._models[name]) for _, name in found]
+
     def add(self, record: ModelRecord) -> None:
         """A model that was not known: configured now, or found running."""
         self._models[record.config.name] = record
+        self._by_phase = None
 
     def put(self, record: ModelRecord) -> None:
         """Change facts of a model; its state stays."""
@@ -147,11 +167,12 @@ class Transaction:
         old = self._models[name].phase
         if phase.state is not old.state and phase.state not in TRANSITIONS[old.state]:
             raise InvariantError(f"internal error: {name} cannot go {old.state} → {phase.state}")
-        self._models[name] = replace(self._models[name], phase=phase)
+        self.found(name, phase)
 
     def found(self, name: str, phase: Phase) -> None:
         """Adoption: the state that a model is observed in, whatever the transitions say."""
         self._models[name] = replace(self._models[name], phase=phase)
+        self._by_phase = None
 
     def forget(self, name: str) -> None:
         """Remove a model that is no longer configured; ``can_forget`` must hold."""
@@ -160,6 +181,7 @@ class Transaction:
         self._usage.pop(name, None)
         self._pins.pop(name, None)
         del self._models[name]
+        self._by_phase = None
 
     def can_forget(self, name: str) -> bool:
         phase = self.models[name].phase
@@ -201,18 +223,11 @@ class Transaction:
         self.emit(Probe(name, record.epoch, record.engine, seconds, stalled))
 
     def learn_cost(self, name: str, operation: str, seconds: float) -> None:
-        self._costs[name, operation] = averaged(self._costs.get((name, operation)), seconds)
-        self._means.pop(operation, None)
+        self._costs.learn(name, operation, seconds)
+        self.waiters = {}  # what is not known of others is taken from this
 
     def cost(self, name: str, operation: str) -> float:
-        """Seconds that the operation takes with the model: measured, else those of other models,
-        else a guess."""
-        if (known := self._costs.get((name, operation))) is not None:
-            return known
-        if operation not in self._means:
-            found = [seconds for (_, other), seconds in self._costs.items() if other == operation]
-            self._means[operation] = sum(found) / len(found) if found else UNKNOWN_COST_SECS
-        return self._means[operation]
+        return self._costs.of(name, operation)
 
     # ---- pins ---------------------------------------------------------------------------------
 
@@ -302,14 +317,13 @@ class Transaction:
 
     # ---- workers and demand -------------------------------------------------------------------
 
+    @property
     def demands(self) -> Mapping[str, WorkerDemand]:
-        """The demand of all workers together, by model."""
-        if self._demand is None:
-            self._demand = demand_by_model(self.workers)
-        return self._demand
+        return self._demands
 
     def demand(self, name: str) -> WorkerDemand:
-        return self.demands().get(name, NO_DEMAND)
+        """The demand of all workers together."""
+        return self._demands.get(name, NO_DEMAND)
 
     def oldest_since(self, name: str) -> float | None:
         """When the oldest waiter for the model (operators included) began to wait."""
@@ -321,11 +335,11 @@ class Transaction:
 
     def set_worker(self, worker_name: str, worker: Worker) -> None:
         self._workers[worker_name] = worker
-        self._demand = None
+        self._demands = demand_by_model(self._workers)
 
     def remove_worker(self, worker_name: str) -> None:
         worker = self._workers.pop(worker_name, None)
-        self._demand = None
+        self._demands = demand_by_model(self._workers)
         for name, demand in worker.demands.items() if worker is not None else ():
             self._use(name, demand, NO_DEMAND)
 
@@ -348,19 +362,8 @@ class Transaction:
         worker = self.workers[worker_name]
         self._use(name, worker.demands.get(name, NO_DEMAND), demand)
         demands = MappingProxyType({**worker.demands, name: demand})
-        self.set_worker(worker_name, replace(worker, demands=demands))
-
-    def holders(self, name: str, epoch: str) -> list[str]:
-        return [w for w, worker in self.workers.items() if worker.holds.get(name) == epoch]
-
-    def busy(self, name: str, epoch: str) -> list[str]:
-        """Workers that may still have requests on the engine: those that hold the epoch, and
-        those with requests in flight from an earlier one."""
-        return [
-            worker_name
-            for worker_name, worker in self.workers.items()
-            if worker.holds.get(name) == epoch or worker.demands.get(name, NO_DEMAND).in_flight
-        ]
+        self._workers[worker_name] = replace(worker, demands=demands)
+        self._demands[name] = demand_for(name, self._workers.values())
 
     def hold(self, worker_name: str, name: str, epoch: str | None) -> None:
         """Note that the worker holds ``epoch`` of the model; None: no epoch any more."""

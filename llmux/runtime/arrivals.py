@@ -9,8 +9,9 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
+from llmux.core.demand.workers import Worker, WorkerDemand
 from llmux.core.effects import SwitchFinished
-from llmux.core.records import State, Worker, WorkerDemand
+from llmux.core.records import State
 
 log = logging.getLogger("llmux")
 

@@ -33,6 +33,7 @@ from llmux.config.schema import (
     Process,
     Weights,
 )
+from llmux.core.demand.workers import demand_by_model
 from llmux.core.effects import (
     DropAhead,
     Effect,
@@ -214,7 +215,11 @@ class Core(RuleBasedStateMachine):
 
     def happen(self, event: Event) -> None:
         self.former = self.state
-        self.state, effects = reduce(self.state, event, self.now)
+        self.state, effects = reduce(self.former, event, self.now)
+        # What the core keeps from one decision to the next decides nothing.
+        assert self.state.demands == demand_by_model(self.state.workers)
+        afresh = reduce(replace(self.former, waiters={}), event, self.now)
+        assert (self.state, effects) == afresh
         for model in [m for m in self.running if self.is_given_up(m)]:
             del self.running[model]  # the executor cancels it, should it still run
         for effect in effects:

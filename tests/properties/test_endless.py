@@ -25,9 +25,10 @@ from llmux.config.schema import (
     Process,
     Weights,
 )
-from llmux.core.policies.fair import DRAINS, TURN, drained_in
+from llmux.core.demand.usage import UNKNOWN_COST_SECS
+from llmux.core.policies.base import drained_in
+from llmux.core.policies.fair import DRAINS, TURN
 from llmux.core.schedule import LOOK_AGAIN_SECS
-from llmux.core.usage import UNKNOWN_COST_SECS
 
 OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
 FROZEN = Eviction(Weights.OFFLOAD, Process.FREEZE)

@@ -7,16 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmux.config.schema import PolicyConfig
-from llmux.core.policies.base import Resident, Waiting
-from llmux.core.policies.fair import (
-    DRAINS,
-    OVERHEAD,
-    TURN,
-    Fair,
-    answers_per_second,
-    drain_of,
-    drained_in,
-)
+from llmux.core.demand.usage import Usage
+from llmux.core.policies.base import Resident, Waiting, drained_in
+from llmux.core.policies.fair import DRAINS, OVERHEAD, TURN, Fair, answers_per_second
 
 SECONDS = st.floats(0, 600, allow_nan=False)
 NOW = 10_000.0
@@ -30,8 +23,7 @@ def waiting_models(draw: st.DrawFn) -> list[Waiting]:
             draw(st.integers(0, 5000)),
             NOW - draw(SECONDS),
             draw(SECONDS),
-            draw(st.floats(0, 1000)),
-            draw(st.floats(0.001, 600)),
+            Usage(NOW, draw(st.floats(0, 1000)), work=draw(st.floats(0.001, 600))),
             draw(st.integers(1, 256)),
             away_since=NOW - draw(SECONDS),
         )
@@ -67,7 +59,7 @@ def test_a_model_stays_no_longer_than_the_bound(
     drain = drained_in(victim.service, min(victim.in_flight, victim.places))
     turn = TURN * (victim.leave + victim.back) + DRAINS * drain
     if victim.queued:
-        each = (one.cost + victim.leave + drain_of(one, one.waiting) for one in waiting)
+        each = (one.cost + victim.leave + one.drain for one in waiting)
         turn = OVERHEAD * (drain + victim.back + sum(each))
     bound = max(oldest + limit, victim.serving_since + turn)
     for target in waiting:

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 from llmux.config.schema import Process
+from llmux.core.demand.usage import UNUSED
 from llmux.core.operations import stop
 from llmux.core.placement.prices import (
     IN_USE_SECS,
@@ -26,7 +27,7 @@ from llmux.core.records import (
     stays_resident,
 )
 from llmux.core.room import GPUs, Room
-from llmux.core.transaction import UNUSED, Transaction
+from llmux.core.transaction import Transaction
 
 
 class Choice:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from llmux.config.schema import PolicyConfig
+from llmux.core.demand.usage import UNUSED, Usage
+
+EULER = 0.5772  # the sum's distance from the logarithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +27,20 @@ class Waiting:
     waiting: int  # requests; 0: only an operator
     oldest_since: float
     cost: float = 0.0  # seconds from room to serving, as measured, by how it is parked now
-    rate: float = 0.0  # arrivals per second, lately
-    service: float = 1.0  # mean seconds of an answer, lately
+    usage: Usage = UNUSED  # arrivals and answers, lately
     places: int = 1024  # requests that its engine is given at a time
     priority: int = 0
     away_since: float = math.inf  # since when it is as it is now: parked, stopped or failed
+    service: float = field(init=False)  # mean seconds of an answer
+    drain: float = field(init=False)  # seconds to answer as many of its requests as have places
+    turn: float = field(init=False)  # and all of them
+
+    def __post_init__(self) -> None:
+        # Once, and not in each of the decisions in which nothing of it has changed.
+        service = self.usage.service
+        object.__setattr__(self, "service", service)
+        object.__setattr__(self, "drain", drain_of(service, self.places, self.waiting))
+        object.__setattr__(self, "turn", turn_of(service, self.places, self.waiting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,23 @@ class Resident:
     def queued(self) -> int:
         """Requests that wait here, for a place at the engine."""
         return max(0, self.in_flight - self.places)
+
+
+def turn_of(service: float, places: int, requests: float) -> float:
+    """Seconds to answer so many requests at all places, to the last answer."""
+    rest = drain_of(service, places, requests)
+    return rest if requests <= places else service * (requests / places - 1) + rest
+
+
+def drain_of(service: float, places: int, requests: float) -> float:
+    """Seconds until the last of so many answers has ended, or of as many as have places."""
+    return drained_in(service, requests if requests < places else places)
+
+
+def drained_in(service: float, requests: float) -> float:
+    """Mean of the longest of so many exponential times: service × (1 + 1/2 + … + 1/requests)."""
+    sum_ = math.log(requests + 0.5) + EULER
+    return service * sum_ if sum_ > 0.0 else 0.0
 
 
 class Policy(Protocol):

@@ -23,17 +23,15 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmux.config.schema import PolicyConfig
-from llmux.core.policies.base import Resident, Waiting, idle_first
+from llmux.core.policies.base import Resident, Waiting, drained_in, idle_first, turn_of
 
 TURN = 0.5  # of the way out and back: the least that a model serves before it is sent away
 DRAINS = 1.5  # of the drain as it would be now: the least as well
-EULER = 0.5772  # the sum's distance from the logarithm
 OVERHEAD = 8.0  # seconds between switches for a second of switching, when queues never end
 
 
@@ -69,7 +67,7 @@ class Fair:
         if not victim.in_flight:  # 1
             return oldest
         drain = drained_in(victim.service, min(victim.in_flight, victim.places))
-        cycle = cycle_of(victim, waiting, drain)
+        cycle = cycle_of(victim, waiting, drain, now)
         if victim.queued:  # 2
             turn = OVERHEAD * cycle.switching
         else:  # 3
@@ -82,8 +80,13 @@ class Fair:
 def _rounds(left: list[Waiting]) -> list[str]:
     """Models of one priority, the longest waiting in front, in the order in which they come. Each
     is weighed once, since hundreds may wait."""
-    by_absence = deque(sorted(range(len(left)), key=lambda at: left[at].away_since))
-    heap: list[tuple[float, int]] = []  # who may come now; of equals the longest waiting
+    paces = [answers_per_second(one) for one in left]
+    best_first = sorted(range(len(left)), key=paces.__getitem__, reverse=True)
+    rank = [0] * len(left)  # of equals the longest waiting is first
+    for place, at in enumerate(best_first):
+        rank[at] = place
+    by_absence = deque(sorted((one.away_since, at) for at, one in enumerate(left)))
+    may_come: list[int] = []  # ranks, as a heap
     entered = [False] * len(left)
     came = [False] * len(left)
     order: list[str] = []
@@ -91,46 +94,33 @@ def _rounds(left: list[Waiting]) -> list[str]:
     def enter(at: int) -> None:
         if not entered[at]:
             entered[at] = True
-            heapq.heappush(heap, (-answers_per_second(left[at]), at))
+            heapq.heappush(may_come, rank[at])
 
     for at, first in enumerate(left):
         while not came[at]:
             enter(at)
-            while by_absence and left[by_absence[0]].away_since <= first.oldest_since:
-                enter(by_absence.popleft())
-            _, next_ = heapq.heappop(heap)
+            while by_absence and by_absence[0][0] <= first.oldest_since:
+                enter(by_absence.popleft()[1])
+            if not by_absence:  # all may come now
+                return order + [left[best_first[place]].model for place in sorted(may_come)]
+            next_ = best_first[heapq.heappop(may_come)]
             came[next_] = True
             order.append(left[next_].model)
     return order
 
 
-def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float) -> Cycle:
+def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float, now: float) -> Cycle:
     """As if they came in the order of their wait."""
     away, switching, delayed = drain, drain + victim.back, 0.0
     for one in sorted(waiting, key=lambda one: one.oldest_since):
         switch = one.cost + victim.leave
         away += switch
-        batch = one.waiting + one.rate * away
+        batch = one.waiting + one.usage.rate_at(now) * away
         delayed += batch
-        away += turn_of(one, batch)
-        switching += switch + drain_of(one, one.waiting)
+        away += turn_of(one.service, one.places, batch)
+        switching += switch + one.drain
     return Cycle(delayed, away + victim.back, switching)
 
 
 def answers_per_second(one: Waiting) -> float:
-    return one.waiting / max(one.cost + turn_of(one, one.waiting), 1e-9)
-
-
-def turn_of(one: Waiting, requests: float) -> float:
-    """Seconds to answer so many requests at all places, to the last answer."""
-    return one.service * max(0.0, requests / one.places - 1) + drain_of(one, requests)
-
-
-def drain_of(one: Waiting, requests: float) -> float:
-    """Seconds until the last of so many answers has ended, or of as many as have places."""
-    return drained_in(one.service, min(requests, one.places))
-
-
-def drained_in(service: float, requests: float) -> float:
-    """Mean of the longest of so many exponential times: service × (1 + 1/2 + … + 1/requests)."""
-    return service * max(0.0, math.log(requests + 0.5) + EULER)
+    return one.waiting / max(one.cost + one.turn, 1e-9)

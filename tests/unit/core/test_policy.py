@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from llmux.config.schema import PolicyConfig, PolicyType
-from llmux.core.policies.base import Policy, Resident, Waiting
+from llmux.core.demand.usage import Usage
+from llmux.core.policies.base import Policy, Resident, Waiting, turn_of
 from llmux.core.policies.choose import policy_for
-from llmux.core.policies.fair import cycle_of, drain_of, turn_of
+from llmux.core.policies.fair import cycle_of
 from llmux.core.policies.plain import Plain
 
 NOW = 100.0
@@ -26,8 +27,10 @@ def resident(*, since: float = 0.0, in_flight: int = 1, **facts: Any) -> Residen
     return Resident("served", since, in_flight, since, **facts)
 
 
-def wanted(waiting: int = 1, since: float = NOW, cost: float = 1.0, **facts: Any) -> Waiting:
-    return Waiting("wanted", waiting, since, cost, **facts)
+def wanted(
+    waiting: int = 1, since: float = NOW, cost: float = 1.0, *, service: float = 1.0
+) -> Waiting:
+    return Waiting("wanted", waiting, since, cost, Usage(work=service))
 
 
 def earliest(policy: Policy, target: Waiting, victim: Resident, now: float = NOW) -> float:
@@ -134,18 +137,18 @@ def test_fair_knows_that_all_that_wait_come_before_the_model_is_back() -> None:
 
 
 def test_a_cycle_is_all_switches_and_turns_until_the_model_is_back() -> None:
-    first = Waiting("first", 3, 0.0, cost=10.0, rate=0.5, service=4.0, places=1)
+    first = Waiting("first", 3, 0.0, cost=10.0, usage=Usage(NOW, 0.5, work=4.0), places=1)
     second = Waiting("second", 1, 5.0, cost=20.0)
     victim = resident(leave=2.0, back=5.0)
-    one = cycle_of(victim, [first], 1.0)
+    one = cycle_of(victim, [first], 1.0, NOW)
     batch = 3 + 0.5 * (1.0 + 12.0)
-    turn = turn_of(first, batch)
+    turn = turn_of(4.0, 1, batch)
     assert one.delayed == pytest.approx(batch)
     assert one.away == pytest.approx(1.0 + 12.0 + turn + 5.0)
-    assert one.switching == pytest.approx(1.0 + 5.0 + 12.0 + drain_of(first, 3))
-    both = cycle_of(victim, [second, first], 1.0)
+    assert one.switching == pytest.approx(1.0 + 5.0 + 12.0 + first.drain)
+    both = cycle_of(victim, [second, first], 1.0, NOW)
     assert both.delayed == pytest.approx(batch + 1)
-    assert both.away == pytest.approx(one.away + 22.0 + turn_of(second, 1))
+    assert both.away == pytest.approx(one.away + 22.0 + second.turn)
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))

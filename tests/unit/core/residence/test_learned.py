@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from core_harness import OFFLOAD, WORKER, Core, model
 
+from llmux.core.demand.usage import COST_WEIGHT, OUTLIER, Usage, averaged
 from llmux.core.effects import SwitchFinished
 from llmux.core.events import AwakeSeen, DemandChanged, ResidueSeen
 from llmux.core.records import coming
-from llmux.core.usage import COST_WEIGHT, OUTLIER, Usage, averaged
 
 
 def test_what_a_model_is_seen_to_hold_is_learned_from_its_own_operation() -> None:

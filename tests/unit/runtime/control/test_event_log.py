@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llmux.config.schema import Config, ModelConfig
-from llmux.core.records import ModelRecord, Serving, State, Stopped, Worker, WorkerDemand
+from llmux.core.demand.workers import Worker, WorkerDemand
+from llmux.core.records import ModelRecord, Serving, State, Stopped
 from llmux.errors import Refused
 from llmux.protocol import MAX_LINE, News, Watch
 from llmux.runtime.control import event_log
@@ -24,10 +25,10 @@ def state(phase: Any = None, **waiting: int) -> State:
         name: ModelRecord(ModelConfig(name, f"models/{name}"), phase=phase or Stopped())
         for name in ("a", "b")
     }
-    demands = {name: WorkerDemand(waiting=count) for name, count in waiting.items()}
+    demands = MappingProxyType({n: WorkerDemand(waiting=count) for n, count in waiting.items()})
     return State(
-        Config(), 1, "e", models=MappingProxyType(models),
-        workers=MappingProxyType({"w": Worker(demands=MappingProxyType(demands))}),
+        Config(), 1, "e", models=MappingProxyType(models), demands=demands,
+        workers=MappingProxyType({"w": Worker(demands=demands)}),
     )  # fmt: skip
 
 

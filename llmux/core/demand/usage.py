@@ -6,6 +6,7 @@ Averages forget exponentially, so that they follow what changes within minutes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 RATE_SECS = 120.0  # what arrived longer ago counts for less than a third
@@ -49,9 +50,34 @@ class Usage:
         )
 
 
+UNUSED = Usage()
+
+
 def averaged(known: float | None, seconds: float) -> float:
     """The moving average of a cost. One strange sample (a disk that hung) does not spoil it."""
     if known is None:
         return seconds
     sample = min(max(seconds, known / OUTLIER), known * OUTLIER)
     return known + COST_WEIGHT * (sample - known)
+
+
+class Costs:
+    """A working copy of what operations take, by (model, operation)."""
+
+    def __init__(self, known: Mapping[tuple[str, str], float]) -> None:
+        self.known = dict(known)
+        self._means: dict[str, float] = {}
+
+    def learn(self, name: str, operation: str, seconds: float) -> None:
+        self.known[name, operation] = averaged(self.known.get((name, operation)), seconds)
+        self._means.pop(operation, None)
+
+    def of(self, name: str, operation: str) -> float:
+        """Seconds that the operation takes with the model: measured, else those of other models,
+        else a guess."""
+        if (known := self.known.get((name, operation))) is not None:
+            return known
+        if operation not in self._means:
+            found = [seconds for (_, other), seconds in self.known.items() if other == operation]
+            self._means[operation] = sum(found) / len(found) if found else UNKNOWN_COST_SECS
+        return self._means[operation]
