@@ -34,12 +34,15 @@ class Order:
     ended: threading.Event = field(default_factory=threading.Event)
     result: Any = None
     error: LlmuxError | None = None
+    crash: Exception | None = None  # what nobody expected
 
     def run(self) -> None:
         try:
             self.result = self.question.answer()
         except LlmuxError as error:
             self.error = error
+        except Exception as error:  # noqa: BLE001 (raised again where the command ends by it)
+            self.crash = error
         finally:
             self.ended.set()
 
@@ -86,6 +89,7 @@ def report(orders: Sequence[Order], *, quiet: bool) -> None:
 
 
 def carry_out(args: argparse.Namespace, orders: Sequence[Order]) -> None:
+    """Give them and wait until all have ended; raises what nobody expected of any."""
     threads = [threading.Thread(target=one.run, daemon=True) for one in orders]
     deadline = None if args.timeout is None else monotonic() + args.timeout
     view = View(sys.stderr) if sys.stderr.isatty() and not args.json else None
@@ -100,6 +104,9 @@ def carry_out(args: argparse.Namespace, orders: Sequence[Order]) -> None:
     finally:
         if view is not None:
             view.clear()
+    for one in orders:
+        if one.crash is not None:
+            raise one.crash
 
 
 def _wait(path: str, orders: Sequence[Order], deadline: float | None, view: View | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -151,6 +152,19 @@ def test_closing_the_driver_leaves_a_busy_helper_to_finish(fake: FakeCuda) -> No
 def test_a_greeting_says_what_is_wrong(greeting: dict[str, Any], words: str | None) -> None:
     problem = greeting_problem(greeting, "libcuda.so.1")
     assert (problem is None) if words is None else (problem is not None and words in problem[0])
+
+
+def test_a_ctrl_c_in_a_terminal_does_not_reach_a_helper(fake: FakeCuda) -> None:
+    """It goes to all processes of the terminal's session; a call that is cut harms the engine."""
+
+    async def main() -> None:
+        helper = await Helper.start(str(fake.library), {})
+        try:
+            assert os.getsid(helper.pid) == helper.pid
+        finally:
+            assert await helper.leave(60.0)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("turns", range(1, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import socket
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from llmux.cli import order as order_module
+from llmux.cli.client import Question
 from llmux.cli.main import main
-from llmux.cli.order import View
+from llmux.cli.order import Order, View, _looks, carry_out
 from llmux.errors import Reason
 from llmux.protocol import Answer, Ask, Hello, decode
 
@@ -38,6 +40,7 @@ class Supervisor:
         self.looked = threading.Event()
         self.refused: dict[str, Reason] = {}
         self.models: dict[str, Any] = {"alpha": MODEL, "beta": MODEL | {"stale": True}}
+        self.status: dict[str, Any] | None = None  # instead of one of these models
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(path)
         self._socket.listen()
@@ -60,7 +63,8 @@ class Supervisor:
                 assert isinstance(message, Ask)
                 if message.verb == "status":
                     self.looked.set()
-                    peer.sendall(Answer(message.id, True, {"models": self.models}).encode())
+                    status = {"models": self.models} if self.status is None else self.status
+                    peer.sendall(Answer(message.id, True, status).encode())
                     continue
                 self.asked.append(message)
                 model = str(message.args.get("model", ""))
@@ -194,6 +198,37 @@ def test_without_waiting_the_supervisor_keeps_the_order(
         "wait": False,
         "eviction": "discard+stop",
     }
+
+
+class Broken(Question):
+    def __init__(self) -> None:
+        """No connection is made."""
+
+    def answer(self) -> Any:
+        raise RuntimeError("can't start new thread")
+
+
+def test_what_nobody_expected_ends_the_command_and_is_no_failure_of_the_order(
+    supervisor: Supervisor,
+) -> None:
+    """Before, its thread printed a traceback of its own, and the command another, of a result that
+    was None."""
+    args = argparse.Namespace(socket=supervisor.path, timeout=None, json=True)
+    other = Order("beta", Question(supervisor.path, "load", {"model": "beta"}))
+    with pytest.raises(RuntimeError, match="new thread"):
+        carry_out(args, [Order("alpha", Broken()), other])
+    assert other.result == {"message": "load beta: done"}
+
+
+def test_a_status_that_is_no_status_is_not_hidden_and_one_that_is_not_given_is_nothing_to_show(
+    supervisor: Supervisor, tmp_path: Path
+) -> None:
+    orders = [Order("alpha", Broken())]
+    assert len(_looks(supervisor.path, orders, 1.0)) == 1
+    assert _looks(str(tmp_path / "nobody"), orders, 1.0) == []
+    supervisor.status = {}
+    with pytest.raises(KeyError):
+        _looks(supervisor.path, orders, 1.0)
 
 
 class Terminal(io.StringIO):

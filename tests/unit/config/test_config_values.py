@@ -49,6 +49,21 @@ def problems(tmp_path: Path, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ("limits: {memory_max: }", "limits.memory_max"),
+        ("limits: {ip_address_deny: }", "limits.ip_address_deny"),
+        ("limits: {tasks_max: null}", "limits.tasks_max"),
+    ],
+)
+def test_a_key_without_a_value_is_no_setting(tmp_path: Path, settings: str, where: str) -> None:
+    """Of those, too, that have no default to be told: a limit that was meant would not be set."""
+    text = f"models: {{m: {{model_path: org/m, {settings}}}}}"
+    why = "has no value; remove the key to keep the default"
+    assert problems(tmp_path, text) == [f"models.m.{where}: {why}"]
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [("30s", 30), ("5m", 300), ("250ms", 0.25), ("1h", 3600), ("1h30m", 5400), ("1.5s", 1.5)],
 )

@@ -178,3 +178,22 @@ async def test_an_engine_that_holds_more_than_it_claims_is_named(
         await shop.run(small, start_plan(small, 60.0))
     print(world.used(0) / GIB, caplog.messages)
     assert any("a holds 72.5 % of its GPUs, and claims 50.0 %" in text for text in caplog.messages)
+
+
+@in_virtual_time
+async def test_an_engine_that_failed_is_gone_when_its_own_memory_is(tmp_path: Path) -> None:
+    """Not when that of the engine before it is, whose processes ended long ago."""
+    world = World()
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, start_plan(MODEL, 60.0))
+    await shop.run(MODEL, park_plan(MODEL, OFFLOAD))
+    world.exit("a")
+    world.fail("engine.wait_healthy")
+    kill = world.hold("units.kill")
+    shop.begin(MODEL, start_plan(MODEL, 60.0))
+    await kill.reached.wait()
+    world.foreign[world.engines["a"].handle.pid] = (0, 10 * GIB)  # the driver is late
+    kill.release()
+    ended = await shop.ended()
+    assert ended.outcome is Outcome.STUCK
+    assert "10.0 GiB still held" in ended.detail
