@@ -95,9 +95,9 @@ class OrderBook:
         try:
             result = await work(order)
         except asyncio.CancelledError:
-            why = order.cancelled_by or "llmux stops"
-            log.info("order %d: cancelled, %s", order.id, why, extra=_fields(order))
-            self.tell(order, f"cancelled: {why}")
+            order.cancelled_by = order.cancelled_by or "llmux stops"
+            log.info("order %d: cancelled, %s", order.id, order.cancelled_by, extra=_fields(order))
+            self.tell(order, f"cancelled: {order.cancelled_by}")
             raise
         except LlmuxError as error:
             log.info("order %d: %s", order.id, error, extra=_fields(order))

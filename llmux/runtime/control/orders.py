@@ -13,6 +13,7 @@ from time import monotonic
 from llmux.config.schema import Eviction
 from llmux.core.effects import Verdict
 from llmux.core.events import LoadAsked, LoadWithdrawn, ParkAsked, ParkWithdrawn
+from llmux.core.plans import park_plan
 from llmux.core.records import Failed, ModelRecord, Parked, Serving, State, Stopped
 from llmux.errors import Reason, Refused
 from llmux.protocol import ProgressCallback
@@ -20,6 +21,7 @@ from llmux.runtime.engines.executor import Executor
 from llmux.runtime.loop import Loop
 
 HEARTBEAT_SECS = 1.0  # a terminal shows the seconds go by
+BEHIND_OTHERS_SECS = 120.0  # other models' parking and waking on the same GPUs, before a park
 
 
 def ignore_progress(_phase: str, _seconds: float, _done: int, _total: int) -> None:
@@ -79,6 +81,7 @@ async def bring_down(
 ) -> ModelRecord | None:
     """The model is parked or stopped; None = by its own eviction. Return its record;
     None when it is no longer configured. ``accepted`` and cancelling are as for ``bring_up``."""
+    before = loop.state.models.get(name)  # the order itself may begin a drain
     answer = await loop.order(ParkAsked(name, eviction))
     if answer.verdict is Verdict.REFUSED:
         raise Refused(answer.reason or Reason.START_FAILED, f"cannot park {name}: {answer.message}")
@@ -87,8 +90,10 @@ async def bring_down(
         return loop.state.models.get(name)
     config = loop.state.config
     model = loop.state.models[name].config
-    patience = config.policy.drain_timeout_secs + model.sleep_timeout_secs + 120.0
-    if not isinstance(loop.state.models[name].phase, Serving):
+    plan = park_plan(model, eviction or model.eviction)
+    parking = max(model.sleep_timeout_secs + BEHIND_OTHERS_SECS, plan.deadline)
+    patience = config.policy.drain_timeout_secs + parking
+    if before is not None and not isinstance(before.phase, Serving):
         patience += config.startup_timeout(model)
 
     def settled(state: State) -> bool:

@@ -237,3 +237,16 @@ async def test_closing_ends_all_orders_and_is_no_error_itself() -> None:
             with pytest.raises((asyncio.CancelledError, Refused)):
                 await task
         assert await d.listed() == []
+
+
+@in_loop
+async def test_an_order_that_llmux_ends_with_itself_says_so() -> None:
+    """Before, its giver was told "was cancelled: None"."""
+    async with desk() as d:
+        load = d.give("load", model="b", by="bob")
+        await d.wanted("b")
+        await d.verbs.orders.close()
+        with pytest.raises(Refused, match="order 2 was cancelled: llmux stops") as refused:
+            await load
+        assert refused.value.reason is Reason.CANCELLED
+        assert d.said()[-1] == ("load", "bob", "cancelled: llmux stops")
