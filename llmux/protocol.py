@@ -24,6 +24,7 @@ from llmux.typed_json import LARGEST_INT, BadJson, Within
 PROTOCOL_VERSION = 1
 MAX_LINE = 1024 * 1024
 MAX_ANSWER = 32 * MAX_LINE
+OF_CONNECTION: Final = 0  # the id of an answer to no ask: why the connection is refused
 MAX_REQUESTS: Final = 1_000_000  # at once in one worker; its descriptors end long before
 
 Requests = Annotated[int, Within(0, MAX_REQUESTS)]

@@ -10,7 +10,16 @@ from typing import Any
 
 from llmux.errors import ControlError, LlmuxError, Reason, Refused
 from llmux.printable import printable, printable_tree
-from llmux.protocol import MAX_ANSWER, Answer, Ask, Hello, Progress, ProgressCallback, decode
+from llmux.protocol import (
+    MAX_ANSWER,
+    OF_CONNECTION,
+    Answer,
+    Ask,
+    Hello,
+    Progress,
+    ProgressCallback,
+    decode,
+)
 
 IS_IT_RUNNING = (
     "is it running? `systemctl status llmux`; `llmux serve` names its own --socket as it starts"
@@ -62,7 +71,8 @@ class Question:
         try:
             with self._socket:
                 self._socket.connect(path)
-                self._socket.sendall(Hello(role="cli").encode() + self._ask.encode())
+                with suppress(BrokenPipeError):  # who is refused can read why
+                    self._socket.sendall(Hello(role="cli").encode() + self._ask.encode())
                 if (answer := self._read()) is not None:
                     return _result(answer)
         except FileNotFoundError as error:
@@ -96,7 +106,7 @@ class Question:
                 message = decode(line)
                 if isinstance(message, Progress) and self._progress is not None:
                     self._progress(message.phase, message.seconds, message.done, message.total)
-                if isinstance(message, Answer) and message.id == self._ask.id:
+                if isinstance(message, Answer) and message.id in (self._ask.id, OF_CONNECTION):
                     return message
         return None
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from llmux.errors import ControlError, Reason, Refused
 from llmux.gateway.http.problems import reason_of
-from llmux.protocol import MAX_ANSWER, Answer, Ask, Demand, Hello, Message, decode
+from llmux.protocol import MAX_ANSWER, OF_CONNECTION, Answer, Ask, Demand, Hello, Message, decode
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Link:
         self.away = asyncio.Event()  # set while not connected
         self.away.set()
         self.connects = 0
+        self._refusal: str | None = None  # of the connection; None once anything else was heard
         self._heard_at = self._loop.time()
         self._hello: Callable[[], Hello] = lambda: Hello(role="gateway")
         self._demand: Callable[[str], Demand] = Demand
@@ -127,21 +128,33 @@ class Link:
         delay = RECONNECT_FIRST_SECS
         reported = False
         while True:
-            try:
-                protocol = await self._connect()
-            except OSError as error:
-                if not reported:
-                    logger.warning("cannot reach the supervisor at %s: %s; trying again",
-                                   self._target, error.strerror or error)  # fmt: skip
-                    reported = True
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, RECONNECT_MAX_SECS)
-                continue
-            delay = RECONNECT_FIRST_SECS
-            reported = False
-            await self._stay(protocol)
+            began = self._loop.time()
+            why = await self._connected()
             if isinstance(self._target, socket.socket):
                 return
+            if why is None:
+                logger.warning("lost the supervisor; grants stay in use, reconnecting")
+                reported = False
+            elif not reported:
+                logger.warning("%s; trying again", why)
+                reported = True
+            # One that is there and sends us away at once is not asked again without a pause.
+            if why is None and self._loop.time() - began > RECONNECT_MAX_SECS:
+                delay = RECONNECT_FIRST_SECS
+                continue
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, RECONNECT_MAX_SECS)
+
+    async def _connected(self) -> str | None:
+        """Returns when the connection is lost, or why there was none that could be used."""
+        try:
+            protocol = await self._connect()
+        except OSError as error:
+            return f"cannot reach the supervisor at {self._target}: {error.strerror or error}"
+        await self._stay(protocol)
+        if self._refusal is None:
+            return None
+        return f"cannot use the supervisor at {self._target}: {self._refusal}"
 
     async def _connect(self) -> _LineProtocol:
         def factory() -> _LineProtocol:
@@ -151,6 +164,7 @@ class Link:
             _, protocol = await self._loop.create_unix_connection(factory, sock=self._target)
         else:
             _, protocol = await self._loop.create_unix_connection(factory, str(self._target))
+        self._refusal = "it ended the connection without a word"
         return protocol
 
     async def _stay(self, protocol: _LineProtocol) -> None:
@@ -165,7 +179,6 @@ class Link:
             self._dirty = dict.fromkeys(self._active())
             self._flush()
             await asyncio.shield(protocol.lost)
-            logger.warning("lost the supervisor; grants stay in use, reconnecting")
         finally:
             for task in own:
                 task.cancel()
@@ -198,6 +211,10 @@ class Link:
             # A newer supervisor may send types unknown here; the other messages must still work.
             logger.warning("%s", error)
             return
+        if isinstance(message, Answer) and message.id == OF_CONNECTION:
+            self._refusal = message.message
+            return
+        self._refusal = None
         if isinstance(message, Answer):
             future = self._asked.pop(message.id, None)
             if future is not None and not future.done():

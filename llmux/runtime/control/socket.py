@@ -13,7 +13,6 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
@@ -31,6 +30,7 @@ from llmux.peers import ADMINS, Exits, admit_group, caller_of, peer_groups, peer
 from llmux.protocol import (
     MAX_ANSWER,
     MAX_LINE,
+    OF_CONNECTION,
     PROTOCOL_VERSION,
     Answer,
     Ask,
@@ -49,6 +49,7 @@ from llmux.protocol import (
     decode,
 )
 from llmux.responses import ResponseModels
+from llmux.runtime.control.connections import Complaints, Connections, Peer, socket_of
 from llmux.runtime.control.watchers import Watchers
 
 log = logging.getLogger("llmux")
@@ -78,23 +79,6 @@ GATEWAY_VERBS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    """``caller``: who gives its orders; None for a gateway's worker, which says so itself.
-    ``asking``: the asks that are not answered yet."""
-
-    worker: str | None
-    caller: str | None
-    verbs: frozenset[str] | None
-    writer: asyncio.StreamWriter
-    asking: set[asyncio.Task[None]]
-
-    def signed(self, ask: Ask) -> Ask:
-        """The ask with who gives it; a command line cannot give another name than its own."""
-        by = ask.args.get("by") if self.caller is None else self.caller
-        return replace(ask, args=ask.args | {"by": by if isinstance(by, str) else "the API"})
-
-
 class ControlSocket:
     """``ask`` answers the verbs; ``allowed_uids`` may connect besides root and ourselves, and use
     the gateway's verbs; members of the group ``admins`` may use all."""
@@ -108,12 +92,15 @@ class ControlSocket:
         allowed_uids: frozenset[int] = frozenset(),
         admins: int | None = None,
         watchers: Watchers | None = None,
+        connections: Connections | None = None,
     ) -> None:
         self._exits = Exits()
         self._post = post
         self._ask = ask
         self._catalog = catalog
         self._watchers = watchers or Watchers()
+        self._connections = connections or Connections()
+        self._complaints = Complaints()
         self.responses = ResponseModels()
         self._uids = allowed_uids
         self._admins = admins
@@ -200,7 +187,7 @@ class ControlSocket:
         if writer.is_closing():  # its reader will see that; uvloop raises when it is written to
             return
         if writer.transport.get_write_buffer_size() > MAX_UNSENT:
-            log.warning("a peer of the control socket reads nothing: connection dropped")
+            self._complaints.warn("a peer of the control socket reads nothing: connection dropped")
             writer.transport.abort()
             return
         data = message.encode()
@@ -218,17 +205,23 @@ class ControlSocket:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            pid, uid = peer_of(_socket(writer))
+            pid, uid = peer_of(socket_of(writer))
             is_admin = self._is_admin(writer)
         except ConnectionError:  # gone already
             writer.close()
             return
         if not is_admin and uid not in self._uids:
-            log.warning("user %s may not use the control socket", user_name(uid))
+            self._complaints.warn("user %s may not use the control socket", user_name(uid))
+            writer.close()
+            return
+        if (why := self._connections.admit(uid)) is not None:
+            refusal = Answer(OF_CONNECTION, False, None, Reason.RATE_LIMITED.value, why)
+            writer.write(refusal.encode())
             writer.close()
             return
         verbs = None if is_admin else GATEWAY_VERBS
-        self._track(self._serve(reader, writer, pid, uid, verbs=verbs))
+        serving = self._track(self._serve(reader, writer, pid, uid, verbs=verbs))
+        serving.add_done_callback(lambda _: self._connections.left(uid))
 
     def _track(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -247,10 +240,10 @@ class ControlSocket:
             if hello.role == "gateway":
                 worker = self._joined(hello, writer)
             caller = None if worker is not None else caller_of(pid, uid)
-            peer = _Peer(worker, caller, verbs, writer, asking)
+            peer = Peer(worker, caller, verbs, writer, asking)
             await self._listen_to(peer, reader)
         except ControlError as error:
-            log.warning("control connection dropped: %s", error)
+            self._complaints.warn("control connection dropped: %s", error)
         except (ConnectionError, asyncio.LimitOverrunError, ValueError) as error:
             log.debug("control connection ended: %s", error)
         except Exception:  # a peer may end its own connection, never the supervisor
@@ -266,7 +259,7 @@ class ControlSocket:
                 del self._workers[worker]
                 await self._see_off(worker, pid)
 
-    async def _listen_to(self, peer: _Peer, reader: asyncio.StreamReader) -> None:
+    async def _listen_to(self, peer: Peer, reader: asyncio.StreamReader) -> None:
         """Read until the connection ends. Messages that only a newer version knows are skipped."""
         unknown: set[str] = set()
         while line := await reader.readline():
@@ -279,14 +272,14 @@ class ControlSocket:
             except UnknownMessage as error:
                 if str(error) not in unknown:
                     unknown.add(str(error))
-                    log.warning("%s: ignored", error)
+                    self._complaints.warn("%s: ignored", error)
 
     def _is_admin(self, writer: asyncio.StreamWriter) -> bool:
         """May the peer use all verbs? The gateway's user never, whatever its groups."""
-        uid = peer_of(_socket(writer))[1]
+        uid = peer_of(socket_of(writer))[1]
         if uid in (0, os.getuid()) or uid in self._uids:
             return uid not in self._uids
-        return self._admins is not None and self._admins in peer_groups(_socket(writer))
+        return self._admins is not None and self._admins in peer_groups(socket_of(writer))
 
     async def _see_off(self, worker: str, pid: int) -> None:
         """A worker's requests live as long as its process: wait for its exit or reconnect before
@@ -317,7 +310,7 @@ class ControlSocket:
         self._post(WorkerJoined(hello.worker, hello.holds))
         return hello.worker
 
-    def _asked(self, peer: _Peer, ask: Ask, line_bytes: int) -> None:
+    def _asked(self, peer: Peer, ask: Ask, line_bytes: int) -> None:
         if peer.verbs is not None and ask.verb not in peer.verbs:
             why = f"only root and members of group {ADMINS} may"
             return self._write(peer.writer, _refusal(ask, Reason.FORBIDDEN, why))
@@ -336,7 +329,7 @@ class ControlSocket:
         peer.asking.add(task)
         task.add_done_callback(answered)
 
-    def _received(self, peer: _Peer, message: Message) -> None:
+    def _received(self, peer: Peer, message: Message) -> None:
         worker, writer = peer.worker, peer.writer
         match message:
             case Demand() if worker is not None:
@@ -386,14 +379,6 @@ class ControlSocket:
             text = f"cannot {ask.verb}: internal error: {error or type(error).__name__}"
             answer = Answer(ask.id, False, None, Reason.INTERNAL.value, text)
         self._write(writer, answer)
-
-
-def _socket(writer: asyncio.StreamWriter) -> socket.socket:
-    """Raises ConnectionError for a connection that has ended: uvloop gives no socket then."""
-    sock: socket.socket | None = writer.get_extra_info("socket")
-    if sock is None:
-        raise ConnectionResetError("the peer is gone")
-    return sock
 
 
 def _refusal(ask: Ask, reason: Reason, why: str) -> Answer:
