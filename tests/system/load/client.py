@@ -10,6 +10,7 @@ import asyncio
 import json
 import pathlib
 import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
@@ -19,6 +20,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "standin"))
 from vllm_standin import text
 
 ANSWER_TOKENS = 24  # the stand-in's default
+DIMENSIONS = 64  # of an embedding
+
+Judge = Callable[[asyncio.StreamReader, dict[str, str]], Awaitable[None]]  # raises what is wrong
 
 
 @dataclass(slots=True)
@@ -74,18 +78,67 @@ async def ask(
 ) -> Answer:
     """One completion; what goes wrong is in the answer, not raised."""
     answer = Answer(model, prompt, stream, monotonic())
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": stream,
+    }
+
+    async def judge(reader: asyncio.StreamReader, headers: dict[str, str]) -> None:
+        said = await (_streamed if stream else _plain)(reader, headers, answer)
+        if said != expected(model, prompt, tokens):
+            raise WrongAnswerError(f"said {said!r}")
+
+    await _exchange(answer, "/v1/completions", body, judge, port=port, uds=uds, timeout=timeout)
+    return answer
+
+
+async def embed(model: str, words: str, *, port: int = 3000, timeout: float = 60.0) -> Answer:
+    """The embedding of ``words``; what goes wrong is in the answer, not raised."""
+    answer = Answer(model, words, False, monotonic())
+    body = {"model": model, "input": words, "dimensions": DIMENSIONS}
+
+    async def judge(reader: asyncio.StreamReader, headers: dict[str, str]) -> None:
+        document = json.loads(await _body(reader, headers))
+        if document["model"] != model:
+            raise WrongAnswerError(f"the answer names model {document['model']!r}")
+        if document["data"][0]["embedding"] != text.embedding(model, words, DIMENSIONS, text.GOOD):
+            raise WrongAnswerError(f"another embedding: {document['data'][0]!r}")
+
+    await _exchange(answer, "/v1/embeddings", body, judge, port=port, uds=None, timeout=timeout)
+    return answer
+
+
+async def _exchange(
+    answer: Answer,
+    path: str,
+    body: dict[str, Any],
+    judge: Judge,
+    *,
+    port: int,
+    uds: str | None,
+    timeout: float,
+) -> None:
     try:
         async with asyncio.timeout(timeout):
-            await _exchange(answer, tokens, port, uds)
+            await _once(answer, _request(path, body), judge, port, uds)
     except TimeoutError:
         answer.error = f"no complete answer within {timeout:g} s"
     except (OSError, EOFError, ValueError, WrongAnswerError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     answer.ended = monotonic()
-    return answer
 
 
-async def _exchange(answer: Answer, tokens: int, port: int, uds: str | None) -> None:
+async def _once(
+    answer: Answer,
+    request: bytes,
+    judge: Judge,
+    port: int,
+    uds: str | None,
+) -> None:
     try:
         if uds is not None:
             reader, writer = await asyncio.open_unix_connection(uds)
@@ -95,7 +148,7 @@ async def _exchange(answer: Answer, tokens: int, port: int, uds: str | None) -> 
         answer.refused = True
         raise
     try:
-        writer.write(_request(answer, tokens))
+        writer.write(request)
         headers = await _head(reader, answer)
         answer.worker = headers.get("x-request-id", "").rpartition("-")[0]
         answer.retry_after = headers.get("retry-after")
@@ -103,26 +156,15 @@ async def _exchange(answer: Answer, tokens: int, port: int, uds: str | None) -> 
         if answer.status != 200:
             body = await _body(reader, headers)
             raise WrongAnswerError(f"status {answer.status}: {body.decode(errors='replace')[:500]}")
-        said = await (_streamed if answer.stream else _plain)(reader, headers, answer)
-        if said != expected(answer.model, answer.prompt, tokens):
-            raise WrongAnswerError(f"said {said!r}")
+        await judge(reader, headers)
     finally:
         writer.transport.abort()
 
 
-def _request(answer: Answer, tokens: int) -> bytes:
-    body = json.dumps(
-        {
-            "model": answer.model,
-            "prompt": answer.prompt,
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": answer.stream,
-        }
-    ).encode()
+def _request(path: str, document: dict[str, Any]) -> bytes:
+    body = json.dumps(document).encode()
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: llmux\r\nConnection: close\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: llmux\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
