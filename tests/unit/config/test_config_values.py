@@ -347,3 +347,37 @@ def test_a_network_may_be_written_with_an_address_of_it(tmp_path: Path) -> None:
     )
     allowed = load_config(tmp_path / "c.yaml").models["m"].limits.ip_address_allow
     assert allowed == ("10.0.0.0/8", "192.0.2.7/32", "127.0.0.0/8", "::1/128")
+
+
+@pytest.mark.parametrize("own", [None, 0.0, 7.0])
+def test_a_models_own_timeout_goes_before_that_of_all(own: float | None) -> None:
+    one = ModelConfig("m", "org/m", idle_timeout_secs=own, startup_timeout_secs=own)
+    config = Config(
+        models={"m": one}, policy=PolicyConfig(idle_timeout_secs=30.0), startup_timeout_secs=60.0
+    )
+    assert config.idle_timeout(one) == (30.0 if own is None else own)
+    assert config.startup_timeout(one) == (60.0 if own is None else own)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "eviction: nonsense",
+        "eviction: {weights: offload}",
+        "allow_tensor_parallel_parking: nonsense",
+        "extra_args: {tp: 2}",
+    ],
+)
+def test_what_is_wrong_itself_is_not_judged_with_the_rest(tmp_path: Path, wrong: str) -> None:
+    """Two GPUs cannot be parked so; who mistyped how is told of that alone."""
+    settings = {
+        "gpus": "gpus: 2",
+        "extra_args": "extra_args: [-tp=2]",
+        "eviction": "eviction: offload+checkpoint",
+    }
+    settings[wrong.partition(":")[0]] = wrong
+    policy = "policy: {eviction: offload+checkpoint}"
+    right = [value for key, value in settings.items() if value != wrong]
+    model = "{model_path: org/m, " + ", ".join([*right, wrong]) + "}"
+    (found,) = problems(tmp_path, f"{policy}\nmodels: {{m: {model}}}")
+    assert found.startswith(f"models.m.{wrong.partition(':')[0]}")

@@ -27,3 +27,4 @@ def test_outside_a_service_there_are_none(tmp_path: Path) -> None:
     unit = OwnUnit(tmp_path, tmp_path)
     assert unit.others() == []
     assert not unit.is_restarting() and not unit.is_replaced()
+    assert not unit.restart(), "nobody was asked for one"

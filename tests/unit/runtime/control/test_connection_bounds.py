@@ -226,3 +226,25 @@ async def test_a_gateway_that_is_sent_away_asks_again_after_a_pause_and_says_so_
         assert pause > least * 0.9
     words = f"cannot use the supervisor at {path}: {told}; trying again"
     assert [record.getMessage() for record in caplog.records] == [words]
+
+
+@in_loop
+async def test_a_gateway_that_ends_leaves_no_connection(tmp_path: Path) -> None:
+    path, heard = str(tmp_path / "s.sock"), asyncio.Event()
+    ended = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        heard.set()
+        await reader.read()
+        ended.set()
+        writer.close()
+
+    async with await asyncio.start_unix_server(listen, path):
+        made = Link(path)
+        link = asyncio.create_task(made.run())
+        await heard.wait()
+        link.cancel()
+        await asyncio.gather(link, return_exceptions=True)
+        await ended.wait()
+        assert not made.up

@@ -32,13 +32,16 @@ from llmux.protocol import (
     Answer,
     Ask,
     Catalog,
+    Collected,
     Demand,
     Drained,
     EngineLost,
     Grant,
     Hello,
+    KeepAliveHint,
     Message,
     ModelInfo,
+    ResponseOwners,
     decode,
 )
 from llmux.runtime.control.socket import MAX_UNANSWERED, MAX_UNSENT, ControlSocket
@@ -264,6 +267,30 @@ async def test_a_command_line_asks_and_may_not_speak_for_a_worker(tmp_path: Path
         peer.say(Demand("a", 1))
         assert await peer.hear() is None
         assert s.events.empty()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Demand("a", 1),
+        Drained("a", "t.1"),
+        EngineLost("a", "t.1", "refused"),
+        KeepAliveHint("a", None),
+        ResponseOwners({"resp_1": "a"}),
+        Collected(1),
+    ],
+    ids=lambda message: message.kind,
+)
+@in_loop
+async def test_what_only_a_worker_says_ends_the_connection_of_anybody_else(
+    tmp_path: Path, message: Message
+) -> None:
+    async with stage(tmp_path) as s:
+        peer = await s.connect()
+        peer.say(Hello(role="cli"), message)
+        assert await peer.hear() is None
+        assert s.events.empty()
+        assert s.control_socket.responses.answer({"id": "resp_1"})["model"] is None
 
 
 @in_loop
