@@ -49,7 +49,7 @@ from llmux.protocol import (
     decode,
 )
 from llmux.responses import ResponseModels
-from llmux.runtime.control.connections import Complaints, Connections, Peer, socket_of
+from llmux.runtime.connections import Complaints, Connections, Peer, socket_of
 from llmux.runtime.control.watchers import Watchers
 
 log = logging.getLogger("llmux")

@@ -19,7 +19,7 @@ from llmux.core.events import Event
 from llmux.errors import Reason, Refused
 from llmux.gateway.link import Link
 from llmux.protocol import OF_CONNECTION, Answer, Ask, Catalog, Hello, Message, decode
-from llmux.runtime.control.connections import COMPLAINTS, WINDOW_SECS, Complaints, Connections
+from llmux.runtime.connections import COMPLAINTS, WINDOW_SECS, Complaints, Connections
 from llmux.runtime.control.socket import ControlSocket
 
 GATEWAY, OPERATOR, OTHER = 64002, 64003, 64004
