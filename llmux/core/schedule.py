@@ -352,4 +352,4 @@ def _resident(tx: Transaction, name: str) -> Resident:
 
 def _may_live_on(record: ModelRecord, gpus: GPUs) -> bool:
     wanted = record.gpus if isinstance(record.phase, Parked) else record.config.gpus
-    return isinstance(wanted, int) or bool(set(wanted) & set(gpus))
+    return isinstance(wanted, int) or not frozenset(wanted).isdisjoint(gpus)

@@ -28,7 +28,7 @@ class Usage:
     in_flight: int = 0
 
     def rate_at(self, now: float) -> float:
-        return self.rate * math.exp((self.at - now) / RATE_SECS)
+        return self.rate * math.exp((self.at - now) / RATE_SECS) if self.rate else 0.0
 
     @property
     def service(self) -> float:

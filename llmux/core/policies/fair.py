@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from llmux.core.policies.base import Resident, Waiting, drained_in, idle_first, 
 TURN = 0.5  # of the way out and back: the least that a model serves before it is sent away
 DRAINS = 1.5  # of the drain as it would be now: the least as well
 OVERHEAD = 8.0  # seconds between switches for a second of switching, when queues never end
+
+
+_OLDEST = operator.attrgetter("oldest_since")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ def _rounds(left: list[Waiting]) -> list[str]:
     is weighed once, since hundreds may wait."""
     paces = [answers_per_second(one) for one in left]
     best_first = sorted(range(len(left)), key=paces.__getitem__, reverse=True)
+    if max(one.away_since for one in left) <= left[0].oldest_since:  # all may come now
+        return [left[at].model for at in best_first]
     rank = [0] * len(left)  # of equals the longest waiting is first
     for place, at in enumerate(best_first):
         rank[at] = place
@@ -112,12 +118,17 @@ def _rounds(left: list[Waiting]) -> list[str]:
 def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float, now: float) -> Cycle:
     """As if they came in the order of their wait."""
     away, switching, delayed = drain, drain + victim.back, 0.0
-    for one in sorted(waiting, key=lambda one: one.oldest_since):
+    for one in sorted(waiting, key=_OLDEST):
         switch = one.cost + victim.leave
         away += switch
-        batch = one.waiting + one.usage.rate_at(now) * away
-        delayed += batch
-        away += turn_of(one.service, one.places, batch)
+        rate = one.usage.rate_at(now)
+        if rate > 0.0:
+            batch = one.waiting + rate * away
+            delayed += batch
+            away += turn_of(one.service, one.places, batch)
+        else:
+            delayed += one.waiting
+            away += one.turn
         switching += switch + one.drain
     return Cycle(delayed, away + victim.back, switching)
 
