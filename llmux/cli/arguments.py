@@ -82,7 +82,8 @@ def add_sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=_gpus, metavar="N",
                         help="simulate N GPUs (default: gpu_count, else 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="choose which operations fail")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the timeline")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg|png",
+                        help="draw the timeline (PNG: with rsvg-convert)")  # fmt: skip
 
 
 def _gpus(text: str) -> int:

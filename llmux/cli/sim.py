@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from llmux.config.files.documents import cause_of
 from llmux.config.load import load_config
 from llmux.config.schema import Config, PolicyType
+from llmux.drivers.processes.run import run
 from llmux.errors import LlmuxError
 from llmux.sim.bound import describe, lower_bound
 from llmux.sim.costs import Costs, ModelCosts, costs_from
@@ -22,19 +25,15 @@ from llmux.sim.report import report
 from llmux.sim.trace import Arrival, read_trace
 from llmux.sim.world import Simulation
 
+CONVERT = "rsvg-convert"
+CONVERT_SECS = 120.0
 WAITS = ("mean", "p50", "p95", "p99", "max")
 
 
 def sim(args: argparse.Namespace) -> int:
-    if args.plot and args.plot.suffix.lower() == ".png":
-        made = f"rsvg-convert -o {args.plot} {args.plot.with_suffix('.svg')}"
-        raise LlmuxError(
-            f"cannot draw {args.plot}: only SVG is drawn",
-            hint=f"name {args.plot.with_suffix('.svg')}, then {made}",
-        )
     if args.plot and args.from_journal and not args.policy:
         raise LlmuxError("cannot draw all policies at once", hint="name one with --policy")
-    config = load_config(args.config)
+    config = load_config(args.config, check_files=False)  # its host may be another one
     if args.from_journal:
         trace, costs = read_journal(_read(args.from_journal).splitlines(), config.models)
     else:
@@ -52,7 +51,7 @@ def sim(args: argparse.Namespace) -> int:
         bound = lower_bound(trace, costs, config.gateway.max_in_flight)
         found["bound"] = describe(found["wait_s"]["mean"], bound)
     if args.plot:
-        _write(args.plot, svg(result))
+        _plot(args.plot, svg(result))
     print(json.dumps(found, indent=2) if args.json else "\n".join(_lines(found)))
     if not args.json and not args.costs and not args.from_journal:
         print(_assumed(costs.default))
@@ -103,6 +102,24 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise LlmuxError(f"cannot write {path}: {cause_of(error)}") from error
+
+
+def _plot(path: Path, drawing: str) -> None:
+    """As SVG, or as PNG by librsvg's program: Python has no drawing of its own."""
+    if path.suffix.lower() != ".png":
+        _write(path, drawing)
+        return
+    with tempfile.TemporaryDirectory(prefix="llmux-sim-") as directory:
+        source = Path(directory, "timeline.svg")
+        _write(source, drawing)
+        argv = (CONVERT, "--output", str(path.absolute()), str(source))
+        try:
+            done = asyncio.run(run(argv, CONVERT_SECS))
+        except LlmuxError as error:
+            hint = f"apt install librsvg2-bin, or name {path.with_suffix('.svg')}"
+            raise LlmuxError(f"cannot draw {path}: {error.message}", hint=hint) from error
+    if done.code:
+        raise LlmuxError(f"cannot draw {path}: {CONVERT}: {done.excerpt}")
 
 
 def _costs(path: Path, config: Config) -> Costs:

@@ -302,7 +302,6 @@ def test_what_was_never_served_has_no_wait(
     ("more", "said"),
     [
         (["--plot=/nonexistent/t.svg"], "cannot write /nonexistent/t.svg: no such file or"),
-        (["--plot=t.png"], "cannot draw t.png: only SVG is drawn (name t.svg, then rsvg-convert"),
         (["--costs=/nonexistent"], "cannot read /nonexistent: no such file or directory"),
         (["--costs={tmp}/ghost.json"], 'ghost.json: model "ghost" is not configured'),
         (["--costs={tmp}/t.csv"], "cannot read {tmp}/t.csv: "),
@@ -314,6 +313,50 @@ def test_what_cannot_be_done_is_said(
     (tmp_path / "ghost.json").write_text('{"models": {"ghost": {"wake": 1}}}')
     assert main([*verb, *(one.format(tmp=tmp_path) for one in more)]) == 1
     assert said.format(tmp=tmp_path) in capsys.readouterr().err
+
+
+def test_the_models_files_may_be_on_another_host(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {name: {"model_path": f"/nonexistent/{name}"} for name in "ab"}
+    (tmp_path / "c.json").write_text(json.dumps({"models": models}))
+    assert main(verb) == 0
+    assert capsys.readouterr().out.startswith("2 requests")
+
+
+@pytest.fixture
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the program that makes PNG files is looked for, at first in vain."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", str(directory))
+    return directory / "rsvg-convert"
+
+
+def test_without_its_program_no_png_is_drawn(
+    verb: list[str], converter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*verb, f"--plot={tmp_path}/t.png"]) == 1
+    said = capsys.readouterr().err
+    assert f"cannot draw {tmp_path}/t.png: " in said and "rsvg-convert" in said
+    assert f"(apt install librsvg2-bin, or name {tmp_path}/t.svg)" in said
+
+
+def test_a_png_is_drawn_from_the_svg(verb: list[str], converter: Path, tmp_path: Path) -> None:
+    assert main([*verb, f"--plot={tmp_path}/t.svg"]) == 0
+    converter.write_text('#!/bin/sh\n[ "$1" = --output ] && exec /bin/cp "$3" "$2"\n')
+    converter.chmod(0o755)
+    assert main([*verb, f"--plot={tmp_path}/t.png"]) == 0
+    assert (tmp_path / "t.png").read_text() == (tmp_path / "t.svg").read_text()
+
+
+def test_a_png_that_cannot_be_written_is_said(
+    verb: list[str], converter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converter.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    converter.chmod(0o755)
+    assert main([*verb, f"--plot={tmp_path}/t.png"]) == 1
+    assert f"cannot draw {tmp_path}/t.png: rsvg-convert: no room" in capsys.readouterr().err
 
 
 def test_all_policies_are_not_drawn_at_once(
