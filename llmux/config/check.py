@@ -270,6 +270,9 @@ def _parking(draft: Draft) -> Iterator[Fault]:
 
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+GPUS_INSTEAD: Final = (
+    "the engine would use other GPUs than those whose memory llmux counts: name them in"
+)
 
 
 def _variables(draft: Draft) -> Iterator[Fault]:
@@ -278,8 +281,9 @@ def _variables(draft: Draft) -> Iterator[Fault]:
             if name in model.env:
                 message = f"cannot pass {name} to {model.engine_type.title}: {remedy}"
                 yield draft.marks.fault((*path, "env", name), message)
-        if "MIG-" in model.env.get(VISIBLE, ""):
-            yield draft.marks.fault((*path, "env", VISIBLE), NO_MIG)
+        if visible := model.env.get(VISIBLE):  # an empty one hides all, for an engine on the CPU
+            message = NO_MIG if "MIG-" in visible else f"{GPUS_INSTEAD} {dotted((*path, 'gpus'))}"
+            yield draft.marks.fault((*path, "env", VISIBLE), message)
 
 
 _CROSS_CHECKS: Final[tuple[Check, ...]] = (
