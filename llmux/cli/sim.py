@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 from llmux.config.files.documents import cause_of
 from llmux.config.load import load_config
 from llmux.config.schema import Config, PolicyType
-from llmux.drivers.processes.run import run
 from llmux.errors import LlmuxError
 from llmux.sim.bound import describe, lower_bound
 from llmux.sim.costs import Costs, ModelCosts, costs_from
@@ -25,8 +22,6 @@ from llmux.sim.report import report
 from llmux.sim.trace import Arrival, read_trace
 from llmux.sim.world import Simulation
 
-CONVERT = "rsvg-convert"
-CONVERT_SECS = 120.0
 WAITS = ("mean", "p50", "p95", "p99", "max")
 
 
@@ -109,17 +104,9 @@ def _plot(path: Path, drawing: str) -> None:
     if path.suffix.lower() != ".png":
         _write(path, drawing)
         return
-    with tempfile.TemporaryDirectory(prefix="llmux-sim-") as directory:
-        source = Path(directory, "timeline.svg")
-        _write(source, drawing)
-        argv = (CONVERT, "--output", str(path.absolute()), str(source))
-        try:
-            done = asyncio.run(run(argv, CONVERT_SECS))
-        except LlmuxError as error:
-            hint = f"apt install librsvg2-bin, or name {path.with_suffix('.svg')}"
-            raise LlmuxError(f"cannot draw {path}: {error.message}", hint=hint) from error
-    if done.code:
-        raise LlmuxError(f"cannot draw {path}: {CONVERT}: {done.excerpt}")
+    from llmux.daemon.pictures import draw_png
+
+    draw_png(drawing, path)
 
 
 def _costs(path: Path, config: Config) -> Costs:

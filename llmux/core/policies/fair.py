@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,9 +33,6 @@ from llmux.core.policies.base import Resident, Waiting, drained_in, idle_first, 
 TURN = 0.5  # of the way out and back: the least that a model serves before it is sent away
 DRAINS = 1.5  # of the drain as it would be now: the least as well
 OVERHEAD = 8.0  # seconds between switches for a second of switching, when queues never end
-
-
-_OLDEST = operator.attrgetter("oldest_since")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,7 @@ def _rounds(left: list[Waiting]) -> list[str]:
 def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float, now: float) -> Cycle:
     """As if they came in the order of their wait."""
     away, switching, delayed = drain, drain + victim.back, 0.0
-    for one in sorted(waiting, key=_OLDEST):
+    for one in sorted(waiting, key=lambda one: one.oldest_since):
         switch = one.cost + victim.leave
         away += switch
         rate = one.usage.rate_at(now)
