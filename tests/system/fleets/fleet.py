@@ -114,11 +114,13 @@ def ansible_environment(tools: pathlib.Path, directory: pathlib.Path) -> dict[st
 
 
 # What a host is made of as far as a playbook can change it; /var/lib/apt, logs, what Prometheus
-# has scraped and the scopes of ssh sessions are not.
+# has scraped, the engines' caches (where the doctor tries to write) and the scopes of ssh sessions
+# are not.
 FINGERPRINT = """
 find /etc /usr /opt /var/lib /var/cache -xdev \\( -path /var/lib/apt -o -path /var/cache/apt \
-  -o -path /var/lib/systemd -o -path /var/lib/prometheus -o -path '*/__pycache__' \\) -prune \
-  -o -printf '%p %m %U:%G %y %s %T@\\n' | grep -v '^/var/cache/ldconfig' | sort
+  -o -path /var/lib/systemd -o -path /var/lib/prometheus -o -path '/var/cache/llmux/*' \
+  -o -path '*/__pycache__' \\) -prune -o -printf '%p %m %U:%G %y %s %T@\\n' \
+  | grep -v '^/var/cache/ldconfig' | sed -E 's|^(/var/cache/llmux .*) [0-9.]+$|\\1|' | sort
 dpkg-query -W
 systemctl list-unit-files --no-legend | awk '$2 != "transient"'
 """
