@@ -1,8 +1,9 @@
 """What `criu restore` alone takes for an image that llmux made: nothing checked, no canary.
 
 Runs in the guest as root, with llmux installed and the model parked:
-``python3 bare.py IMAGE COUNT MODEL SOCKET``. What an image needs around it is put back first and is
-not counted. Prints one JSON object per restore.
+``python3 bare.py IMAGE COUNT MODEL SOCKET [lazy]``. What an image needs around it is put back first
+and is not counted. Prints one JSON object per restore. ``lazy``: with CRIU's page daemon, which
+brings a page when it is touched, and the others meanwhile.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ UNIT = "bare-restore.scope"
 WORK = "/var/tmp/bare-restore"
 
 
-def restore(image: str, model: str, socket: str) -> dict[str, object]:
+def restore(image: str, model: str, socket: str, *, lazy: bool) -> dict[str, object]:
     manifest = load_manifest(image)
     shutil.rmtree(WORK, ignore_errors=True)
     os.makedirs(f"{WORK}/no-plugins", mode=0o700)
@@ -42,15 +43,22 @@ def restore(image: str, model: str, socket: str) -> dict[str, object]:
     criu = shutil.which("criu") or "criu"
     argv = command.restore_arguments(criu, image, WORK, f"{WORK}/no-plugins")
     argv.remove("--leave-stopped")  # for a comparison that a bare restore does not make
+    if lazy:
+        argv.append("--lazy-pages")
     if amx.is_needed():
         argv = amx.wrapped(argv)
+    daemon = None
     try:
         began = time.monotonic()
+        daemon = page_daemon(criu, image) if lazy else None
         subprocess.run(["systemd-run", "--quiet", "--scope", f"--unit={UNIT}", *argv], check=True)
         restored = time.monotonic() - began
         with turns.UnixConnection(socket) as connection:
             turn = turns.complete(connection, model)
+        if daemon is not None:
+            daemon.wait()
         return {
+            "last_page_s": time.monotonic() - began if lazy else restored,
             "criu_s": restored,
             "first_token_s": restored + turn.first_token_s,
             "text": turn.text,
@@ -58,6 +66,9 @@ def restore(image: str, model: str, socket: str) -> dict[str, object]:
             "problem": turn.problem,
         }
     finally:
+        if daemon is not None:
+            daemon.kill()
+            daemon.wait()
         # returns when the unit is gone, all its processes with it
         subprocess.run(["systemctl", "kill", "--signal=KILL", UNIT], check=False)
         subprocess.run(["systemctl", "stop", UNIT], check=False)
@@ -67,9 +78,20 @@ def restore(image: str, model: str, socket: str) -> dict[str, object]:
         held.end(model, made)
 
 
-def main(image: str, count: str, model: str, socket: str) -> int:
+def page_daemon(criu: str, image: str) -> subprocess.Popen[bytes]:
+    """It listens in the work directory; it ends when it has brought all pages."""
+    argv = [criu, "lazy-pages", "--images-dir", image, "--work-dir", WORK, "-o", "lazy.log"]
+    daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    while not os.path.exists(f"{WORK}/lazy-pages.socket"):
+        if daemon.poll() is not None:
+            raise RuntimeError(pathlib.Path(WORK, "lazy.log").read_text()[-2000:])
+        time.sleep(0.001)
+    return daemon
+
+
+def main(image: str, count: str, model: str, socket: str, lazy: str = "") -> int:
     for _ in range(int(count)):
-        done = restore(image, model, socket)
+        done = restore(image, model, socket, lazy=bool(lazy))
         print(json.dumps(done), flush=True)
         if done["problem"]:
             return 1

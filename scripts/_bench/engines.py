@@ -104,11 +104,15 @@ class Engines:
             bare += self.bare_restores(now)
         return turns, bare
 
-    def bare_restores(self, count: int) -> list[dict[str, Any]]:
-        """``criu restore`` of the image of the model that is parked, without llmux."""
+    def bare_restores(self, count: int, *, lazy: bool = False) -> list[dict[str, Any]]:
+        """``criu restore`` of the image of the model that is parked, without llmux; ``lazy``: its
+        pages come when they are touched."""
         image, model = f"{IMAGES}/{MODELS[0]}/images", MODELS[0]
         done = self.guest.run(
-            ["python3", f"{PROGRAMS}/bare.py", image, str(count), model, socket_of(model)],
+            [
+                *("python3", f"{PROGRAMS}/bare.py", image, str(count), model, socket_of(model)),
+                *(["lazy"] if lazy else []),
+            ],
             timeout=60 + 30 * count,
         )
         return [json.loads(line) for line in done.stdout.splitlines()]

@@ -28,6 +28,10 @@ from _bench.turns import Turn
 HELP = "cold start, dump, restore and image of the real vLLM on the CPU (root: runs in a guest)"
 # An image is measured with KV caches of these sizes as well: next to none, and four times as much.
 KV_CACHES = {"16 MiB": 16 << 20, "4 GiB": 4 << 30}
+SECONDS = (  # figures that are several times, by name
+    "wake_steps_s", "first_eviction", "bare_criu_restore_by_huge_pages_s",
+    "bare_criu_restore_lazily_s",
+)  # fmt: skip
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -56,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         turns, bare = engines.cycles(arguments.cycles)
         images = {model: engines.image(model) for model in MODELS}
         by_pages = with_huge_pages(engines, len(bare))
+        lazily = with_lazy_pages(engines, len(bare))
         solid = without_holes(engines, len(bare))
         by_cache = {
             name: with_kv_cache(engines, size, len(bare)) for name, size in KV_CACHES.items()
@@ -65,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         **figures(turns, bare, solid, images),
         "first_eviction": first,
         "bare_criu_restore_by_huge_pages_s": by_pages,
+        "bare_criu_restore_lazily_s": lazily,
         "cycles": arguments.cycles,
         "images_by_kv_cache": by_cache,
         "images_by_kv_cache_note": NO_RELEASE,
@@ -103,6 +109,19 @@ def with_huge_pages(engines: Engines, count: int) -> dict[str, float]:
     finally:
         HUGE_PAGES.write_text(before)
     return {setting: median(found) for setting, found in seconds.items()}
+
+
+def with_lazy_pages(engines: Engines, count: int) -> dict[str, float]:
+    """The same restores, in turns: all pages at once, and each when it is touched."""
+    names = {"restored": "criu_s", "first token": "first_token_s", "last page": "last_page_s"}
+    found: dict[str, list[float]] = {}
+    for _ in range(count):
+        for lazy in (False, True):
+            (one,) = engines.bare_restores(1, lazy=lazy)
+            for name, key in names.items():
+                kind = "lazily" if lazy else "at once"
+                found.setdefault(f"{kind}, {name}", []).append(one[key])
+    return {name: median(seconds) for name, seconds in found.items()}
 
 
 def without_holes(engines: Engines, count: int) -> list[dict[str, Any]]:
@@ -167,7 +186,7 @@ def figures(
 def print_table(document: dict[str, Any]) -> None:
     """The figures for people; how they were made is in the JSON."""
     for key, value in document.items():
-        if key in ("wake_steps_s", "first_eviction", "bare_criu_restore_by_huge_pages_s"):
+        if key in SECONDS:
             shown = ", ".join(f"{name} {seconds:.3f}" for name, seconds in value.items())
         elif key == "images_by_kv_cache":
             shown = "; ".join(
