@@ -44,9 +44,13 @@ class Unit:  # former workers are in the file, whose name says whether systemd r
     def is_replaced(self):
         return (self.folder / "restarted").exists()
     def others(self):
-        files = [self.folder / "restarted", self.folder / "stopped"]
-        pids = [pid for file in files if file.exists() for pid in file.read_text().split()]
-        return [int(pid) for pid in pids if os.path.exists(f"/proc/{pid}")]
+        pids = self.listed("restarted") | self.listed("stopped")
+        return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    def listed(self, name):
+        try:  # a test may rename the one to the other at any moment
+            return {int(pid) for pid in (self.folder / name).read_text().split()}
+        except FileNotFoundError:
+            return set()
 gateway(sys.argv[1], link=sys.argv[2], last_good=sys.argv[3], hang_secs=hang_secs,
         orphan_secs=float(os.environ["TEST_ORPHAN_SECS"]), unit=Unit(),
         code=str(Unit.folder / "code"))
