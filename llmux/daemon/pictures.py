@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from llmux.config.files.documents import cause_of
 from llmux.drivers.processes.run import run
 from llmux.errors import LlmuxError, Unsupported
 
@@ -17,14 +18,15 @@ SECS: Final = 120.0
 
 def draw_png(svg: str, path: Path) -> None:
     """Raises LlmuxError."""
-    with tempfile.TemporaryDirectory(prefix="llmux-sim-") as directory:
-        source = Path(directory, "timeline.svg")
-        source.write_text(svg, encoding="utf-8")
-        argv = (PROGRAM, "--output", str(path.absolute()), str(source))
-        try:
-            done = asyncio.run(run(argv, SECS))
-        except Unsupported as error:
-            hint = f"apt install {PACKAGE}, or name {path.with_suffix('.svg')}"
-            raise LlmuxError(f"cannot draw {path}: {error.message}", hint=hint) from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="llmux-sim-") as directory:
+            source = Path(directory, "timeline.svg")
+            source.write_text(svg, encoding="utf-8")
+            done = asyncio.run(run((PROGRAM, "--output", str(path.absolute()), str(source)), SECS))
+    except Unsupported as error:
+        hint = f"apt install {PACKAGE}, or name {path.with_suffix('.svg')}"
+        raise LlmuxError(f"cannot draw {path}: {error.message}", hint=hint) from error
+    except OSError as error:
+        raise LlmuxError(f"cannot draw {path}: {cause_of(error)}") from error
     if done.code:
         raise LlmuxError(f"cannot draw {path}: {PROGRAM}: {done.excerpt}")

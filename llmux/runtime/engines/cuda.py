@@ -77,8 +77,8 @@ async def leave_gpu(drivers: Drivers, handle: UnitHandle, instance: Instance, st
 
 async def discard_cache(drivers: Drivers, address: Address, instance: Instance, step: Step) -> None:
     """Before the suspend of a retained engine: most of what it holds is blocks of prompts that no
-    client asks for again. Raises what the engine did
-    instead; it then keeps its cache or, where that is not known, is taken to have none."""
+    client asks for again. Raises what the engine did instead; it then keeps its cache or, where
+    that is not known, is taken to have none."""
     # First, and not after it came back: a block found by its prompt must never be one without data.
     await drivers.engine.reset_prefix_cache(address, step.deadline)
     # Before the call: one that fails half-way has unmapped some of it.

@@ -359,6 +359,18 @@ def test_a_png_that_cannot_be_written_is_said(
     assert f"cannot draw {tmp_path}/t.png: rsvg-convert: no room" in capsys.readouterr().err
 
 
+def test_without_room_for_the_svg_no_png_is_drawn(
+    verb: list[str],
+    converter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    assert main([*verb, f"--plot={tmp_path}/t.png"]) == 1
+    assert f"cannot draw {tmp_path}/t.png: no such file" in capsys.readouterr().err
+
+
 def test_all_policies_are_not_drawn_at_once(
     verb: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
