@@ -19,7 +19,11 @@ ENDLESS = ("/events", "/logs/stream/{model}")
 
 
 def test_every_operation_answers_as_described(standin: StandinFront) -> None:
-    results: dict[str, Any] = {"status": {"models": {}}, "logs": {"lines": []}}
+    results: dict[str, Any] = {
+        "status": {"models": {}},
+        "logs": {"lines": []},
+        "events": {"events": [], "more": False},
+    }
     standin.stage.supervisor.answer = lambda ask: {"ok": True, "result": results.get(ask.verb, {})}
     key = {"Authorization": f"Bearer {standin.keys.admin}"}
     schema = schemathesis.openapi.from_url(f"{standin.url}/openapi.json", headers=key)
