@@ -257,8 +257,7 @@ def _gpu_memory(draft: Draft) -> Iterator[Fault]:
 def _parking(draft: Draft) -> Iterator[Fault]:
     keys = ("eviction", "extra_args", "allow_tensor_parallel_parking")
     for path, model in _models(draft, *keys):
-        rungs = (model.eviction, *model.ladder)
-        obstacle = next(filter(None, map(model.parking_obstacle, rungs)), None)
+        obstacle = next(filter(None, map(model.parking_obstacle, model.rungs)), None)
         if obstacle is None:
             continue
         eviction: KeyPath = (*path, "eviction")

@@ -164,7 +164,7 @@ def _host_findings(config: Config) -> Iterator[tuple[KeyPath, str]]:
             hint = f"write unix:{GATEWAY_RUNTIME}/{name}"
             message = f"the service cannot make a socket in {place} ({hint})"
             yield ("gateway", "listen"), message
-    processes = {model.eviction.process for model in models.values()}
+    processes = {rung.process for model in models.values() for rung in model.rungs}
     images = any(model.checkpoint_path for model in models.values())
     dumps = images or Process.CHECKPOINT in processes
     checkpoint = config.checkpoint
@@ -207,10 +207,11 @@ def check_embedded(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ..
         if model.limits != Limits():
             message = "cannot limit engines without systemd: run llmux as a service"
             problems.append(marks.problem(("models", name, "limits"), message))
-        need = _NEEDS_SERVICE.get(model.eviction.process)
-        if need:
+        processes = [rung.process for rung in model.rungs if rung.process in _NEEDS_SERVICE]
+        if processes:
+            need = _NEEDS_SERVICE[processes[0]]
             message = (
-                f"cannot use {model.eviction.process} without systemd: it needs {need}. "
+                f"cannot use {processes[0]} without systemd: it needs {need}. "
                 "Use keep_running or stop, or run llmux as a service"
             )
             path: KeyPath = ("models", name, "eviction")

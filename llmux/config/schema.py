@@ -81,6 +81,11 @@ class ModelConfig:
     idle_timeout_secs: float | None = None  # parked after so long without a request; 0 = never
 
     @property
+    def rungs(self) -> tuple[Eviction, ...]:
+        """All ways in which it may be parked, the first first."""
+        return (self.eviction, *self.ladder)
+
+    @property
     def engine_type(self) -> EngineType:
         return ENGINE_TYPES[self.engine]
 

@@ -120,7 +120,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the configured models need; nothing without a configuration."""
+    """What the configured models need, on any rung; nothing without a configuration."""
 
     cuda: bool = False
     criu: bool = False
@@ -130,7 +130,8 @@ class Needs:
 
     @classmethod
     def of(cls, config: Config | None) -> Needs:
-        ways = [model.eviction for model in config.models.values()] if config else []
+        models = config.models.values() if config else ()
+        ways = [rung for model in models for rung in model.rungs]
         how = {way.process for way in ways}
         return cls(
             cuda=bool(how & {Process.CUDA_SUSPEND, Process.CHECKPOINT}),

@@ -90,9 +90,8 @@ class ImageLifecycle:
 
     def why_cold(self, config: ModelConfig) -> str:
         """Why a start restores no image."""
-        ladder = (config.eviction, *config.ladder)
         if config.checkpoint_path is None and all(
-            eviction.process is not Process.CHECKPOINT for eviction in ladder
+            eviction.process is not Process.CHECKPOINT for eviction in config.rungs
         ):
             return f"it is parked by {config.eviction}, which makes no image"
         return self._why_cold.get(config.name, NONE_MADE)
