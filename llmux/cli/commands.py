@@ -71,16 +71,12 @@ def _cannot_run(error: OSError) -> LlmuxError:
 
 
 SERVICE_FILES = "/etc/llmux/"
-WITHOUT_KEYS = (
-    "note: gateway.keys_file is not set: without a key every client that can connect may use the"
-    " models and read their state; orders and /logs need the llmux command (root, group"
-    " llmux-admin) or an admin key"
-)
 
 # ---- local --------------------------------------------------------------------------------------
 
 
 def check(args: argparse.Namespace) -> int:
+    from llmux.config.advice import WITHOUT_KEYS
     from llmux.config.files.sources import Candidate
     from llmux.config.host import check_gateway_reads, check_host
     from llmux.config.load import load_marked
@@ -110,13 +106,13 @@ def check(args: argparse.Namespace) -> int:
     if args.json:
         notes = [_problem(note) for note in marked.notes]
         print(json.dumps({"ok": True, "models": list(config.models), "notes": notes}))
-    else:
+    elif not args.quiet:
         count = len(config.models)
         print(f"{args.file or path}: good, {count} model{'s' if count != 1 else ''}")
         for note in marked.notes:
             print(f"note: {note}")
         if config.gateway.keys_file is None:
-            print(WITHOUT_KEYS, file=sys.stderr)
+            print(f"note: {WITHOUT_KEYS}", file=sys.stderr)
     return 0
 
 

@@ -192,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check this host's programs and users, and what engines can do here, as well",
     )
+    check.add_argument("-q", "--quiet", action="store_true", help="print problems only")
     watching = verb("top", commands.top, "watch GPUs, orders and models in the terminal")
     watching.add_argument(
         "--socket", default=SOCKET, metavar="PATH", help=f"connect to PATH (default: {SOCKET})"

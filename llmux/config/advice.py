@@ -10,6 +10,11 @@ from llmux.config.files.marks import Fault, KeyPath
 from llmux.config.schema import GPU_RESIDUE, ModelConfig
 from llmux.engines.options import SECRET_OPTION, split_option
 
+WITHOUT_KEYS: Final = (
+    "gateway.keys_file is not set: without a key every client that can connect may use the models"
+    " and read their state; orders and /logs need the llmux command (root, group llmux-admin) or an"
+    " admin key"
+)
 FAST: Final = 100.0  # tokens per second of one stream; most engines give less
 _STEPS: Final = 1000  # shares of a GPU are compared in thousandths
 

@@ -11,6 +11,8 @@ import signal
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from llmux.config.advice import WITHOUT_KEYS
+from llmux.config.load import MarkedConfig
 from llmux.daemon.supervisor import Supervisor
 from llmux.errors import LlmuxError
 from llmux.ports import Notifier
@@ -18,6 +20,23 @@ from llmux.runtime.control.warmup import warm_up
 from llmux.runtime.watchdog import announce_ready
 
 log = logging.getLogger("llmux")
+
+
+class Notes:
+    """What is valid and may not be meant: each note is logged once until it changes."""
+
+    def __init__(self) -> None:
+        self._said: frozenset[tuple[str, ...]] = frozenset()
+
+    def say(self, marked: MarkedConfig) -> None:
+        # A line that only moved says nothing new.
+        notes = {(note.file, note.path, note.message): str(note) for note in marked.notes}
+        if marked.config.gateway.keys_file is None:
+            notes[(WITHOUT_KEYS,)] = WITHOUT_KEYS
+        for key, text in notes.items():
+            if key not in self._said:  # as installed there are no keys, and nobody else comes in
+                log.log(logging.INFO if text is WITHOUT_KEYS else logging.WARNING, "%s", text)
+        self._said = frozenset(notes)
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:

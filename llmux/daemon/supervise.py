@@ -19,6 +19,7 @@ from llmux.config.schema import AfterReboot, Config, Eviction
 from llmux.core.events import TrialSet
 from llmux.daemon import gpu_driver
 from llmux.daemon.duties import (
+    Notes,
     announce,
     gid_of,
     reload_on_hangup,
@@ -71,8 +72,12 @@ async def supervise(path: str) -> None:
     marked = last_good.load(path)
     config = marked.config
     _require_own_directories(marked)
-    found = (*check_host(config, marked.marks), *check_gateway_reads(config, marked.marks))
-    for problem in (*marked.notes, *found):
+    notes = Notes()
+    notes.say(marked)
+    for problem in (
+        *check_host(config, marked.marks),
+        *check_gateway_reads(config, marked.marks),
+    ):
         log.warning("%s", problem)
     notifier = SdNotifier()
     drivers = _system_drivers(config)
@@ -80,7 +85,7 @@ async def supervise(path: str) -> None:
         config,
         drivers,
         FileStateStore(f"{RUNTIME}/state.json"),
-        reload=lambda dry_run: _load(path) if dry_run else _keep(last_good, _load(path)),
+        reload=lambda dry_run: _load(path) if dry_run else _reload(path, last_good, notes),
         allowed_uids=uids_of(GATEWAY_USER),
         admins=gid_of(ADMINS),
         events=EventFile(EVENTS),
@@ -124,9 +129,20 @@ async def supervise(path: str) -> None:
 
 
 def _load(path: str) -> Config:
+    return _load_marked(path).config
+
+
+def _load_marked(path: str) -> MarkedConfig:
     """For a root that opens files where it says: ConfigError when other users could redirect it."""
     marked = load_marked(path)
     _require_own_directories(marked)
+    return marked
+
+
+def _reload(path: str, last_good: LastGood, notes: Notes) -> Config:
+    marked = _load_marked(path)
+    notes.say(marked)
+    last_good.keep(marked.config.sources)
     return marked.config
 
 
@@ -244,11 +260,6 @@ def _trial(args: Mapping[str, Any]) -> TrialSet | None:
         return TrialSet(str(args.get("model")), Eviction.parse(str(args["eviction"])))
     except (ValueError, KeyError):
         return None  # the verb reports what is wrong with it
-
-
-def _keep(last_good: LastGood, config: Config) -> Config:
-    last_good.keep(config.sources)
-    return config
 
 
 def _checkpointer(config: Config, units: UnitManager) -> Criu:

@@ -115,6 +115,17 @@ def test_a_reload_of_a_mistake_leaves_the_running_configuration(
     assert llmux.ask("beta")["error"] == ""
 
 
+def test_reloads_do_not_repeat_the_notes_of_the_start(llmux: LlmuxGuest) -> None:
+    cursor = llmux.cursor()
+    llmux.begin({"alpha": model()})
+    for _ in range(2):
+        assert llmux.reload() == 0
+    text = llmux.journal("-u", SUPERVISOR, f"--after-cursor={cursor}")
+    assert text.count("configuration reloaded: ") == 2, text
+    assert text.count("gateway.keys_file is not set") == 1, text
+    assert "good, 1 model" not in text
+
+
 def test_a_reload_adds_and_removes_models_and_leaves_the_others(llmux: LlmuxGuest) -> None:
     llmux.begin({"alpha": model(), "beta": model()})
     for name in ("beta", "alpha"):

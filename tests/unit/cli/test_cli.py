@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from llmux import __version__
-from llmux.cli.commands import WITHOUT_KEYS
 from llmux.cli.main import EXIT_CODES, exit_code, main
+from llmux.config.advice import WITHOUT_KEYS
 from llmux.errors import ConfigError, LlmuxError, Reason
 from llmux.protocol import Answer, Ask, Catalog, Hello, decode
 
@@ -245,7 +245,7 @@ def test_check_takes_a_file_in_place_of_one_of_the_configuration(
     assert status == 78
     assert f"{drop_in}:2:28: models.b.port: port 3002 is taken" in said
     new.write_text("models:\n  b: {model_path: m}\n")
-    assert check(drop_in) == (0, f"{new}: good, 2 models\n{WITHOUT_KEYS}\n")
+    assert check(drop_in) == (0, f"{new}: good, 2 models\nnote: {WITHOUT_KEYS}\n")
     # the main file is read with the drop-ins that are there
     drop_in.write_text("models:\n  b: {model_path: m}\n")
     new.write_text("models:\n  b: {model_path: other}\n")
@@ -273,6 +273,19 @@ def test_check_names_keys_that_have_no_effect(
     assert main(["check", "--json", "-c", str(file)]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["notes"]
     assert (shown["line"], shown["path"]) == (2, "policy.min_quantum_ms")
+
+
+def test_a_quiet_check_prints_problems_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("policy:\n  min_quantum_ms: 300\nmodels:\n  a: {model_path: m}\n")
+    assert main(["check", "--quiet", "-c", str(file)]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")
+    file.write_text("models:\n  a: {model_path: m, x: 1}\n")
+    assert main(["check", "--quiet", "-c", str(file)]) == 78
+    assert "models.a.x: " in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

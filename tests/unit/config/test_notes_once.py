@@ -1,0 +1,37 @@
+"""The supervisor's journal has each note on the configuration once, until it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmux.config.advice import WITHOUT_KEYS
+from llmux.config.load import load_marked
+from llmux.daemon.duties import Notes
+
+
+def test_a_note_is_said_once_until_it_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="llmux")
+    notes, file = Notes(), tmp_path / "config.yaml"
+
+    def said(text: str) -> list[str]:
+        file.write_text(text)
+        caplog.clear()
+        notes.say(load_marked(file))
+        return [record.getMessage() for record in caplog.records]
+
+    plain = "models: {a: {model_path: m}}\n"
+    assert said(plain) == [WITHOUT_KEYS]
+    assert said(plain) == []
+    old = "policy:\n  min_quantum_ms: 300\n" + plain
+    (note,) = said(old)
+    assert "policy.min_quantum_ms: this key has no effect" in note
+    assert said(f"# one line down\n{old}") == []
+    keys = tmp_path / "keys"
+    keys.write_text("")
+    keys.chmod(0o600)
+    assert said(f"{plain}gateway: {{keys_file: {keys}}}\n") == []
+    assert said(old) == [note, WITHOUT_KEYS], "what went and came back is said again"
