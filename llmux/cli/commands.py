@@ -8,7 +8,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +117,14 @@ def check(args: argparse.Namespace) -> int:
 
 def _closed_to_engines(config: Config, marks: Marks) -> tuple[Problem, ...]:
     """What the configured engines cannot do on this host, as the doctor finds it."""
+    from llmux.cli.progress import Looking
     from llmux.daemon.host import look_as_engines
 
+    with Looking() as looking:
+        checks = look_as_engines(config, looking)
     return tuple(
         marks.problem(("vllm_command",), f"{check.seen} ({check.remedy})")
-        for check in look_as_engines(config)
+        for check in checks
         if check.level == "FAIL"
     )
 
@@ -134,6 +136,7 @@ def _problem(problem: Any) -> dict[str, Any]:
 def doctor(args: argparse.Namespace) -> int:
     """Check what the configuration needs; without a valid one, check the host alone."""
     from llmux.cli.doctor import doctor as show
+    from llmux.cli.progress import Looking
     from llmux.config.load import load_config
     from llmux.daemon.host import look_at_host
 
@@ -142,8 +145,9 @@ def doctor(args: argparse.Namespace) -> int:
         config = load_config(args.config, check_files=False)
     except LlmuxError as error:
         print(f"llmux: checking the host only, without a configuration: {error}", file=sys.stderr)
-    look = partial(look_at_host, deep=args.deep, cuda_round_trip=args.cuda)
-    return show(config, as_json=args.json, run_checks=look)
+    with Looking() as looking:
+        checks = look_at_host(config, tell=looking, deep=args.deep, cuda_round_trip=args.cuda)
+    return show(checks, as_json=args.json)
 
 
 def key(args: argparse.Namespace) -> None:

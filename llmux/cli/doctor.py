@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TextIO
-
-from llmux.config.schema import Config
 
 
 class CheckResult(Protocol):
@@ -29,15 +27,8 @@ class CheckResult(Protocol):
     def measured(self) -> Mapping[str, float]: ...
 
 
-def doctor(
-    config: Config | None,
-    *,
-    as_json: bool,
-    run_checks: Callable[[Config | None], Sequence[CheckResult]],
-    out: TextIO | None = None,
-) -> int:
+def doctor(checks: Sequence[CheckResult], *, as_json: bool, out: TextIO | None = None) -> int:
     """Exit status: 0 when nothing failed, else 1."""
-    checks = run_checks(config)
     print((to_json if as_json else to_table)(checks), file=out or sys.stdout)
     return 1 if any(check.level == "FAIL" for check in checks) else 0
 

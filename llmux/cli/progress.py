@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from types import TracebackType
 from typing import Self, TextIO
 
 from llmux.cli.output import sizes
 from llmux.phases import counted, phase_text
+from llmux.printable import printable
 
 CLEAR = "\r\x1b[K"  # ECMA-48: erase to the end of the line
 
@@ -44,6 +46,33 @@ class Progress:
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
+
+
+class Looking:
+    """A context manager; called with what is being done, it shows that on a terminal: one line,
+    which is gone at the end. Elsewhere it says nothing."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stderr
+        self._shown = self._out.isatty()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self._write("")
+
+    def __call__(self, doing: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        line = f"{printable(doing)} …"
+        self._write(line if len(line) <= width else f"{line[: max(width - 1, 0)]}…")
+
+    def _write(self, line: str) -> None:
+        if self._shown:
+            self._out.write(f"{CLEAR}{line}")
+            self._out.flush()
 
 
 def _amount(phase: str, done: int, total: int) -> str:

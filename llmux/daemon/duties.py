@@ -30,7 +30,9 @@ class Notes:
 
     def say(self, marked: MarkedConfig) -> None:
         # A line that only moved says nothing new.
-        notes = {(note.file, note.path, note.message): str(note) for note in marked.notes}
+        notes: dict[tuple[str, ...], str] = {
+            (note.file, note.path, note.message): str(note) for note in marked.notes
+        }
         if marked.config.gateway.keys_file is None:
             notes[(WITHOUT_KEYS,)] = WITHOUT_KEYS
         for key, text in notes.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmux.config.schema import Config
 from llmux.daemon.engine_users import planned_starts
@@ -12,12 +12,17 @@ from llmux.drivers.doctor.run import Check, run_checks
 
 
 def look_at_host(
-    config: Config | None, *, deep: bool = False, cuda_round_trip: bool = False
+    config: Config | None,
+    *,
+    tell: Callable[[str], None],
+    deep: bool = False,
+    cuda_round_trip: bool = False,
 ) -> Sequence[Check]:
-    host = Host(starts=planned_starts)
+    """``tell`` hears what is being looked at."""
+    host = Host(starts=planned_starts, tell=tell)
     return run_checks(config, host, deep=deep, cuda_round_trip=cuda_round_trip)
 
 
-def look_as_engines(config: Config) -> Sequence[Check]:
+def look_as_engines(config: Config, tell: Callable[[str], None]) -> Sequence[Check]:
     """What engines can do here, asked as their users. Nothing where we may not become them."""
-    return check_access(Host(starts=planned_starts), config)
+    return check_access(Host(starts=planned_starts, tell=tell), config)

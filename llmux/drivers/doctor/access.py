@@ -72,15 +72,14 @@ def check_access(host: Host, config: Config | None) -> list[Check]:
     for spec in starts:
         groups.setdefault(_kind(spec), []).append(spec)
     checks: list[Check] = []
-    imported: set[str] = set()
+    known: dict[str, Mapping[str, bool]] = {}
     for specs in groups.values():
         program = host.which(specs[0].argv[0])
         if program is not None and "/" not in specs[0].argv[0]:
             seen = f"{program} is on your PATH, and not on that of engines"
             checks.append(Check(NAME, Level.FAIL, seen, PATH_REMEDY))
         elif program is not None:  # else it is said where programs are looked at
-            checks += _look(host, config, specs, program, with_imports=program not in imported)
-            imported.add(program)
+            checks += _look(host, config, specs, program, known)
     return [*_merged(checks), *_hub(host, config, starts)]
 
 
@@ -101,16 +100,28 @@ def _merged(checks: Sequence[Check]) -> Iterator[Check]:
 
 
 def _look(
-    host: Host, config: Config, specs: Sequence[LaunchSpec], program: str, *, with_imports: bool
+    host: Host,
+    config: Config,
+    specs: Sequence[LaunchSpec],
+    program: str,
+    known: dict[str, Mapping[str, bool]],
 ) -> list[Check]:
+    """``known``: what interpreters said, which are run once: the users of all engines have the same
+    groups, and a first run reads gigabytes from the disk."""
     first = specs[0]
     whom = first.user.name if first.user is not None else "root"
     interpreter = interpreter_of(host, program)
     engine = config.models[first.model].engine_type
-    modules = engine.modules if with_imports and _is_environment(host, interpreter) else ()
+    new = interpreter not in known
+    modules = engine.modules if new and _is_environment(host, interpreter) else ()
+    if modules:
+        imports = f"importing {' and '.join(modules)} as {program} does, as {whom}"
+        host.tell(f"{imports} (up to {IMPORT_SECS:g} s from a cold disk)")
+    else:
+        host.tell(f"looking at {program} as {whom}")
     asked = {
         "program": program,
-        "interpreter": interpreter.split() if interpreter else [],
+        "interpreter": interpreter.split() if interpreter and new else [],
         "modules": modules,
         "import_secs": IMPORT_SECS,
         "models": dict(_readable(host, config, specs)),
@@ -119,6 +130,8 @@ def _look(
     python = PYTHON if os.path.exists(PYTHON) else sys.executable
     argv = (python, "-I", "-c", LOOK.read_text(), json.dumps(asked))
     spec = LaunchSpec(first.model, argv, first.env, first.user, "", "", first.runtime_dir)
+    if interpreter is not None:
+        known.setdefault(interpreter, {})  # also when it does not answer: that took long enough
     ran = host.as_engine(spec, LOOK_SECS + (IMPORT_SECS if modules else 0))
     try:
         said: dict[str, Any] = json.loads(ran.output.splitlines()[-1])
@@ -126,6 +139,8 @@ def _look(
     except (ValueError, IndexError, LookupError, TypeError):
         words = ran.output.strip().splitlines()[-1:] or ["no answer"]
         return [Check(NAME, Level.WARN, f"could not be looked at as {whom}: {words[0]}", REMEDY)]
+    if interpreter is not None:
+        said["found"] = known[interpreter] = {**known[interpreter], **said["found"]}
     return list(_judged(host, program, whom, said, problems, modules))
 
 

@@ -88,9 +88,12 @@ def user_exists(name: str) -> bool:
     return True
 
 
+def tell_nobody(doing: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The machine."""
+    """The machine. ``tell``: hears what takes seconds, before it begins."""
 
     root: Path = Path("/")
     run: Callable[[Sequence[str], float], Ran] = run
@@ -100,6 +103,7 @@ class Host:
     user_exists: Callable[[str], bool] = user_exists
     starts: Callable[[Config], Sequence[LaunchSpec]] | None = None  # of the service's engines
     as_engine: Callable[[LaunchSpec, float], Ran] = as_engine
+    tell: Callable[[str], None] = tell_nobody
     euid: int = field(default_factory=os.geteuid)
     release: str = field(default_factory=lambda: os.uname().release)
 

@@ -240,6 +240,7 @@ def run_checks(
     results: list[Check] = []
     asked = (*(DEEP_CHECKS if deep else ()), *(CUDA_CHECKS if cuda_round_trip else ()))
     for name, check in (*CHECKS, *asked):
+        host.tell(f"looking at {name}")
         try:
             found = check(host, config)
         except OSError as error:

@@ -130,6 +130,58 @@ def test_models_that_differ_in_nothing_are_looked_at_once(tmp_path: Path) -> Non
     assert [one["models"] for one in seen] == [{"a": "/m", "b": "/m"}]
 
 
+def test_each_program_is_run_once_whoever_uses_it(tmp_path: Path) -> None:
+    python = tmp_path / "v/bin/python3"
+    (tmp_path / "v/bin").mkdir(parents=True)
+    marker = tmp_path / str(tmp_path / "v/pyvenv.cfg").lstrip("/")
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    programs = [tmp_path / "v/bin" / name for name in ("vllm", "other")]
+    for program in programs:
+        program.write_text(f"#!{python}\n")
+    version = tmp_path / "proc/driver/nvidia/version"
+    version.parent.mkdir(parents=True)
+    version.write_text("NVRM")
+    asked: list[dict[str, Any]] = []
+    told: list[str] = []
+
+    def as_engine(spec: LaunchSpec, seconds: float) -> Ran:
+        asked.append(json.loads(spec.argv[-1]))
+        found = {name: ALL[name] for name in ("ninja", "cc", "nvcc")}
+        if asked[-1]["interpreter"]:
+            found |= {"Python.h": False, "flashinfer-jit-cache": False}
+        return Ran(0, json.dumps({**SAID, "found": found}))
+
+    def a_user_for_each(config: Config) -> Sequence[LaunchSpec]:
+        specs = starts(NOBODY)(config)
+        own = [replace(NOBODY, name=spec.model, home=f"/home/{spec.model}") for spec in specs]
+        return [
+            replace(spec, argv=(str(programs[number % 2]),), user=user, env={"HOME": user.home})
+            for number, (spec, user) in enumerate(zip(specs, own, strict=True))
+        ]
+
+    host = Host(
+        root=tmp_path,
+        euid=0,
+        which=lambda name: name,
+        as_engine=as_engine,
+        tell=told.append,
+        starts=a_user_for_each,
+    )
+    config = config_of("/v/bin/vllm", a="s3://a", b="s3://b", c="s3://c")
+    checks = check_access(host, config)
+    assert [bool(one["interpreter"]) for one in asked] == [True, False, False]
+    assert [bool(one["modules"]) for one in asked] == [True, False, False]
+    assert told == [
+        f"importing torch and vllm as {programs[0]} does, as a (up to 180 s from a cold disk)",
+        f"looking at {programs[1]} as b",
+        f"looking at {programs[0]} as c",
+    ]
+    assert len([check for check in checks if check.name == IMPORTS]) == 1
+    compilers = [check.seen for check in checks if check.name == COMPILERS]
+    assert compilers == [f"{program} finds no Python.h" for program in programs]
+
+
 COMMIT = "0" * 40
 
 
