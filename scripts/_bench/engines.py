@@ -30,8 +30,11 @@ def socket_of(model: str) -> str:
     return f"/run/llmux/engines/{model}/api.sock"
 
 
-def configuration(eviction: str, *, kv_cache_bytes: int | None = None) -> dict[str, Any]:
-    """``kv_cache_bytes``: of each engine; 1 GiB when nothing is said."""
+def configuration(
+    eviction: str, *, kv_cache_bytes: int | None = None, ballast_bytes: int = 0
+) -> dict[str, Any]:
+    """``kv_cache_bytes``: of each engine; 1 GiB when nothing is said. ``ballast_bytes``: what the
+    first model holds besides, and never touches."""
     environment = vllm.environment()
     # dev mode is llmux's to open, when the eviction needs it
     env = {key: value for key, value in vllm.SETTINGS.items() if key != "VLLM_SERVER_DEV_MODE"}
@@ -39,6 +42,7 @@ def configuration(eviction: str, *, kv_cache_bytes: int | None = None) -> dict[s
     if kv_cache_bytes is not None:
         del env["VLLM_CPU_KVCACHE_SPACE"]  # whole GiB only, and stronger than the flag
         flags += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
+    ballast = {"PYTHONPATH": f"{PROGRAMS}/large_image", "LLMUX_BENCH_BALLAST": str(ballast_bytes)}
     return {
         "vllm_command": [environment.vllm],
         "engine_user": "root",
@@ -50,7 +54,7 @@ def configuration(eviction: str, *, kv_cache_bytes: int | None = None) -> dict[s
                 "eviction": eviction,
                 "gpu_memory_parked": 0,  # there is no GPU that a frozen one could hold
                 "extra_args": flags,
-                "env": env,
+                "env": env | ballast if ballast_bytes and name == MODELS[0] else env,
             }
             for name, path in environment.models.items()
         },

@@ -21,7 +21,7 @@ from _lab import host
 from _lab.guest import Guest
 
 from _bench import first_eviction
-from _bench.engines import IMAGES, MODELS, NO_RELEASE, Engines, configuration
+from _bench.engines import IMAGES, MODELS, NO_RELEASE, PROGRAMS, Engines, configuration
 from _bench.switch import machine
 from _bench.turns import Turn
 
@@ -38,6 +38,12 @@ HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--cycles", type=int, default=10, help="restores of each of two models")
+    parser.add_argument(
+        "--large-image",
+        type=int,
+        metavar="GIB",
+        help="measure only the restores of an image of this size (three times as much memory)",
+    )
     parser.add_argument(
         "--first-eviction", action="store_true", help="measure only what the next model waits for"
     )
@@ -56,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
             return write(
                 {"first_eviction": first_eviction.measure(engines), **about(load)}, arguments
             )
+        if arguments.large_image:
+            large = with_large_image(engines, arguments.large_image << 30, arguments.cycles)
+            return write({**large, **about(load)}, arguments)
         engines.begin("retain+checkpoint")
         turns, bare = engines.cycles(arguments.cycles)
         images = {model: engines.image(model) for model in MODELS}
@@ -102,7 +111,7 @@ def with_huge_pages(engines: Engines, count: int) -> dict[str, float]:
     before = HUGE_PAGES.read_text().partition("[")[2].partition("]")[0]
     seconds: dict[str, list[float]] = {"madvise": [], "always": []}
     try:
-        for _ in range(max(1, count // 2)):
+        for _ in range(max(1, count)):
             for setting, found in seconds.items():
                 HUGE_PAGES.write_text(setting)
                 found += (one["criu_s"] for one in engines.bare_restores(1))
@@ -122,6 +131,26 @@ def with_lazy_pages(engines: Engines, count: int) -> dict[str, float]:
                 kind = "lazily" if lazy else "at once"
                 found.setdefault(f"{kind}, {name}", []).append(one[key])
     return {name: median(seconds) for name, seconds in found.items()}
+
+
+def with_large_image(engines: Engines, size: int, count: int) -> dict[str, Any]:
+    """Restores of an engine with ``size`` bytes that no answer touches, and what else takes its
+    time while they run: the checksums of the image."""
+    engines.start(configuration("retain+checkpoint", ballast_bytes=size))
+    engines.turns(MODELS)
+    engines.guest.run(["llmux", "sleep", MODELS[-1]], timeout=600)
+    image = engines.image(MODELS[0])
+    program, path = f"{PROGRAMS}/large_image/checksums.py", f"{IMAGES}/{MODELS[0]}/images"
+    checked = engines.guest.run(["python3", program, path, str(count)], timeout=60 + 60 * count)
+    engines.bare_restores(1)  # not counted: the pages that the dump left to the disk are read
+    return {
+        "image_bytes_apparent": image["apparent_bytes"],
+        "image_bytes_on_disk": image["disk_bytes"],
+        "dump_s": image["dump_seconds"],
+        "checksums_s": median(float(line) for line in checked.stdout.split()),
+        "bare_criu_restore_by_huge_pages_s": with_huge_pages(engines, count),
+        "bare_criu_restore_lazily_s": with_lazy_pages(engines, count),
+    }
 
 
 def without_holes(engines: Engines, count: int) -> list[dict[str, Any]]:
