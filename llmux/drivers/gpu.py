@@ -166,7 +166,7 @@ class NvmlObserver:
         try:
             self._nvml = ctypes.CDLL(library)
         except OSError as error:
-            raise Unsupported("observe", "the GPUs", f"{library} is not here: {error}") from error
+            raise Unsupported("observe", "the GPUs", str(error)) from error
         self._caller = _Caller("the GPUs", call_secs)
         try:
             with suppress(TimeoutError):  # then it is blind until the call returns

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from glob import glob
 from pathlib import Path
 
 from _gpu_proof import carry, report, vllm_carry
@@ -30,6 +31,7 @@ from llmux.errors import DriverError, Unsupported
 from llmux.ports import DeviceCheckpointer
 
 ROOT = Path(__file__).resolve().parents[2]
+GPU_NODES = "/dev/nvidia[0-9]*"
 TORCH_SECS = 60.0
 # Another batch shape after a wake moves vLLM's bfloat16 log-probs a little; its words must stay.
 VLLM_TOLERANCE = 0.05
@@ -159,8 +161,9 @@ class Proof:
             if not fake:
                 self.facts["PyTorch"] = await need_torch(self._asked.python)
         except DriverError as error:
-            self.facts["GPU"] = f"not measured: {error}"
-            self._unmeasured(name, str(error), self._asked.rows)
+            why = str(error) if glob(GPU_NODES) else f"no GPU: {error}"
+            self.facts.setdefault("GPU", f"not measured: {why}")
+            self._unmeasured(name, why, self._asked.rows)
             return
         tool = self._asked.cuda_checkpoint
         driver = CudaCheckpointTool(tool) if tool else CudaDriver(library)

@@ -57,7 +57,7 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
         pytest.skip("there is an NVIDIA driver here")
     done = proof("--rows", "retain+freeze")
     assert done.returncode == 3
-    assert "not measured: PyTorch, retain + freeze: " in done.stdout
+    assert "not measured: PyTorch, retain + freeze: no GPU: " in done.stdout
 
 
 def test_it_runs_with_python_alone() -> None:

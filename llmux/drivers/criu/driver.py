@@ -85,12 +85,14 @@ class Criu:
             return CriuFacts(self._criu_path, "", (f"{self._criu_path} is not installed",))
         problems = []
         try:
-            version_text = (await run([path, "--version"], _CHECK_TIMEOUT)).stdout
+            told = await run([path, "--version"], _CHECK_TIMEOUT)
+            if told.code != 0:  # a library that is missing or too old, mostly
+                return CriuFacts(path, "", (f"`{path} --version` fails: {told.excerpt}",))
             help_text = (await run([path, "--help"], _CHECK_TIMEOUT)).stdout
             checked = await run([path, "check"], _CHECK_TIMEOUT)
         except DriverError as error:
             return CriuFacts(path, "", (str(error),))
-        version = command.parse_version(version_text)
+        version = command.parse_version(told.stdout)
         shown = ".".join(map(str, version))
         if version < command.OLDEST:
             oldest = ".".join(map(str, command.OLDEST))
