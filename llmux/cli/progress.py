@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from types import TracebackType
@@ -50,19 +51,29 @@ class Progress:
 
 class Looking:
     """A context manager; called with what is being done, it shows that on a terminal: one line,
-    which is gone at the end. Elsewhere it says nothing."""
+    which is gone at the end, and before a line of the log. Elsewhere it says nothing."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
         self._shown = self._out.isatty()
+        found = [*logging.getLogger().handlers, logging.lastResort] if self._shown else []
+        self._handlers = [handler for handler in found if handler is not None]
 
     def __enter__(self) -> Self:
+        for handler in self._handlers:
+            handler.addFilter(self._make_way)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
         self._write("")
+        for handler in self._handlers:
+            handler.removeFilter(self._make_way)
+
+    def _make_way(self, _: logging.LogRecord) -> bool:
+        self._write("")
+        return True
 
     def __call__(self, doing: str) -> None:
         width = shutil.get_terminal_size().columns - 1

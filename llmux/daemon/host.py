@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llmux.config.schema import Config
+from llmux.daemon.claims import planned_claims
 from llmux.daemon.engine_users import planned_starts
 from llmux.drivers.doctor.access import check_access
 from llmux.drivers.doctor.facts import Host
@@ -19,7 +20,7 @@ def look_at_host(
     cuda_round_trip: bool = False,
 ) -> Sequence[Check]:
     """``tell`` hears what is being looked at."""
-    host = Host(starts=planned_starts, tell=tell)
+    host = Host(starts=planned_starts, claims=planned_claims, tell=tell)
     return run_checks(config, host, deep=deep, cuda_round_trip=cuda_round_trip)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from llmux.config.schema import Config
 from llmux.drivers.doctor import cuda
-from llmux.drivers.doctor.facts import Check, Host, Level
+from llmux.drivers.doctor.facts import Check, Host, Level, Ran
 
 COMPILER = shutil.which("cc")
 SOURCE = Path(__file__).parents[1] / "fake_libcuda" / "devices.c"
@@ -42,11 +42,18 @@ def test_a_context_on_each_gpu(look: Look) -> None:
     )
 
 
+def test_what_the_driver_says_beside_it_is_no_answer() -> None:
+    said = Ran(0, "[[1073741824, 2147483648]]\nWARNING: the driver is chatty\n")
+    check = cuda.check_cuda(Host(run=lambda argv, seconds: said), Config())
+    assert check.level is Level.OK
+    assert check.seen.endswith("GPU 0: 1.0 of 2.0 GiB free")
+
+
 def test_a_driver_that_an_engine_cannot_start_fails(look: Look) -> None:
     check = look(1, 100)
     assert check.level is Level.FAIL
     assert check.seen == "cuInit: no CUDA-capable device is detected (100)"
-    assert "nvidia-modprobe -u -c0" in check.remedy
+    assert "nvidia-modprobe -u -c=0" in check.remedy
 
 
 def test_without_a_driver_nothing_is_said_to_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmux.config.schema import Config, ModelConfig
 from llmux.drivers.doctor import gpus
 from llmux.drivers.doctor.facts import GIB, Host, Level, Ran
 
@@ -52,6 +54,25 @@ def test_a_foreign_process_is_named(host: Host, nvml: FakeNvml) -> None:
     assert check.seen.endswith("process 8 (python3) holds 30.0 GiB of GPU 0")
 
 
+def test_a_claim_that_others_leave_no_room_for_is_named(host: Host, nvml: FakeNvml) -> None:
+    nvml.foreign((0, 8, 10 * GIB), (0, 7, 60 * GIB))
+    models = {
+        "big": ModelConfig("big", "/b", gpu_memory=0.9),
+        "small": ModelConfig("small", "/s", gpu_memory=0.8),
+    }
+    check = gpus.check_memory(host, Config(models=models))
+    assert check.level is Level.WARN
+    assert check.seen.endswith("; big claims 72.0 GiB of GPU 0, and others leave 70.0")
+
+
+def test_a_slow_nvml_is_said(host: Host) -> None:
+    said = json.dumps([{"0": 80 * GIB}, {"0": 0}, [], True, 2.5])
+    slow = replace(host, run=lambda argv, seconds: Ran(0, said))
+    check = gpus.check_memory(slow, None)
+    assert (check.level, "NVML took 2.5 s" in check.seen) == (Level.WARN, True)
+    assert "waits 5 s" in check.remedy
+
+
 def test_a_driver_that_hangs_is_left_behind(
     host: Host, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +88,10 @@ def test_without_nvml_nothing_is_said_to_be_wrong(
 ) -> None:
     monkeypatch.setenv("LLMUX_LIBNVML", "libnothing.so.1")
     assert gpus.check_memory(host, None).level is Level.OK
+    host.path("/proc/driver/nvidia").mkdir(parents=True)
+    host.path("/proc/driver/nvidia/version").write_text("NVRM")
+    check = gpus.check_memory(Host(root=host.root), None)
+    assert (check.level, "libnvidia-ml1" in check.remedy) == (Level.WARN, True)
 
 
 def test_what_cannot_be_read_is_shown(host: Host) -> None:

@@ -19,7 +19,6 @@ from llmux.config.schema import Config
 from llmux.drivers.doctor.facts import Check, Host, Level
 from llmux.drivers.doctor.parking import interpreter_of
 from llmux.drivers.images.identity import hub_cache, missing_of_model, model_directory
-from llmux.errors import LlmuxError
 from llmux.ports import LaunchSpec
 
 NAME: Final = "engine access"
@@ -62,12 +61,9 @@ COMPILERS_REMEDY: Final = (
 
 def check_access(host: Host, config: Config | None) -> list[Check]:
     """Nothing for embedded engines, which run as whoever starts them."""
-    if config is None or host.euid != 0 or host.starts is None:
+    if config is None or host.euid != 0:
         return []
-    try:
-        starts = host.starts(config)
-    except LlmuxError:
-        return []  # there is no such user: said where users are looked at
+    starts = host.planned(config)
     groups: dict[tuple[Any, ...], list[LaunchSpec]] = {}
     for spec in starts:
         groups.setdefault(_kind(spec), []).append(spec)
@@ -155,7 +151,8 @@ def _judged(
     if problems:
         yield Check(NAME, Level.FAIL, f"{whom} {'; '.join(problems)}", REMEDY)
     else:
-        read = f"{said['files']} files of models read"
+        files = said["files"]
+        read = f"{files} file{'' if files == 1 else 's'} of models can be read"
         yield Check(NAME, Level.OK, f"as {whom}: {program} can be executed, {read}")
     if said["imports"] is not None:
         remedy = IMPORTS_REMEDY.format(said["imports"].partition(" ")[0], modules[-1])
@@ -163,12 +160,16 @@ def _judged(
     elif modules and not problems:
         yield Check(IMPORTS, Level.OK, f"{program}: {', '.join(modules)}")
     if said["closed"]:
-        seen = "; ".join(f"{' and '.join(what)} ({why})" for why, what in said["closed"].items())
+        seen = "; ".join(f"{_and(what)} ({why})" for why, what in said["closed"].items())
         yield Check(DIRECTORIES, Level.FAIL, f"{whom} cannot write {seen}", DIRECTORIES_REMEDY)
     else:
         yield Check(DIRECTORIES, Level.OK, "HOME, TMPDIR and caches can be written")
     if host.read("/proc/driver/nvidia/version") is not None and not problems:
         yield _compilers(program, said["found"])
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _is_environment(host: Host, interpreter: str | None) -> bool:

@@ -11,7 +11,8 @@ import os
 import sys
 
 from llmux.config.schema import ENGINES, Config
-from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs, bad
+from llmux.drivers.cuda.driver import OLDEST_DRIVER
+from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs
 
 NAME = "CUDA per GPU"
 # In a process of its own: the driver's start changes the process, and may hang.
@@ -48,7 +49,7 @@ print(json.dumps(found))
 """
 LOOK_SECS = 60.0  # 2.7 s on 8 x H100, more without persistence mode
 REMEDY = (
-    "run `nvidia-modprobe -u -c0` as root, or any CUDA program: engines cannot load nvidia-uvm;"
+    "run `nvidia-modprobe -u -c=0` as root, or any CUDA program: engines cannot load nvidia-uvm;"
     " then see `journalctl -k` for NVRM"
 )
 
@@ -63,7 +64,7 @@ def check_cuda(host: Host, config: Config | None) -> Check:
     ran = host.run([sys.executable, "-I", "-c", script], LOOK_SECS)
     lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
     if ran.status == 0 and lines:
-        memory = json.loads(lines[-1])
+        memory = next(json.loads(line) for line in lines if line.startswith("["))
         seen = ", ".join(
             f"GPU {gpu}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
             for gpu, (free, total) in enumerate(memory)
@@ -72,5 +73,8 @@ def check_cuda(host: Host, config: Config | None) -> Check:
         return Check(NAME, Level.OK, f"a context on each, {as_whom}: {seen or 'there is no GPU'}")
     words = lines[-1][:200] if lines else f"no answer within {LOOK_SECS:g} s"
     if "cannot open shared object file" in words:
-        return Check(NAME, bad(needed) if needed else Level.OK, f"no {library} here", REMEDY)
+        level = Level.FAIL if needed else Level.OK
+        return Check(
+            NAME, level, f"no {library} here", f"install an NVIDIA driver >= {OLDEST_DRIVER}"
+        )
     return Check(NAME, Level.FAIL, words, REMEDY)

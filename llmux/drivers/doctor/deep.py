@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from contextlib import suppress
@@ -11,6 +10,7 @@ from time import monotonic
 
 from llmux.config.schema import CheckpointConfig, Config
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs
+from llmux.drivers.doctor.room import sizes
 from llmux.trusted import untrusted
 
 NAME = "images throughput"
@@ -29,7 +29,7 @@ def check_throughput(host: Host, config: Config | None) -> Check:
     if reason := untrusted(str(path)):
         return Check(NAME, Level.WARN, reason)
     if host.space(path).free < 2 * MEASURED:
-        return Check(NAME, Level.WARN, f"{name}: too little space to measure it", "free some")
+        return Check(NAME, Level.WARN, f"{name}: too little space to measure it", "free some there")
     try:
         writes, reads = measure(path, MEASURED)
     except OSError as error:
@@ -74,13 +74,3 @@ def _open(directory: Path) -> tuple[int, bool]:
     with suppress(OSError):  # not on every file system
         return os.open(directory, flags | os.O_DIRECT, 0o600), True
     return os.open(directory, flags, 0o600), False
-
-
-def sizes(directory: Path) -> list[tuple[str, int]]:
-    """(model, bytes) of its images, the largest first."""
-    found = []
-    for manifest in directory.glob("*/images/manifest.json"):
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            document = json.loads(manifest.read_text())
-            found.append((str(document["model"]), int(document["disk_bytes"])))
-    return sorted(found, key=lambda pair: -pair[1])

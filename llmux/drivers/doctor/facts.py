@@ -11,16 +11,17 @@ import os
 import pwd
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
-from llmux.config.schema import Config, Process, Weights
+from llmux.config.schema import Config, Eviction, Process, Weights
 from llmux.drivers import memory
 from llmux.drivers.doctor.as_engine import run_as_engine
 from llmux.drivers.processes import run as programs
-from llmux.errors import DriverError
+from llmux.errors import DriverError, LlmuxError
 from llmux.ports import LaunchSpec
 
 GIB = 1 << 30
@@ -88,6 +89,27 @@ def user_exists(name: str) -> bool:
     return True
 
 
+def groups_of(name: str) -> Collection[int]:
+    """KeyError when there is no such user."""
+    return frozenset(os.getgrouplist(name, pwd.getpwnam(name).pw_gid))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one way of parking one model takes: ``host_bytes`` of memory, as the supervisor asks for
+    them before it acts, and of the disk ``image_bytes``, at the most, before zero pages are taken
+    out. None where it is not known. ``eviction``: None for a restore of its image."""
+
+    model: str
+    eviction: Eviction | None
+    host_bytes: int | None
+    image_bytes: int | None
+
+
+# The configuration, how its engines start, and each GPU's memory → what its models may take.
+Claims = Callable[[Config, Sequence[LaunchSpec], Mapping[int, int]], Sequence[Claim]]
+
+
 def tell_nobody(doing: str) -> None: ...
 
 
@@ -104,6 +126,10 @@ class Host:
     starts: Callable[[Config], Sequence[LaunchSpec]] | None = None  # of the service's engines
     as_engine: Callable[[LaunchSpec, float], Ran] = as_engine
     tell: Callable[[str], None] = tell_nobody
+    claims: Claims | None = None  # of the service's models
+    groups_of: Callable[[str], Collection[int]] = groups_of
+    # What a check found that others use, too: a look may take many seconds.
+    found: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     euid: int = field(default_factory=os.geteuid)
     release: str = field(default_factory=lambda: os.uname().release)
 
@@ -116,6 +142,19 @@ class Host:
             return self.path(name).read_text(errors="replace")
         except OSError:
             return None
+
+    def planned(self, config: Config) -> Sequence[LaunchSpec]:
+        """How engines would be started: nothing where that cannot be said. Asked for once, since
+        it reads the unit's environment."""
+        if self.starts is None:
+            return ()
+        if "starts" not in self.found:
+            try:
+                self.found["starts"] = self.starts(config)
+            except LlmuxError:
+                self.found["starts"] = ()  # there is no such user: said where users are looked at
+        planned: Sequence[LaunchSpec] = self.found["starts"]
+        return planned
 
     @property
     def kernel(self) -> tuple[int, ...]:

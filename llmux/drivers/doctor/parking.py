@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from typing import Final
 
 from llmux.config.schema import Config, ModelConfig
 from llmux.drivers.cuda.driver import HELPER, LIBRARY, OLDEST_DRIVER, greeting_problem
@@ -66,7 +67,9 @@ def check_libcuda(host: Host, config: Config | None) -> Check:
     try:
         greeting = json.loads(ran.output.splitlines()[0])
     except (ValueError, IndexError):
-        return Check("libcuda", bad(needed), f"the CUDA helper failed: {ran.output[:200].strip()}")
+        seen = f"the CUDA helper failed: {ran.output[:200].strip() or 'no answer within 60 s'}"
+        remedy = f"`{sys.executable} -I {HELPER} --library {LIBRARY}` shows why"
+        return Check("libcuda", bad(needed), seen, remedy)
     problem = greeting_problem(greeting, LIBRARY)
     if problem is not None:
         return Check("libcuda", bad(needed), *problem)
@@ -83,7 +86,10 @@ def check_gpus(host: Host, config: Config | None) -> Check:
     rows = [line.strip() for line in ran.output.splitlines() if line.strip()]
     if ran.status != 0 or not rows:
         seen = rows[0] if rows else "nvidia-smi found none"
-        return Check("GPUs", bad(needed), seen, "look at `nvidia-smi` and `journalctl -k` for NVRM")
+        remedy = "look at `nvidia-smi` and `journalctl -k` for NVRM"
+        if host.which("nvidia-smi") is None:
+            remedy = "install nvidia-smi, of the driver's version (Ubuntu: nvidia-utils-NNN)"
+        return Check("GPUs", bad(needed), seen, remedy)
     if any(row.endswith("Enabled") for row in rows):
         remedy = "switch MIG off for CUDA parking (`nvidia-smi -mig 0`), or park with stop"
         return Check("GPUs", bad(needed), f"MIG is on: {'; '.join(rows)}", remedy)
@@ -144,6 +150,27 @@ def check_criu_works(host: Host, config: Config | None) -> Check:
     errors = [line for line in lines if "Error" in line] or lines or [f"status {ran.status}"]
     remedy = "see what the kernel lacks with `criu check -v4`"
     return Check("criu check", bad(needed), errors[-1][:200], remedy)
+
+
+CAPABILITIES: Final = "capabilities"
+# linux/capability.h; what a root of the host has and one in a container often lacks.
+CRIU_NEEDS: Final = {"SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}
+
+
+def check_capabilities(host: Host, config: Config | None) -> Check:
+    """A container's root lacks some; CRIU then dumps root's processes at most."""
+    if host.euid != 0:
+        return Check(CAPABILITIES, Level.WARN, "not known: needs root", "run doctor as root")
+    found = re.search(r"^CapBnd:\s*([0-9a-f]+)$", host.read("/proc/self/status") or "", re.M)
+    has = int(found[1], 16) if found else ~0
+    missing = [name for name, bit in CRIU_NEEDS.items() if not has >> bit & 1]
+    if not missing:
+        return Check(CAPABILITIES, Level.OK, ", ".join(CRIU_NEEDS))
+    user = config.engine_user if config is not None else None
+    needed = Needs.of(config).criu and (user != "root" or missing != ["SYS_RESOURCE"])
+    seen = f"no {', no '.join(missing)}: CRIU cannot dump other users' engines"
+    remedy = "run llmux on the host itself, or give the container all capabilities"
+    return Check(CAPABILITIES, bad(needed), seen, remedy)
 
 
 def check_network_lock(host: Host, config: Config | None) -> Check:

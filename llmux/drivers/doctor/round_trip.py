@@ -54,7 +54,8 @@ def check_round_trip(host: Host, config: Config | None) -> Check:
     ran = host.run([sys.executable, "-I", "-c", script], COUNT_SECS)
     words = _last_line(ran.output)
     if "cannot open shared object file" in words or words == "0":
-        return Check(NAME, bad(True) if needed.cuda else Level.OK, NO_GPU)
+        remedy = "run it where there is a GPU, with an NVIDIA driver that supports CUDA checkpoints"
+        return Check(NAME, Level.FAIL if needed.cuda else Level.OK, NO_GPU, remedy)
     if ran.status != 0 or not words.isdigit():
         words = words or f"no answer within {COUNT_SECS:g} s"
         return Check(NAME, bad(needed.cuda), words, REMEDY)

@@ -15,7 +15,7 @@ from llmux.drivers.images.store import ImageStore
 from llmux.drivers.memory import disk_space
 from llmux.errors import CheckpointFailed, TreeState
 
-_FREE_RESERVE: Final = 1.05  # metadata, and what else grows on that disk meanwhile
+FREE_RESERVE: Final = 1.05  # metadata, and what else grows on that disk meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def check_disk(store: ImageStore, model: str, needed: int) -> None:
         raise _beyond_budget(store, model, needed)
     store.make_directory(store.root, model)
     _, free = disk_space(store.root)
-    if free < needed * _FREE_RESERVE:
+    if free < needed * FREE_RESERVE:
         raise _beyond_disk(store, model, needed, free)
 
 
@@ -104,7 +104,7 @@ def look_for_room(
     if store.max_bytes is not None:
         over = needed + sum(one.size for one in kept) - store.max_bytes
     _, free = disk_space(store.root)
-    short = math.ceil(needed * _FREE_RESERVE) - free
+    short = math.ceil(needed * FREE_RESERVE) - free
     removed = to_remove(kept, max(over, short), protected, cold_seconds)
     if removed is not None:
         return removed

@@ -29,6 +29,12 @@ def weights_bytes(identity: Mapping[str, str]) -> int:
     return sum(int(found[1]) for found in sizes if found is not None)
 
 
+def offload_bytes(identity: Mapping[str, str]) -> int:
+    """Host memory that must be free before the weights are offloaded; 0 when that is not known."""
+    weights = weights_bytes(identity)
+    return weights + SPARE_BYTES if weights else 0
+
+
 def fitting(
     plan: Plan, config: ModelConfig, identity: Mapping[str, str], available: int
 ) -> tuple[Plan, str]:
@@ -36,10 +42,10 @@ def fitting(
     why."""
     eviction = plan.eviction
     sleeps = any(step.kind is StepKind.SLEEP for step in plan.steps)
-    need = weights_bytes(identity) + SPARE_BYTES
+    need = offload_bytes(identity)
     if eviction is None or eviction.weights is not Weights.OFFLOAD or not sleeps:
         return plan, ""
-    if available >= need or need == SPARE_BYTES:
+    if available >= need:
         return plan, ""
     why = (
         f"weights are discarded, not offloaded: that takes {need / 2**30:.1f} GiB of host memory,"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 
 import pytest
 
@@ -35,3 +37,19 @@ def test_elsewhere_nothing_is_said() -> None:
     with Looking(out) as looking:
         looking("looking at GPUs")
     assert out.getvalue() == ""
+
+
+def test_a_line_of_the_log_stands_alone() -> None:
+    out = Terminal()
+    handler = logging.StreamHandler(out)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        with Looking(out) as looking:
+            looking("looking at GPUs")
+            logging.getLogger("llmux.looking").warning("cannot read x")
+        logging.getLogger("llmux.looking").warning("afterwards")
+    finally:
+        root.removeHandler(handler)
+    said = out.getvalue().replace(CLEAR, "|")  # a filter clears it for each handler that there is
+    assert re.sub(r"\|+", "|", said) == "|looking at GPUs …|cannot read x\n|afterwards\n"

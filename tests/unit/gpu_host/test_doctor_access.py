@@ -268,7 +268,7 @@ def test_what_an_engine_can_use_is_good(place: Path) -> None:
     (hidden / "x.lock").touch(mode=0o600)
     found = look(place, config_of(str(environment(place)), a=str(weights.parent)))
     assert {check.level for check in found.values()} == {Level.OK}, found
-    assert "1 files" in found[NAME].seen
+    assert "1 file of" in found[NAME].seen
     assert IMPORTS not in found, "a Python without an environment has no vLLM"
     assert list((place / "home").iterdir()) == [], "it leaves nothing"
 
