@@ -86,6 +86,10 @@ class ModelConfig:
         return (self.eviction, *self.ladder)
 
     @property
+    def makes_images(self) -> bool:
+        return any(rung.process is Process.CHECKPOINT for rung in self.rungs)
+
+    @property
     def engine_type(self) -> EngineType:
         return ENGINE_TYPES[self.engine]
 

@@ -21,15 +21,16 @@ class Launch:
     """The start of one engine: everything its command line and environment depend on.
 
     ``command`` is the program and its leading arguments; ``uds`` or ``port`` is where the API
-    listens; ``ranks`` is the number of GPUs that the arguments spread the engine over, and
-    ``gpu_memory`` the share of each that the model claims.
+    listens; ``evictions`` are all ways in which it may be parked; ``ranks`` is the number of GPUs
+    that the arguments spread the engine over, and ``gpu_memory`` the share of each that the model
+    claims.
     """
 
     name: str
     model_path: str
     command: tuple[str, ...]
     extra_args: tuple[str, ...]
-    eviction: Eviction
+    evictions: tuple[Eviction, ...]
     ranks: int
     gpu_memory: float
     uds: str | None = None

@@ -132,7 +132,7 @@ def environment(launch: Launch, directory: str, home: str | None) -> Mapping[str
         env["HF_MODULES_CACHE"] = f"{home}/.cache/huggingface/modules"
     if needs_development_mode(launch):
         env["VLLM_SERVER_DEV_MODE"] = "1"
-    if launch.eviction.process in SUSPENDING:
+    if suspends(launch):
         env.update(SUSPENDABLE)
     return env
 
@@ -154,15 +154,18 @@ def caches(env: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def sleeps(launch: Launch) -> bool:
-    return launch.eviction.weights is not Weights.RETAIN
+    return any(eviction.weights is not Weights.RETAIN for eviction in launch.evictions)
+
+
+def suspends(launch: Launch) -> bool:
+    return any(eviction.process in SUSPENDING for eviction in launch.evictions)
 
 
 def needs_development_mode(launch: Launch) -> bool:
     """Sleep, wake and workers' methods are vLLM's development endpoints; they are opened only when
     they are used."""
-    suspending = launch.eviction.process in SUSPENDING
     methods = launch.ranks > 1 or cache_apart(launch.extra_args)
-    return sleeps(launch) or (suspending and methods)
+    return sleeps(launch) or (suspends(launch) and methods)
 
 
 # ---- sleep and wake ------------------------------------------------------------------------------

@@ -142,11 +142,7 @@ def _judge_images(
 ) -> Check:
     """All images that the configuration may make: those on disk as they are, others by claim."""
     there, expected = dict(made), dict[str, int]()
-    models = [
-        model.name
-        for model in config.models.values()
-        if any(rung.process is Process.CHECKPOINT for rung in model.rungs)
-    ]
+    models = [model.name for model in config.models.values() if model.makes_images]
     for claim in claims_of(host, config):
         if claim.image_bytes is not None and claim.model not in there:
             expected[claim.model] = max(claim.image_bytes, expected.get(claim.model, 0))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from llmux.config.schema import Eviction, ModelConfig, Process
+from llmux.config.schema import Eviction, ModelConfig
 from llmux.core.effects import ReadAhead, ReadWeights
 from llmux.core.events import Event, ImageKnown
 from llmux.core.plans import Plan, StepKind, reuse_plan
@@ -90,9 +90,7 @@ class ImageLifecycle:
 
     def why_cold(self, config: ModelConfig) -> str:
         """Why a start restores no image."""
-        if config.checkpoint_path is None and all(
-            eviction.process is not Process.CHECKPOINT for eviction in config.rungs
-        ):
+        if config.checkpoint_path is None and not config.makes_images:
             return f"it is parked by {config.eviction}, which makes no image"
         return self._why_cold.get(config.name, NONE_MADE)
 

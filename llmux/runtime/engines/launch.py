@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from llmux.config.schema import ModelConfig, Process, Weights
+from llmux.config.schema import ModelConfig, Weights
 from llmux.engines.engine_type import Launch
 from llmux.errors import EngineUnhealthy, LlmuxError
 from llmux.names import escape
@@ -92,7 +92,7 @@ def _launch(config: ModelConfig, address: Address, command: tuple[str, ...]) -> 
         model_path=config.model_path,
         command=config.vllm_command or command,
         extra_args=config.extra_args,
-        eviction=config.eviction,
+        evictions=config.rungs,
         ranks=config.ranks,
         gpu_memory=config.gpu_memory,
         uds=address.uds,
@@ -202,7 +202,7 @@ def warn_about(config: ModelConfig, version: str | None) -> None:
     """Log that the engine's version is known to break what the model's parking needs. What it does
     is verified anyway: memory that is not freed ends in a stop."""
     engine = config.engine_type
-    sleeps = config.eviction.weights is not Weights.RETAIN
+    sleeps = any(rung.weights is not Weights.RETAIN for rung in config.rungs)
     fault = engine.version_fault(version or "", sleeps)
     if fault is not None and fault.serious:
         log.warning(
@@ -220,7 +220,7 @@ def offline(config: ModelConfig, env: Mapping[str, str], drivers: Drivers) -> Ma
     """For a model that is to be checkpointed and whose files are here: its client of the Hugging
     Face hub would ask at each start, and keep a connection that no image can hold. Not part of the
     digest: files may come later, and the running engine is none the worse for it."""
-    if config.eviction.process is not Process.CHECKPOINT:
+    if not config.makes_images:
         return {}
     here = drivers.files_are_here
     return OFFLINE if here is not None and here(config.model_path, env) else {}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from llmux.config.schema import Process
 from llmux.core.effects import RunPlan
 from llmux.core.events import AwakeSeen, Event, GpuReleased, ResidueSeen
 from llmux.core.plans import Step, StepKind
@@ -226,8 +225,7 @@ class Steps:
     async def _look_for_obstacles(self, effect: RunPlan, instance: Instance) -> None:
         """Say right after its start, not only at its first eviction, why no image can be made."""
         checkpointer, cuda = self._drivers.checkpointer, self._drivers.cuda
-        images = effect.config.eviction.process is Process.CHECKPOINT
-        if checkpointer is None or instance.handle is None or not images:
+        if checkpointer is None or instance.handle is None or not effect.config.makes_images:
             return
         suspendable: Sequence[int] | None = None
         if cuda is not None:

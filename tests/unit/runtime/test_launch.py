@@ -197,3 +197,20 @@ def test_a_homes_name_means_nothing_to_a_shell() -> None:
     assert len(set(found)) == len(names)
     for name in found:
         assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}", name)
+
+
+def test_what_a_lower_rung_needs_is_there_from_the_start() -> None:
+    """README's ladder: the engine that goes down to an image is the one that was started."""
+    steps = (Eviction(Weights.OFFLOAD, Process.CHECKPOINT), Eviction())
+    kept = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
+    env = engine_environment(model(eviction=kept, ladder=steps), (0,), places())
+    assert env["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in engine_environment(
+        model(eviction=kept), (0,), places()
+    )
+    frozen = model(
+        eviction=Eviction(Weights.RETAIN, Process.FREEZE),
+        ladder=(Eviction(Weights.DISCARD, Process.CHECKPOINT),),
+    )
+    command = engine_argv(frozen, Address(port=1), ("vllm",))
+    assert "--enable-sleep-mode" in command

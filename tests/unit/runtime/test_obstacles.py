@@ -80,6 +80,12 @@ def test_a_model_for_images_does_not_ask_the_hub(
     assert launch_digest(config, (0,), drivers.places) == launch_digest(config, (0,), other.places)
 
 
+def test_a_model_whose_ladder_ends_in_an_image_does_not_either(tmp_path: Path) -> None:
+    drivers = replace(drivers_on(World(), str(tmp_path)), files_are_here=lambda *_: True)
+    config = model("a", eviction=OFFLOAD, ladder=(replace(CHECKPOINT, weights=Weights.OFFLOAD),))
+    assert launch_spec(config, Address(uds="/x"), (0,), drivers).env["HF_HUB_OFFLINE"] == "1"
+
+
 def test_what_the_model_s_own_environment_says_counts(tmp_path: Path) -> None:
     drivers = replace(drivers_on(World(), str(tmp_path)), files_are_here=lambda *_: True)
     config = model("a", eviction=CHECKPOINT, env={"HF_HUB_OFFLINE": "0"})
