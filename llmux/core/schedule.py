@@ -75,13 +75,15 @@ def schedule(tx: Transaction) -> None:
     _give_up_starts(tx, waiting, room)
     _let_leave(tx, room)
     away = [one for name, one in waiting.items() if _is_away(tx.models[name])]
-    least = min((tx.models[one.model].config.gpu_memory for one in away), default=0.0)
+    least = min([tx.models[one.model].config.gpu_memory for one in away], default=0.0)
     choice = Choice(tx, room)
     full = False
     for name in _in_order(tx, away):
         full = full or room.is_reserved(least)
-        if full and name in tx.reservations and not isinstance(tx.models[name].phase, Failed):
-            tx.drop_ahead(name)  # 7, as for all behind it, which may be hundreds
+        reservation = tx.reservations.get(name) if full else None
+        if reservation is not None and not isinstance(tx.models[name].phase, Failed):
+            if reservation.ahead:  # 7, as for all behind it, which may be hundreds
+                tx.drop_ahead(name)
         else:
             _consider(tx, waiting[name], away, choice)
     _let_leave(tx, room)

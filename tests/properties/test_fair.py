@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llmux.config.schema import PolicyConfig
 from llmux.core.demand.usage import Usage
 from llmux.core.policies.base import Resident, Waiting, drained_in
-from llmux.core.policies.fair import DRAINS, OVERHEAD, TURN, Fair, answers_per_second
+from llmux.core.policies.fair import DRAINS, OVERHEAD, TURN, Fair
 
 SECONDS = st.floats(0, 600, allow_nan=False)
 NOW = 10_000.0
@@ -104,7 +104,7 @@ def test_the_order_is_the_rule_word_by_word(facts: list[tuple[int, int, int, int
             for one in left
             if one.priority == first.priority and one.away_since <= first.oldest_since
         ]
-        best = max((first, *may_come), key=answers_per_second)
+        best = max((first, *may_come), key=lambda one: one.pace)
         left.remove(best)
         expected.append(best.model)
     assert list(Fair(PolicyConfig()).order(waiting, NOW)) == expected

@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
 # What the decisions may use of the standard library.
 PURE = {
     "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools",
-    "math", "types", "typing",
+    "math", "operator", "types", "typing",
 }  # fmt: skip
 # Doors: module → the only parts that may go through it.
 DOORS = {

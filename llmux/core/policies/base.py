@@ -34,13 +34,16 @@ class Waiting:
     service: float = field(init=False)  # mean seconds of an answer
     drain: float = field(init=False)  # seconds to answer as many of its requests as have places
     turn: float = field(init=False)  # and all of them
+    pace: float = field(init=False)  # answers for a second of its switch and turn
 
     def __post_init__(self) -> None:
         # Once, and not in each of the decisions in which nothing of it has changed.
         service = self.usage.service
         object.__setattr__(self, "service", service)
         object.__setattr__(self, "drain", drain_of(service, self.places, self.waiting))
-        object.__setattr__(self, "turn", turn_of(service, self.places, self.waiting))
+        turn = turn_of(service, self.places, self.waiting)
+        object.__setattr__(self, "turn", turn)
+        object.__setattr__(self, "pace", self.waiting / max(self.cost + turn, 1e-9))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from llmux.config.schema import PolicyConfig
 from llmux.core.policies.base import Resident, Waiting, drained_in, idle_first, turn_of
@@ -33,6 +34,9 @@ from llmux.core.policies.base import Resident, Waiting, drained_in, idle_first, 
 TURN = 0.5  # of the way out and back: the least that a model serves before it is sent away
 DRAINS = 1.5  # of the drain as it would be now: the least as well
 OVERHEAD = 8.0  # seconds between switches for a second of switching, when queues never end
+_OLDEST = attrgetter("oldest_since")
+_LONGEST_WAITING = attrgetter("oldest_since", "model")
+_PRIORITY = attrgetter("priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,10 @@ class Fair:
     config: PolicyConfig
 
     def order(self, waiting: Sequence[Waiting], now: float) -> Sequence[str]:
-        left = sorted(waiting, key=lambda one: (-one.priority, one.oldest_since, one.model))
+        left = sorted(waiting, key=_LONGEST_WAITING)
+        left.sort(key=_PRIORITY, reverse=True)
         order: list[str] = []
-        for _, ties in itertools.groupby(left, key=lambda one: one.priority):
+        for _, ties in itertools.groupby(left, key=_PRIORITY):
             order += _rounds(list(ties))
         return order
 
@@ -80,7 +85,7 @@ class Fair:
 def _rounds(left: list[Waiting]) -> list[str]:
     """Models of one priority, the longest waiting in front, in the order in which they come. Each
     is weighed once, since hundreds may wait."""
-    paces = [answers_per_second(one) for one in left]
+    paces = [one.pace for one in left]
     best_first = sorted(range(len(left)), key=paces.__getitem__, reverse=True)
     if max(one.away_since for one in left) <= left[0].oldest_since:  # all may come now
         return [left[at].model for at in best_first]
@@ -114,12 +119,11 @@ def _rounds(left: list[Waiting]) -> list[str]:
 def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float, now: float) -> Cycle:
     """As if they came in the order of their wait."""
     away, switching, delayed = drain, drain + victim.back, 0.0
-    for one in sorted(waiting, key=lambda one: one.oldest_since):
+    for one in sorted(waiting, key=_OLDEST):
         switch = one.cost + victim.leave
         away += switch
-        rate = one.usage.rate_at(now)
-        if rate > 0.0:
-            batch = one.waiting + rate * away
+        if one.usage.rate > 0.0:
+            batch = one.waiting + one.usage.rate_at(now) * away
             delayed += batch
             away += turn_of(one.service, one.places, batch)
         else:
@@ -127,7 +131,3 @@ def cycle_of(victim: Resident, waiting: Sequence[Waiting], drain: float, now: fl
             away += one.turn
         switching += switch + one.drain
     return Cycle(delayed, away + victim.back, switching)
-
-
-def answers_per_second(one: Waiting) -> float:
-    return one.waiting / max(one.cost + one.turn, 1e-9)
