@@ -97,8 +97,9 @@ def groups_of(name: str) -> Collection[int]:
 @dataclass(frozen=True, slots=True)
 class Claim:
     """What one way of parking one model takes: ``host_bytes`` of memory, as the supervisor asks for
-    them before it acts, and of the disk ``image_bytes``, at the most, before zero pages are taken
-    out. None where it is not known. ``eviction``: None for a restore of its image."""
+    them before it acts, and of the disk ``image_bytes``: what was on the GPU, before zero pages are
+    taken out, without the engine's own memory. None where it is not known.
+    ``eviction``: None for a restore of its image."""
 
     model: str
     eviction: Eviction | None

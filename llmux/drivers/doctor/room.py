@@ -17,6 +17,7 @@ from llmux.config.schema import CheckpointConfig, Config, Eviction, Process, Wei
 from llmux.drivers.doctor.facts import GIB, Check, Claim, Host, Level, Needs, bad
 from llmux.drivers.doctor.gpus import look_at
 from llmux.drivers.images.budget import FREE_RESERVE
+from llmux.drivers.processes.spawn import unit_name
 from llmux.trusted import USE_OWN_DIRECTORY, untrusted
 
 IMAGES: Final = "images directory"
@@ -51,17 +52,20 @@ def check_memory(host: Host, config: Config | None) -> Check:
             for model, size in sizes(directory, "apparent_bytes")
             if model in config.models
         ]
+    room = {claim.model: available + _held_by(host, claim.model) for claim in claims}
+    # Of those that find no room first: the largest may be parked, and have what it asks for.
+    claims.sort(key=lambda one: (_size(one) > room[one.model], _size(one)), reverse=True)
+    short = dict.fromkeys(claim.model for claim in claims if _size(claim) > room[claim.model])
     if claims:
-        seen += _largest(host, available, claims)
+        seen += _asked(host, claims[0], [*short])
     unknown = list(dict.fromkeys(claim.model for claim in found if claim.host_bytes is None))
     if unknown:
         seen += f"; what else {_listed(unknown)} may ask for is not known here"
-    largest = max(claims, key=_size, default=None)
     measured = {"available_bytes": float(available)}
-    if largest is not None:
-        measured["largest_claim_bytes"] = float(_size(largest))
-        if _size(largest) > available:
-            return Check(MEMORY, Level.WARN, seen, _remedy(largest.eviction), measured)
+    if claims:
+        measured["largest_claim_bytes"] = float(max(map(_size, claims)))
+    if short:
+        return Check(MEMORY, Level.WARN, seen, _remedy(claims[0].eviction), measured)
     if (unknown or not claims) and Needs.of(config).ram and available < RAM_SPARE:
         remedy = "cuda_suspend and offload keep what leaves the GPU in RAM: use discard, or add RAM"
         return Check(MEMORY, Level.WARN, seen, remedy, measured)
@@ -72,16 +76,23 @@ def _size(claim: Claim) -> int:
     return claim.host_bytes or 0
 
 
-def _largest(host: Host, available: int, claims: list[Claim]) -> str:
-    claims = sorted(claims, key=_size, reverse=True)
-    largest, size = claims[0], _size(claims[0])
-    what = largest.eviction or "the restore of its image"
-    seen = f"; {largest.model} asks for the most, {size / GIB:.1f} GiB ({what})"
+def _held_by(host: Host, model: str) -> int:
+    """Memory of the model's engine: one that is parked holds what it asked for already."""
+    group = f"/sys/fs/cgroup/llmux.slice/{unit_name(model)}"
+    text = host.read(f"{group}/memory.stat") or ""
+    return sum(int(size) for size in re.findall(r"^(?:anon|shmem) (\d+)$", text, re.MULTILINE))
+
+
+def _asked(host: Host, claim: Claim, short: list[str]) -> str:
+    """``short``: models that find no room, the claim's first."""
+    what = claim.eviction or "the restore of its image"
+    text = f"; {claim.model} asks for {_size(claim) / GIB:.1f} GiB ({what})"
+    if not short:
+        return f"{text}, the most of all"
     total = _total_memory(host)
-    if total is not None and size > total:
-        seen += f", of {total / GIB:.1f} that this host has"
-    short = list(dict.fromkeys(claim.model for claim in claims if _size(claim) > available))
-    return f"{seen}; too much also for {_listed(short[1:])}" if len(short) > 1 else seen
+    if total is not None and _size(claim) > total:
+        text += f", of {total / GIB:.1f} that this host has"
+    return f"{text}; too much also for {_listed(short[1:])}" if len(short) > 1 else text
 
 
 def _remedy(eviction: Eviction | None) -> str:
@@ -153,7 +164,7 @@ def _judge_images(
     if known:
         count = sum(name in there for name in models)
         state = f"{count or 'none'} {'are' if count > 1 else 'is'} made"
-        seen += f"; images take up to {total / GIB:.1f} GiB ({_listed(known)}; {state})"
+        seen += f"; images take about {total / GIB:.1f} GiB ({_listed(known)}; {state})"
     if unknown:
         seen += f"; no image yet of {_listed(unknown)}, and no size known before it is made"
     measured = {"images_bytes": float(total), "free_bytes": float(free)}

@@ -120,7 +120,7 @@ def memory(tmp_path: Path, *claims: Claim, **options: Any) -> Check:
 def test_the_largest_claim_is_named_and_fits(tmp_path: Path) -> None:
     check = memory(tmp_path, Claim("a", SUSPEND, 20 * GIB, None), Claim("b", OFFLOAD, GIB, None))
     assert check.level is Level.OK
-    assert check.seen.endswith("; a asks for the most, 20.0 GiB (retain+cuda_suspend)")
+    assert check.seen.endswith("; a asks for 20.0 GiB (retain+cuda_suspend), the most of all")
     assert check.measured["largest_claim_bytes"] == 20 * GIB
 
 
@@ -129,7 +129,7 @@ def test_claims_that_do_not_fit_are_named_with_what_happens(tmp_path: Path) -> N
     claims = [Claim(name, SUSPEND, 72 * GIB, None) for name in "abcdef"]
     check = memory(tmp_path, *claims)
     assert check.level is Level.WARN
-    assert "a asks for the most, 72.0 GiB" in check.seen
+    assert "a asks for 72.0 GiB" in check.seen
     assert ", of 70.0 that this host has; too much also for b, c, d and 2 more" in check.seen
     assert "parked by the next rung of its ladder, or stopped" in check.remedy
     check = memory(tmp_path, Claim("a", OFFLOAD, 65 * GIB, None))
@@ -138,12 +138,23 @@ def test_claims_that_do_not_fit_are_named_with_what_happens(tmp_path: Path) -> N
     assert "which llmux does by itself" in check.remedy
 
 
+def test_a_parked_engine_has_what_it_asked_for(tmp_path: Path) -> None:
+    group = "/sys/fs/cgroup/llmux.slice/llmux-a.scope/memory.stat"
+    write(tmp_path, group, f"anon {60 * GIB}\nfile {90 * GIB}\nshmem {2 * GIB}\n")
+    parked, other = Claim("a", SUSPEND, 61 * GIB, None), Claim("b", SUSPEND, 20 * GIB, None)
+    check = memory(tmp_path, parked, other, memory=lambda: (30 * GIB, 0))
+    assert check.level is Level.OK
+    check = memory(tmp_path, parked, other, memory=lambda: (10 * GIB, 0))
+    assert (check.level, "b asks for 20.0 GiB" in check.seen) == (Level.WARN, True)
+    assert "too much also" not in check.seen
+
+
 def test_an_image_asks_for_memory_when_it_is_restored(tmp_path: Path) -> None:
     an_image(tmp_path, "a", GIB, 90 * GIB)
     an_image(tmp_path, "of-another-configuration", GIB, 900 * GIB)
     check = memory(tmp_path, Claim("a", SUSPEND, 20 * GIB, None))
     assert check.level is Level.WARN
-    assert "a asks for the most, 90.0 GiB (the restore of its image)" in check.seen
+    assert "a asks for 90.0 GiB (the restore of its image)" in check.seen
 
 
 def test_engines_that_are_swapped_out_are_said(tmp_path: Path) -> None:
@@ -193,7 +204,7 @@ def test_all_images_that_may_be_made_fit(tmp_path: Path) -> None:
     an_image(tmp_path, "b", 30 * GIB)
     check = images(tmp_path, {"a": 40 * GIB, "b": 500 * GIB})  # b's is made: it has its size
     assert check.level is Level.OK
-    assert check.seen.endswith("; images take up to 70.0 GiB (a, b; 1 is made)")
+    assert check.seen.endswith("; images take about 70.0 GiB (a, b; 1 is made)")
     assert check.measured == {"images_bytes": 70 * GIB, "free_bytes": 100 * GIB}
 
 
