@@ -30,6 +30,7 @@ class Reason(StrEnum):
     QUEUE_FULL = "queue_full"
     OVERLOADED = "model_overloaded"
     BODY_TOO_LARGE = "body_too_large"
+    UNSUPPORTED_ENCODING = "unsupported_encoding"
     NO_KEY = "invalid_api_key"
     FORBIDDEN = "forbidden"
     RATE_LIMITED = "rate_limit_exceeded"

@@ -222,6 +222,9 @@ def _demand_changed(tx: Transaction, event: DemandChanged) -> None:
         )
     if record is None:
         return
+    if demand.completed > before.completed and isinstance(record.phase, (Serving, Draining)):
+        # It serves: what killed the engines before was one of its requests, not its start.
+        record = replace(record, failures=0)
     progressed = demand.progress != before.progress or (demand.in_flight and not before.in_flight)
     used = demand.waiting or demand.in_flight or before.in_flight
     if progressed or used:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.engine.output import KEEP_LINES, EngineFiles
+from llmux.drivers.engine.output import KEEP_LINES, MOST_BEHIND, EngineFiles
 from llmux.drivers.processes.process import start_ticks
 from llmux.ports import EngineOutput, UnitHandle
 from tests.twins.units import MemoryOutput
@@ -234,6 +234,22 @@ class TestTheFiles:
             await output.close()
 
         asyncio.run(main())
+
+    def test_what_cannot_be_read_in_time_is_left_out_and_the_last_lines_are_read(
+        self, tmp_path: Path
+    ) -> None:
+        """An engine that wrote 200 MB held the loop for half a minute when it ended."""
+        lines = [f"line {number:0100}" for number in range(50_000)]
+
+        def script(output: EngineFiles, path: str) -> None:
+            output.attach(handle_of())
+            self.append(path, "\n".join(lines).encode() + b"\n")
+            assert output.tail("alpha") == lines[-20:]
+
+        seen = self.follow(tmp_path, script)
+        # Whole lines, the newest, and not more than are read in a moment.
+        assert seen == lines[-len(seen) :]
+        assert sum(map(len, seen)) <= MOST_BEHIND
 
     def test_lines_are_seen_by_the_loop_without_being_asked_for(self, tmp_path: Path) -> None:
         async def main() -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from llmux.drivers.engine.line_rate import AGAIN_SECS, WINDOW_SECS, LineRate
+from llmux.drivers.engine.output_marks import BACKLOG, read_mark, read_part, write_mark
 from llmux.drivers.memory import disk_space
 from llmux.drivers.processes.inotify import Inotify, Mask, Watch
 from llmux.drivers.systemd.journal import Journal
@@ -35,8 +36,8 @@ KEEP_LINES: Final = 200
 MAX_LINE: Final = 16 * 1024  # longer lines are split
 MAX_FILE: Final = 16 * 1024 * 1024  # truncated in place beyond it, once passed on
 CHUNK: Final = 32 * 1024  # read in one turn of the loop: about 5 ms of work
+MOST_BEHIND: Final = 1024 * 1024  # what is older is counted, not passed on: 0.2 s of work at most
 LEAST_ROOM: Final = 64 * 1024  # free bytes, below which a line more may fail
-BACKLOG: Final = 64 * 1024  # bytes read of a file without a known position
 
 
 @dataclass(slots=True, eq=False)
@@ -128,7 +129,7 @@ class EngineFiles:
                 size = os.stat(name, dir_fd=opened, follow_symlinks=False).st_size
             except FileNotFoundError:
                 size = 0
-            os.write(mark, _mark(size, 0, None, 0).encode())
+            os.write(mark, write_mark(size, 0, None, 0).encode())
             os.close(mark)
 
     def attach(self, handle: UnitHandle) -> None:
@@ -206,7 +207,7 @@ class EngineFiles:
                 if opened < 0:
                     continue
                 try:
-                    found += _read_part(opened, name, part)
+                    found += read_part(opened, name, part)
                 finally:
                     os.close(opened)
         return found[-lines:]
@@ -235,7 +236,7 @@ class EngineFiles:
             os.close(fd)
             raise
         size = os.fstat(fd).st_size
-        offset, begin, owner, before = _parse_mark(os.pread(mark, 256, 0), size)
+        offset, begin, owner, before = read_mark(os.pread(mark, 256, 0), size)
         me = f"{model.handle.pid}:{model.handle.start_ticks}"
         if owner == me:
             # Adopted after a restart: earlier lines are context for the engine's next error.
@@ -245,7 +246,7 @@ class EngineFiles:
         else:
             begin, before = offset, begin
         file = _File(path, fd, mark, offset)
-        os.pwrite(mark, _mark(offset, begin, me, before).encode(), 0)
+        os.pwrite(mark, write_mark(offset, begin, me, before).encode(), 0)
         return file
 
     def _drain_all(self, model: _Model, file: _File) -> None:
@@ -262,9 +263,13 @@ class EngineFiles:
     def _read(self, model: _Model, file: _File) -> bool:
         """Pass on one chunk; True when there may be more."""
         position = file.offset + len(file.partial)
+        size = os.fstat(file.fd).st_size
+        if size - position > MOST_BEHIND:
+            # A chunk at least, so that there is a line's end in it.
+            skip = max(CHUNK, min(size - position - MOST_BEHIND, MOST_BEHIND))
+            return self._leave_out(model, file, skip)
         data = os.pread(file.fd, CHUNK, position)
         if not data:
-            size = os.fstat(file.fd).st_size
             if size < position:
                 # Truncated by another program (logrotate's copytruncate): start over.
                 file.partial.clear()
@@ -293,6 +298,18 @@ class EngineFiles:
         self._note(model, file)
         return True
 
+    def _leave_out(self, model: _Model, file: _File, size: int) -> bool:
+        """Skip the lines in the next ``size`` bytes: an engine that writes faster than is read."""
+        data = os.pread(file.fd, size, file.offset + len(file.partial))
+        skipped = (data.rfind(b"\n") + 1) or len(data)  # what comes next begins a line
+        file.offset += len(file.partial) + skipped
+        file.partial.clear()
+        self._note(model, file)
+        if self._has_journal(model.handle):
+            model.rate.left_out += data.count(b"\n")
+            self._report_later(model)
+        return bool(data)
+
     def _note(self, model: _Model, file: _File) -> None:
         # In place and padded: a few microseconds, no new file per chunk.
         if model.handle is not None:
@@ -309,14 +326,21 @@ class EngineFiles:
 
     def _forward(self, model: _Model, line: str) -> None:
         handle = model.handle
-        if handle is None or handle.cgroup is None or not self._journal.present:
+        if handle is None or not self._has_journal(handle):
             engine_log.debug("%s", line, extra={"model": model.name})
             return
         priority = line_priority(line)
         if model.rate.admits(priority):
             self._send(model.name, handle, line, priority)
-        elif model.report is None:
-            loop = asyncio.get_running_loop()
+        else:
+            self._report_later(model)
+
+    def _has_journal(self, handle: UnitHandle | None) -> bool:
+        return handle is not None and handle.cgroup is not None and self._journal.present
+
+    def _report_later(self, model: _Model) -> None:
+        if model.report is None and model.handle is not None:
+            loop, handle = asyncio.get_running_loop(), model.handle
             model.report = loop.call_later(WINDOW_SECS, self._report_left_out, model, handle)
 
     def _report_left_out(self, model: _Model, handle: UnitHandle) -> None:
@@ -355,43 +379,3 @@ class EngineFiles:
                 )
             self._reported_drops = self._journal.dropped
         return taken
-
-
-def _mark(offset: int, begin: int, owner: str | None, before: int) -> str:
-    return f"{offset:020d} {begin:020d} {owner or '-'} {before}".ljust(110) + "\n"
-
-
-def _parse_mark(data: bytes, size: int) -> tuple[int, int, str, int]:
-    """Return (offset, where this engine's output began, its owner, where that of the engine before
-    began); the end without a mark."""
-    fields = data.split()
-    try:
-        offset, begin = int(fields[0]), int(fields[1])
-        owner = fields[2].decode()
-        before = int(fields[3]) if len(fields) > 3 else begin
-    except (ValueError, IndexError):
-        return size, size, "-", size
-    if min(offset, begin, before) < 0:
-        return size, size, "-", size
-    return (offset if offset <= size else 0), begin, owner, before
-
-
-def _read_part(
-    opened: int, name: str, part: Callable[[int, int, int], tuple[int, int]]
-) -> list[str]:
-    """Lines of a file in a directory of ours, at most ``BACKLOG`` bytes. A file that was cut since
-    has no former part."""
-    fd = open_own(opened, name, os.O_RDONLY)
-    try:
-        mark = open_own(opened, f"{name}.offset", os.O_RDONLY)
-        try:
-            size = os.fstat(fd).st_size
-            _, begin, _, before = _parse_mark(os.pread(mark, 256, 0), size)
-        finally:
-            os.close(mark)
-        start, end = part(begin, before, size)
-        start = max(0, start, min(end, size) - BACKLOG)
-        said = os.pread(fd, max(0, min(end, size) - start), start).decode(errors="replace")
-    finally:
-        os.close(fd)
-    return [text for line in said.split("\n") if (text := clean(line))]

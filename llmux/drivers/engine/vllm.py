@@ -215,12 +215,14 @@ class VllmEngine:
         await _first_answer(_Operation("sample", address, deadline), VLLM.sampled, model)
 
     async def vitals(self, address: Address, deadline: float) -> Vitals:
+        health: Reply | None = None
         try:
             async with asyncio.timeout(deadline):
                 health = await exchange(address, "GET", "/health")
                 metrics = await exchange(address, "GET", "/metrics")
         except (TimeoutError, Unreachable):
-            return Vitals(None)
+            # Metrics that are slow, endless or too long make no answer of /health undone.
+            return Vitals(health.status if health else None)
         if metrics.status != 200:
             return Vitals(health.status)
         running, progress = work_counters(metrics.body, VLLM)

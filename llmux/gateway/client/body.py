@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from llmux.gateway.http import openai
-from llmux.gateway.http.problems import too_large
+from llmux.gateway.http import openai, routes
+from llmux.gateway.http.problems import Moved, too_large, unsupported_encoding
 from llmux.gateway.http.request import Incoming
 from llmux.gateway.http.routes import JSON, Match, Source
 from llmux.gateway.worker import Worker
@@ -42,6 +42,8 @@ class BodyReceiver:
         worker, match, length = self._worker, incoming.match, incoming.length
         self.size = 0
         self._skip = False
+        if incoming.head.encoding:
+            raise unsupported_encoding(incoming.head.encoding)
         limit = worker.max_body_bytes
         if match is None or match.route.source is not JSON:
             limit = min(self._begin_other(incoming, match), limit)
@@ -56,6 +58,8 @@ class BodyReceiver:
     def _begin_other(self, incoming: Incoming, match: Match | None) -> int:
         """No JSON for an engine. Returns the limit."""
         if match is None:
+            if location := routes.without_slash(incoming.target):
+                raise Moved(incoming.target, location)
             self._skip = not _takes_body(incoming)
             return MAX_SKIPPED_BODY if self._skip else MAX_CONTROL_BODY
         if match.route.source is not Source.FORM:

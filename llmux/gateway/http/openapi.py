@@ -23,6 +23,7 @@ _TEXTS: Final[Mapping[int, str]] = {
     404: "There is no such model, response or path",
     409: "Such an operation is running already",
     413: "The body is larger than gateway.max_body_bytes",
+    415: "The body has a content-encoding",
     429: "A limit is reached; Retry-After says when to retry",
     500: "Internal error: see the journal",
     502: "The engine failed; the request was repeated once where that was safe",
@@ -84,7 +85,7 @@ def _path_parameter(name: str) -> JSON:
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 
-_INFERENCE_ERRORS: Final = (404, 413, 429, 500, 502, 503, 504)
+_INFERENCE_ERRORS: Final = (404, 413, 415, 429, 500, 502, 503, 504)
 
 
 def _inference() -> JSON:
@@ -265,6 +266,8 @@ def is_ours(path: bytes) -> bool:
 
 def methods_of(path: bytes) -> tuple[str, ...]:
     """The methods of this path, engines' and our own; empty for an unknown path."""
+    if path == b"*":  # of the server as a whole (RFC 9110 9.3.7)
+        return ("GET", "HEAD", "POST")
     if methods := routes.methods_of(path):
         return methods
     text = path.decode("latin-1")

@@ -30,6 +30,7 @@ PROBLEMS: dict[Reason, tuple[int, str]] = {
     Reason.QUEUE_FULL: (503, "server_error"),
     Reason.OVERLOADED: (429, "rate_limit_error"),
     Reason.BODY_TOO_LARGE: (413, "invalid_request_error"),
+    Reason.UNSUPPORTED_ENCODING: (415, "invalid_request_error"),
     Reason.NO_KEY: (401, "authentication_error"),
     Reason.FORBIDDEN: (403, "permission_error"),
     Reason.RATE_LIMITED: (429, "rate_limit_error"),
@@ -45,6 +46,7 @@ DEFAULT_RETRY_AFTER = 1.0
 AWAY_RETRY_SECS = 10.0  # while the supervisor is away
 
 STATUS_LINES: dict[int, bytes] = {
+    307: b"307 Temporary Redirect",
     400: b"400 Bad Request",
     401: b"401 Unauthorized",
     403: b"403 Forbidden",
@@ -53,6 +55,7 @@ STATUS_LINES: dict[int, bytes] = {
     408: b"408 Request Timeout",
     409: b"409 Conflict",
     413: b"413 Content Too Large",
+    415: b"415 Unsupported Media Type",
     429: b"429 Too Many Requests",
     431: b"431 Request Header Fields Too Large",
     500: b"500 Internal Server Error",
@@ -71,6 +74,23 @@ class HttpRefused(Refused):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(Reason.BAD_REQUEST, message)
         self.status = status
+
+
+class Moved(HttpRefused):
+    """The path has one "/" too many at its end. As the engine says it: FastAPI answers 307, which
+    clients of OpenAI and Anthropic follow."""
+
+    def __init__(self, target: bytes, location: bytes) -> None:
+        super().__init__(307, f"{target[:200].decode()} is {location[:200].decode()} here")
+        self.location = location
+
+
+def unsupported_encoding(encoding: bytes) -> Refused:
+    return Refused(
+        Reason.UNSUPPORTED_ENCODING,
+        f"cannot read a request body with content-encoding {encoding[:100].decode('latin-1')!r}",
+        hint="send it as it is, without content-encoding",
+    )
 
 
 def too_large(limit: int) -> Refused:
@@ -121,6 +141,7 @@ ANTHROPIC_TYPES: dict[int, str] = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
@@ -152,13 +173,16 @@ def error_response(
     """A complete HTTP/1.1 response; ``extra`` are header lines, each with its CRLF."""
     body = error_body(problem, anthropic=anthropic)
     retry_after = retry_after_of(problem)
+    status = status_of(problem)
     return b"".join(
         (
             b"HTTP/1.1 ",
-            STATUS_LINES[status_of(problem)],
+            STATUS_LINES[status],
             b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(body),
             b"retry-after: %d\r\n" % retry_after if retry_after is not None else b"",
             CHALLENGE if problem.reason is Reason.NO_KEY else b"",
+            b"accept-encoding: identity\r\n" if status == 415 else b"",
+            b"location: %b\r\n" % problem.location if isinstance(problem, Moved) else b"",
             extra,
             b"connection: close\r\n\r\n" if close else b"\r\n",
             body,

@@ -22,6 +22,7 @@ NOT_FORWARDED = frozenset(
     {
         b"authorization",
         b"connection",
+        b"content-encoding",
         b"content-length",
         b"expect",
         b"host",  # counted, and then passed on
@@ -66,6 +67,7 @@ class RequestHead:
     host: bytes | None = None  # None: HTTP/1.0 without one, which no browser sends
     request_id: bytes = b""
     timeout_secs: float | None = None
+    encoding: bytes = b""  # of the body; b"": as it is
     keep_alive_secs: float | None = None  # how long the model may stay without use
     expects_continue: bool = False
 
@@ -190,6 +192,9 @@ def _take(read: RequestHead, meaning: bytes, value: bytes) -> None:
         read.x_api_key = value
     elif meaning == b"origin":
         read.origin = value
+    elif meaning == b"content-encoding":
+        if value.strip().lower() not in (b"", b"identity"):
+            read.encoding = value
     elif meaning == b"expect":
         read.expects_continue = value.lower() == b"100-continue" and not read.version_1_0
     elif meaning == b"x-request-id":

@@ -64,7 +64,6 @@ async def test_bad_requests_get_openai_errors() -> None:
         (405, "method_not_allowed", {"path": chat, "method": "GET"}),
         (405, "method_not_allowed", {"path": "/v1/models", "method": "DELETE"}),
         (404, "not_found", {"path": "/", "method": "GET"}),
-        (404, "not_found", {"path": "/v1/chat/completions/", "payload": {"model": "alpha"}}),
         (404, "not_found", {"path": "/v1//completions", "payload": {"model": "alpha"}}),
         (404, "not_found", {"path": "/v1/completions%2e", "payload": {"model": "alpha"}}),
     ]
@@ -97,7 +96,7 @@ def test_engine_development_endpoints_are_out_of_reach(method: str, path: str) -
             await until(lambda: s.gateway.admission.held("alpha") is not None)
             client = await s.client()
             client.send(path, {"model": "alpha"}, method=method)
-            assert (await client.answer()).status in (400, 404, 405)
+            assert (await client.answer()).status in (307, 400, 404, 405)
             await until(lambda: s.in_flight() == 0)
             assert not engine.requests
 
@@ -121,6 +120,60 @@ async def test_a_body_over_the_limit_is_a_413_before_it_is_sent() -> None:
             b"200\r\n" + b"x" * 0x200 + b"\r\n200\r\n" + b"x" * 0x200 + b"\r\n"
         )  # fmt: skip
         assert (await chunked.answer()).status == 413
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd", "deflate, gzip", "GZIP", "no-such"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/audio/transcriptions"])
+def test_a_body_in_an_encoding_is_refused_by_its_name(path: str, encoding: str) -> None:
+    @in_loop
+    async def run() -> None:
+        async with stage() as s:
+            engine = await s.engine()
+            s.supervisor.grant(engine)
+            client = await s.client()
+            client.send(path, {"model": "alpha"}, headers=(f"Content-Encoding: {encoding}",))
+            answer = await client.answer()
+            assert (answer.status, answer.code) == (415, "unsupported_encoding")
+            assert encoding in answer.json()["error"]["message"]
+            assert answer.headers["accept-encoding"] == "identity"
+            assert not engine.requests
+
+    run()
+
+
+@in_loop
+async def test_identity_is_no_encoding() -> None:
+    async with stage() as s:
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        client = await s.client()
+        client.send(payload={"model": "alpha"}, headers=("Content-Encoding: Identity",))
+        assert (await client.answer()).status == 200
+        assert b"content-encoding" not in engine.requests[0].raw_head.lower()
+
+
+@pytest.mark.parametrize(
+    ("target", "location"),
+    [
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1/completions//?a=/", "/v1/completions?a=/"),
+        ("/v1/models/", "/v1/models"),
+        ("/upstream/alpha/v1/embeddings/", "/upstream/alpha/v1/embeddings"),
+    ],
+)
+def test_a_slash_at_the_end_is_redirected_as_engines_do_it(target: str, location: str) -> None:
+    @in_loop
+    async def run() -> None:
+        async with stage() as s:
+            client = await s.client()
+            client.send(target, {"model": "alpha", "prompt": "x" * 100_000})
+            answer = await client.answer()
+            assert (answer.status, answer.headers["location"]) == (307, location)
+            other = await s.client()
+            other.send("/nothing/here/", {})
+            assert (await other.answer()).status == 404
+
+    run()
 
 
 SMUGGLING = [

@@ -84,10 +84,13 @@ class Core:
         progress: int = 0,
         age: float = 0,
         repeated: int = 0,
+        completed: int = 0,
     ) -> None:
         oldest = self.now - age if waiting else None
         self.happen(
-            DemandChanged(WORKER, name, waiting, oldest, in_flight, progress, repeated=repeated)
+            DemandChanged(
+                WORKER, name, waiting, oldest, in_flight, progress, completed, repeated=repeated
+            )
         )
 
     def drained(self, name: str) -> None:

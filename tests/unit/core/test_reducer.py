@@ -354,6 +354,22 @@ def test_crashes_soon_after_each_other_back_off(waiting: int, repeated: int, cra
     assert core.refused() == ([("a", Reason.START_FAILED)] if waiting else [])
 
 
+def test_an_engine_that_answered_in_between_was_not_failing_to_start() -> None:
+    """One client's bad request, sent again and again, costs the others no 503."""
+    core = two()
+    for crash in range(SEARCH_DEATHS + 5):
+        core.demand("a", in_flight=1, completed=crash)
+        core.happen(EngineExited("a", "exit status 139"))
+        core.demand("a", waiting=1, completed=crash + 1)  # comes late: of the dead engine
+        core.finish("a")
+        assert core.at("a") is ModelState.STARTING
+        core.finish("a")
+        core.demand("a", in_flight=1, completed=crash + 1)
+        assert core.record("a").failures == 1
+        core.demand("a", completed=crash + 2)
+    assert core.refused() == []
+
+
 def test_a_crash_after_a_long_good_life_is_a_first_one_again() -> None:
     core = two()
     core.happen(EngineExited("a", "exit status 1"))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.engine.http import Reply
+from llmux.drivers.engine.http import BODY_CAP, Reply
 from llmux.drivers.engine.vllm import VllmEngine
 from llmux.engines.canaries import OPENAI, encode
 from llmux.errors import DriverTimeout, EngineUnhealthy
-from llmux.ports import Canary
+from llmux.ports import Canary, Vitals
 from llmux.protocol import Address
 
 Answer = Callable[[str, int], bytes | None]  # request line, how many before → bytes, None = hang
@@ -296,3 +296,34 @@ def test_a_length_that_no_model_has_is_not_told(length: bytes, tmp_path: Path) -
             assert (await VllmEngine().describe(address, 30))["max_model_len"] is None
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        None,
+        reply(200, b"x" * (BODY_CAP + 1)),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\n# one\n\r\n",
+        b"no HTTP at all\r\n\r\n",
+    ],
+    ids=["slow", "too long", "cut", "no HTTP"],
+)
+def test_one_that_answers_lives_whatever_its_metrics_are(
+    metrics: bytes | None, tmp_path: Path
+) -> None:
+    def answer(line: str, _: int) -> bytes | None:
+        return metrics if "/metrics" in line else reply(200)
+
+    async def body() -> Vitals:
+        async with server(tmp_path, answer) as (address, _):
+            return await VllmEngine().vitals(address, 0.5)
+
+    assert asyncio.run(body()) == Vitals(200)
+
+
+def test_one_that_answers_nothing_has_no_vitals(tmp_path: Path) -> None:
+    async def body() -> Vitals:
+        async with server(tmp_path, lambda *_: None) as (address, _):
+            return await VllmEngine().vitals(address, 0.1)
+
+    assert asyncio.run(body()) == Vitals(None)

@@ -39,6 +39,7 @@ async def test_options_tell_the_methods_and_nothing_to_pages_by_default() -> Non
             ("/v1/responses/resp_1", "GET, OPTIONS"),
             ("/v1/models/alpha", "GET, OPTIONS"),
             ("/control/eviction", "GET, POST, OPTIONS"),
+            ("*", "GET, HEAD, POST, OPTIONS"),
         ):
             client.send(path, method="OPTIONS", headers=PREFLIGHT)
             answer = await client.head()

@@ -45,7 +45,9 @@ WAITS_IN_VAIN = "waits-in-vain"  # the model that no engine serves
 PACE_SECS = 0.05  # how long a client waits for more answers when it cannot know whether any come
 ANSWER_SECS = 20.0  # for what must be answered
 RENEW_EVERY = 150  # cases of a lane before its grant is revoked and given anew
-STATUSES = frozenset((200, 204, 304, 400, 401, 403, 404, 405, 408, 413, 429, 431, 502, 503, 504))
+STATUSES = frozenset(
+    (200, 204, 304, 307, 400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 502, 503, 504)
+)
 
 
 class LaneRunner:
