@@ -1,6 +1,6 @@
-"""Files that are read back as a whole: bounded, and plain ones only.
+"""Files that are read back as a whole: bounded, and plain ones only; and how they are replaced.
 
-A pipe in place of a file would block its reader for ever, a device would fill its memory.
+A pipe in place of a file would block its reader or writer for ever, a device would fill memory.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 
 
 def read_small(path: str | os.PathLike[str], most: int) -> bytes:
@@ -21,3 +22,23 @@ def read_small(path: str | os.PathLike[str], most: int) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"larger than {most} bytes", os.fspath(path))
     return data
+
+
+def replace_small(path: str, data: bytes) -> None:
+    """Put a new file (0600) in the place of whatever file is there, atomically. Raises OSError; the
+    old file is then whole, and no other is left behind."""
+    new = f"{path}.new"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        fd = os.open(new, flags, 0o600)
+    except FileExistsError:  # of a writer that was killed, or no file: nothing that is written into
+        os.unlink(new)
+        fd = os.open(new, flags, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+        os.replace(new, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(new)
+        raise

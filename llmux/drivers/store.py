@@ -7,14 +7,12 @@ and an fsync can hold the event loop for longer than everything else together.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Final
 
 from llmux import typed_json
 from llmux.errors import StateFileError
-from llmux.small_files import read_small
+from llmux.small_files import read_small, replace_small
 
 VERSION: Final = 1
 MAX_BYTES: Final = 16 * 1024 * 1024  # a thousand models take 1 MiB
@@ -48,17 +46,11 @@ class FileStateStore:
 
     def save(self, document: Mapping[str, Any]) -> None:
         """Raises StateFileError; the old document is whole in any case."""
-        temporary = f"{self._path}.new"
         try:
             # Not json.dump(): it never uses the encoder in C, and this runs four times a switch.
             text = json.dumps({"version": VERSION, "state": dict(document)})
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self._path)
+            replace_small(self._path, text.encode())
         except (OSError, TypeError, ValueError) as error:
-            with suppress(OSError):
-                os.unlink(temporary)
             raise self._error(str(error), verb="write") from error
 
     def _error(self, cause: str, verb: str = "read") -> StateFileError:

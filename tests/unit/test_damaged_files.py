@@ -13,8 +13,10 @@ import pytest
 
 from llmux.config.files.last_good import LastGood
 from llmux.config.keyfile import load_keys, make_key
+from llmux.config.load import load_config
 from llmux.drivers.engine.output import EngineFiles
 from llmux.drivers.event_file import EventFile
+from llmux.drivers.images.notes import read_note, write_note
 from llmux.drivers.processes.process import start_ticks
 from llmux.drivers.store import FileStateStore
 from llmux.errors import ConfigError, StateFileError
@@ -193,6 +195,49 @@ def follow(directory: Path, damage: Damage) -> list[str]:
 
     asyncio.run(main())
     return heard
+
+
+def a_file_of_another(path: Path) -> None:
+    path.write_bytes(b"x" * 1000)
+
+
+def a_link(path: Path) -> None:
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("left", [os.mkfifo, a_file_of_another, a_link])
+def test_what_a_killed_writer_left_is_not_written_into(
+    tmp_path: Path, left: Callable[[Path], None]
+) -> None:
+    """A pipe held the whole supervisor."""
+    path = tmp_path / "state.json"
+    left(tmp_path / "state.json.new")
+    store = FileStateStore(str(path))
+    store.save({"models": {}})
+    assert store.load() == {"models": {}}
+    left(tmp_path / "note.json.new")
+    write_note(str(tmp_path / "note.json"), {"pid": 1})
+    assert read_note(str(tmp_path / "note.json")) == {"pid": 1}
+    assert sorted(os.listdir(tmp_path)) == ["note.json", "state.json"]
+
+
+@KINDS
+def test_a_damaged_note_of_a_dump_is_none(tmp_path: Path, damage: Damage) -> None:
+    path = tmp_path / "dumping.json"
+    write_note(str(path), {"pid": 1})
+    damage(path)
+    assert read_note(str(path)) == {}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_configuration_that_is_no_file_is_refused_and_waited_for_by_nobody(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "config.yaml"
+    make(path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert "not a plain file" in str(caught.value)
 
 
 def test_a_state_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from llmux.config.files.marks import (
     describe,
     quote,
 )
+from llmux.small_files import read_small
 
 MAX_FILE_BYTES = 8 * 1024 * 1024  # a thousand models fit in one; /dev/zero does not
 MAX_DEPTH = 32  # the schema is four levels deep
@@ -38,12 +39,9 @@ def read_text(path: Path) -> str:
     """The file as text, or ``ParseError`` naming the file and, for bad bytes, the line."""
     here = Mark(str(path))
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
+        data = _read(path)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ParseError(Fault(here, (), f"cannot read the file: {cause_of(error)}")) from None
-    if len(data) > MAX_FILE_BYTES:
-        raise ParseError(Fault(here, (), f"cannot use a file larger than {MAX_FILE_BYTES} bytes"))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -51,6 +49,16 @@ def read_text(path: Path) -> str:
         column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
         mark = Mark(str(path), line, column)
         raise ParseError(Fault(mark, (), "cannot decode the file: it is not UTF-8 text")) from None
+
+
+def _read(path: Path) -> bytes:
+    if not str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")):
+        return read_small(path, MAX_FILE_BYTES)
+    with path.open("rb") as stream:  # `llmux check <(program)`: a pipe, and its writer is there
+        data = stream.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
+    return data
 
 
 def parse_text(text: str, file: str) -> tuple[Node | None, tuple[Fault, ...]]:

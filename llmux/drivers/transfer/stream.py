@@ -37,6 +37,7 @@ from llmux.drivers.images.manifest import Manifest
 from llmux.drivers.images.store import IMPORT
 from llmux.drivers.transfer.header import MAX_BYTES, NAME, BadStream, Header
 from llmux.errors import LlmuxError
+from llmux.small_files import replace_small
 from llmux.trusted import open_private
 
 _BLOCK: Final = tarfile.BLOCKSIZE
@@ -221,7 +222,7 @@ class Import:
                 _make(root, file.name, file.size)
         finally:
             os.close(root)
-        _write_private(os.path.join(self._home, _HEADER), replace(header, first=0).to_json())
+        replace_small(os.path.join(self._home, _HEADER), replace(header, first=0).to_json())
         self._note(0)
         return 0
 
@@ -268,7 +269,7 @@ class Import:
             os.close(fd)
 
     def _note(self, done: int) -> None:
-        _write_private(os.path.join(self._home, _DONE), str(done).encode())
+        replace_small(os.path.join(self._home, _DONE), str(done).encode())
 
     def _verify(self, header: Header) -> None:
         """All files once more: what arrived in an earlier run may have been lost since."""
@@ -286,7 +287,7 @@ class Import:
         with suppress(FileNotFoundError):
             os.unlink(path)
         sync_tree(self.directory)
-        _write_private(path, manifest.to_json().encode())
+        replace_small(path, manifest.to_json().encode())
         sync_tree(self.directory)
 
 
@@ -301,12 +302,3 @@ def _make(root: int, name: str, size: int) -> None:
         os.ftruncate(fd, size)
     finally:
         os.close(fd)
-
-
-def _write_private(path: str, data: bytes) -> None:
-    """Replace a file of ours atomically."""
-    new = f"{path}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(data)
-    os.rename(new, path)
