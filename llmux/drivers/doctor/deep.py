@@ -11,7 +11,7 @@ from time import monotonic
 from llmux.config.schema import CheckpointConfig, Config
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs
 from llmux.drivers.doctor.room import sizes
-from llmux.trusted import untrusted
+from llmux.trusted import USE_OWN_DIRECTORY, untrusted
 
 NAME = "images throughput"
 PIECE = 4 << 20
@@ -27,7 +27,7 @@ def check_throughput(host: Host, config: Config | None) -> Check:
     if not path.is_dir():
         return Check(NAME, Level.OK, f"{name} is not there yet: nothing to measure")
     if reason := untrusted(str(path)):
-        return Check(NAME, Level.WARN, reason)
+        return Check(NAME, Level.WARN, reason, USE_OWN_DIRECTORY)
     if host.space(path).free < 2 * MEASURED:
         return Check(NAME, Level.WARN, f"{name}: too little space to measure it", "free some there")
     try:

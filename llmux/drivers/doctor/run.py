@@ -18,6 +18,7 @@ from llmux.drivers.doctor import access, cuda, gpus, parking, room, round_trip
 from llmux.drivers.doctor import deep as throughput
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, bad, dotted, version
 from llmux.drivers.processes.listeners import find_on_port
+from llmux.errors import LlmuxError
 
 OLDEST_KERNEL = (5, 14)  # cgroup.kill; pidfds and cgroup.freeze are older
 OLDEST_SYSTEMD = 252  # Debian 12; the oldest that llmux's units are tested with
@@ -224,8 +225,9 @@ def run_checks(
         host.tell(f"looking at {name}")
         try:
             found = check(host, config)
-        except OSError as error:
-            found = Check(name, Level.WARN, f"could not be checked: {error}")
+        except (OSError, ValueError, LlmuxError) as error:
+            seen = f"could not be checked: {error}"
+            found = Check(name, Level.WARN, seen, "run doctor as root")
         results += found if isinstance(found, list) else [found]
     return results
 

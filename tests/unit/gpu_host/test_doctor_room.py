@@ -16,6 +16,7 @@ from llmux.daemon.claims import planned_claims
 from llmux.daemon.engine_users import planned_starts
 from llmux.drivers.doctor import room
 from llmux.drivers.doctor.facts import GIB, Check, Claim, Host, Level, Ran, Space
+from llmux.drivers.doctor.run import run_checks
 from llmux.errors import LlmuxError
 from llmux.ports import LaunchSpec
 
@@ -155,6 +156,15 @@ def test_an_image_asks_for_memory_when_it_is_restored(tmp_path: Path) -> None:
     check = memory(tmp_path, Claim("a", SUSPEND, 20 * GIB, None))
     assert check.level is Level.WARN
     assert "a asks for 90.0 GiB (the restore of its image)" in check.seen
+
+
+def test_a_file_that_nobody_can_read_hides_no_other_check(tmp_path: Path) -> None:
+    write(tmp_path, "/sys/fs/cgroup/llmux.slice/memory.swap.current", "max\n")
+    host = a_host(tmp_path, run=lambda argv, seconds: Ran(None, "it is not here"))
+    found = {check.name: check for check in run_checks(None, host)}
+    assert found[room.MEMORY].level is Level.WARN
+    assert found[room.MEMORY].seen.startswith("could not be checked: ")
+    assert "vLLM" in found, "what comes after it"
 
 
 def test_engines_that_are_swapped_out_are_said(tmp_path: Path) -> None:
