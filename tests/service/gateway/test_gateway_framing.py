@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from pathlib import Path
 
 import pytest
 from gateway_harness import EngineRequest, in_loop, soon, stage, until
@@ -84,6 +86,28 @@ def test_who_leaves_behind_a_long_pipeline_waits_no_more(size: int) -> None:
             assert s.in_flight() == 0
 
     body()
+
+
+def test_who_is_gone_before_the_first_answer_gets_no_second(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answer's write finds it out, while requests after that one are still to be answered."""
+
+    @in_loop
+    async def body() -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / "g.sock"))
+        listener.listen()
+        async with stage(also=(listener,)) as s:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(tmp_path / "g.sock"))
+                head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
+                client.sendall((head + b"{}") * 5)  # refused at once: no model
+            await until(lambda: s.gateway.clients == 1)
+            await until(lambda: s.gateway.clients == 0)
+
+    body()
+    assert [one for one in caplog.records if one.levelname == "ERROR"] == []
 
 
 @in_loop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway_harness import EngineRequest, in_loop, stage
+from gateway_harness import EngineRequest, in_loop, soon, stage
 
 
 async def chatter(request: EngineRequest) -> None:
@@ -69,3 +69,18 @@ async def test_a_head_with_a_bare_line_feed_is_no_answer() -> None:
         answer = await client.answer()
         assert answer.status == 502
         assert "set-cookie" not in answer.headers
+
+
+@in_loop
+async def test_an_idle_connection_on_which_an_engine_speaks_is_not_used_again() -> None:
+    async with stage() as s:
+        engine = await s.engine()
+        s.supervisor.grant(engine)
+        client = await s.client()
+        for number in (1, 2):
+            client.chat()
+            assert (await client.answer()).status == 200
+            request = await engine.next_request(number)
+            request.json({"answer": "to nobody"})
+            await soon(request.gone.wait())  # the gateway closed it
+        assert engine.accepted == 2

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmux.gateway.http.json_finder import JsonError, JsonFinder
+from llmux.gateway.http.json_finder import MAX_KEY, MAX_VALUE, JsonError, JsonFinder
 
-keys = st.sampled_from(["model", "stream", "mod\\el", "x", 'a"b', "models", "", "é", "model "])
+PREVIOUS = "previous_response_id"
+keys = st.sampled_from(
+    ["model", "stream", PREVIOUS, "mod\\el", "x", 'a"b', "models", "", "é", "model "]
+)
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=20), st.sampled_from(["alpha", 'a"\\b', "{", "]", ":", ",", "\\", "true"]),
@@ -50,6 +53,8 @@ def found(body: bytes, cuts: list[int]) -> JsonFinder:
 @given(members, st.booleans(), st.integers(0, 2), st.lists(st.integers(0, 500), max_size=8))
 @example([("model", "a"), ("x", {"model": "b"}), ("model", None)], True, 0, [])
 @example([("stream", True), ("stream", "")], True, 0, [])
+@example([(PREVIOUS, "a"), (PREVIOUS, None)], True, 0, [])
+@example([(PREVIOUS, None), (PREVIOUS, "a"), ("x", {PREVIOUS: "b"})], True, 0, [])
 def test_it_sees_what_the_engines_parser_sees(
     pairs: list[tuple[str, Any]], ascii_only: bool, indent: int, cuts: list[int]
 ) -> None:
@@ -59,6 +64,8 @@ def test_it_sees_what_the_engines_parser_sees(
     model = whole.get("model")
     assert finder.model == (model if isinstance(model, str) and model else None)
     assert finder.stream == (whole.get("stream") is True)
+    previous = whole.get(PREVIOUS)
+    assert finder.previous == (previous if isinstance(previous, str) else None)
     if finder.model is not None:
         start, end = finder.span
         assert json.loads(body[start:end]) == model
@@ -66,12 +73,38 @@ def test_it_sees_what_the_engines_parser_sees(
         assert renamed == whole | {"model": "renamed"}
 
 
-def test_every_letter_of_the_key_may_be_escaped() -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "attribute"),
+    [("model", '"alpha"', "model"), ("stream", "true", "stream"), (PREVIOUS, '"r"', "previous")],
+)
+def test_every_letter_of_the_key_may_be_escaped(key: str, value: str, attribute: str) -> None:
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in key)
+    assert len(escaped) + 2 <= MAX_KEY
+    body = f'{{"{escaped}": {value}}}'.encode()
+    for cut in range(len(body)):
+        assert getattr(found(body, [cut]), attribute) == json.loads(value)
+
+
+def test_the_span_is_that_of_the_value_as_it_is_written() -> None:
     body = b'{"\\u006d\\u006f\\u0064\\u0065\\u006c": "\\u0061lpha"}'
     for cut in range(len(body)):
         finder = found(body, [cut])
         assert finder.model == "alpha"
         assert body[slice(*finder.span)] == b'"\\u0061lpha"'
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_key_or_a_value_may_be_as_long_as_the_bound_and_no_longer(room: int) -> None:
+    name = "m" * (MAX_VALUE - 2 + room)
+    previous = json.dumps({PREVIOUS: name}).encode()
+    body = json.dumps({"x" * (MAX_KEY + room): "model", "model": name}).encode()
+    for cut in (0, 100, MAX_KEY, MAX_KEY + 5, len(body) - 5):
+        assert found(previous, [cut]).previous == ("too long" if room else name)
+        if room:
+            with pytest.raises(JsonError, match="too long"):
+                found(body, [cut])
+        else:
+            assert found(body, [cut]).model == name
 
 
 @pytest.mark.parametrize(

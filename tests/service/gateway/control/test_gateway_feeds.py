@@ -102,6 +102,18 @@ async def test_who_reads_too_slowly_is_dropped_and_hurts_nobody() -> None:
 
 
 @in_loop
+async def test_a_feed_outlives_any_number_of_silences() -> None:
+    async with stage() as running:
+        feeds = running.gateway.subscriptions
+        with feeds.subscribe("events") as feed:
+            items = feed.items(0)
+            for number in (1, 2):
+                assert [await anext(items) for _ in range(3)] == [None] * 3
+                feeds.publish(News("events", "", EVENT | {"id": number}))
+                assert (await anext(items))["id"] == number
+
+
+@in_loop
 async def test_a_worker_says_its_numbers_when_asked() -> None:
     async with stage() as running:
         engine = await running.engine()
