@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import socket
 import tempfile
 from pathlib import Path
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from runtime_harness import Life, begin_life, config_of, in_loop, model
 from test_control_connections import stage
 
+import llmux.gateway
 from llmux.core.events import LoadAsked
 from llmux.errors import ControlError
+from llmux.gateway.control.app import CONTROL_VERBS
 from llmux.protocol import (
     Answer,
     Ask,
@@ -35,7 +38,7 @@ from llmux.protocol import (
     Watch,
     decode,
 )
-from llmux.runtime.control.socket import ControlSocket
+from llmux.runtime.control.socket import GATEWAY_VERBS, ControlSocket
 from llmux.runtime.control.watchers import Watchers
 from tests.twins.disk import MemoryStore
 from tests.twins.world import World
@@ -163,6 +166,13 @@ def test_topics_that_nothing_watches_are_not_kept() -> None:
     watchers.watch("peer", Watch("logs", "a"), print)
     watchers.left("peer")
     assert watchers._peers == {}
+
+
+def test_the_gateway_may_ask_what_its_code_asks_and_nothing_else() -> None:
+    asked = {"alive"} | {verb for verb, _slow in CONTROL_VERBS.values()}
+    for path in Path(llmux.gateway.__file__).parent.rglob("*.py"):
+        asked |= set(re.findall(r"""\.ask\(\s*"(\w+)\"""", path.read_text(encoding="utf-8")))
+    assert asked == GATEWAY_VERBS
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a second user")

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import pytest
 from runtime_harness import OFFLOAD, STOP, begin_life, config_of, in_loop, model
 
 from llmux.core.events import ConfigChanged, LoadAsked, ModeSet
+from llmux.errors import Reason, Refused
 from tests.twins.disk import MemoryStore
-from tests.twins.world import World
+from tests.twins.world import GIB, Size, World
 
 CONFIG = config_of(model("a"), model("b"))
 
@@ -95,4 +97,26 @@ async def test_an_engine_that_answers_without_its_memory_was_not_woken(tmp_path:
     (row,) = result["policies"]
     assert not result["passed"]
     assert [problem for problem in row["problems"] if "woke without its memory" in problem]
+    await life.drop()
+
+
+@pytest.mark.parametrize("gpus", [1, (0,)], ids=["any", "named"])
+@pytest.mark.parametrize("served", [False, True], ids=["never placed", "parked"])
+@in_loop
+async def test_a_model_beside_which_it_has_no_room_is_named_and_nothing_is_moved(
+    tmp_path: Path, gpus: int | tuple[int, ...], served: bool
+) -> None:
+    config = config_of(model("a", gpus=gpus), model("b"), model("c", gpu_memory=0.05))
+    world = World()
+    world.sizes["c"] = Size(weights=GIB)
+    life = await begin_life(config, world, str(tmp_path), MemoryStore())
+    for name in ("a", "b") if served else ("b",):
+        life.demand(name, waiting=1)
+        await life.until_state(name, "serving")
+    before = life.state_of("a")
+    with pytest.raises(Refused, match="GPU 0 has no room for it beside b, and") as refused:
+        await life.validation("a").run([OFFLOAD])
+    assert (refused.value.reason, refused.value.hint) == (Reason.CANNOT_FIT, "llmux unload b")
+    assert (life.state_of("a"), life.state_of("b")) == (before, "serving")
+    assert (await life.validation("c").run([OFFLOAD]))["passed"], "it fits beside"
     await life.drop()

@@ -8,6 +8,7 @@ import pytest
 from runtime_harness import (
     DISCARD,
     OFFLOAD,
+    STOP,
     Shop,
     begin_life,
     config_of,
@@ -21,6 +22,7 @@ from llmux.core.events import ParkAsked
 from llmux.core.plans import Outcome, park_plan, start_plan, wake_plan
 from llmux.core.records import share_now
 from llmux.core.reducer import initial
+from llmux.runtime.engines.launch import launch_digest
 from llmux.runtime.learned import Learned
 from tests.twins.disk import MemoryStore
 from tests.twins.world import GIB, Size, World
@@ -176,8 +178,35 @@ async def test_an_engine_that_holds_more_than_it_claims_is_named(
     small = model("a", gpu_memory=0.5)
     with caplog.at_level("WARNING"):
         await shop.run(small, start_plan(small, 60.0))
-    print(world.used(0) / GIB, caplog.messages)
-    assert any("a holds 72.5 % of its GPUs, and claims 50.0 %" in text for text in caplog.messages)
+    warned = "a holds 72.5 % of its GPUs, and claims 50.0 %"
+    assert any(warned in text for text in caplog.messages)
+
+    caplog.clear()
+    config, places = config_of(small, model("b"), model("c")), shop.drivers.places
+    digests = {name: launch_digest(one, (), places) for name, one in config.models.items()}
+    seen = {"a": 0.725, "b": 0.5, "c": None}
+    kept = {name: {"started_as": digests[name], "awake": share} for name, share in seen.items()}
+    with caplog.at_level("WARNING"):
+        Learned(MemoryStore(kept), places).recall(initial(config, gpu_count=1, epoch_prefix="t"))
+    (again,) = caplog.messages
+    assert warned in again, "by the next supervisor, too, and nothing of the others"
+
+
+@pytest.mark.parametrize(
+    ("version", "eviction", "warned"),
+    [("0.15.1", OFFLOAD, True), ("0.15.1", STOP, False), ("0.17.0", OFFLOAD, False)],
+)
+@in_virtual_time
+async def test_an_engine_whose_version_cannot_be_parked_so_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, version: str, eviction: Eviction, warned: bool
+) -> None:
+    world = World()
+    world.version = version
+    one = model("a", eviction=eviction)
+    with caplog.at_level("WARNING"):
+        ended = await Shop(world, str(tmp_path)).run(one, start_plan(one, 60.0))
+    assert ended.outcome is Outcome.UP, "what a sleep does is seen anyway"
+    assert any(f"vLLM {version} of a: sleep does not" in t for t in caplog.messages) is warned
 
 
 @in_virtual_time
