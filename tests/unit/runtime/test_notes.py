@@ -8,7 +8,7 @@ import tempfile
 from time import monotonic
 
 import pytest
-from runtime_harness import OFFLOAD, begin_life, config_of, in_loop, model
+from runtime_harness import DISCARD, OFFLOAD, begin_life, config_of, in_loop, model
 
 from llmux.config.schema import Eviction
 from llmux.core.adopt import Note
@@ -93,6 +93,23 @@ async def test_pins_outlive_the_supervisor() -> None:
         fresh = initial(config_of(model("a"), model("b")), gpu_count=1, epoch_prefix="n")
         assert restore_orders(fresh, document).pins == {"a": later, "b": math.inf}
         await life.drop()
+
+
+def test_what_operators_ordered_and_what_was_learned_outlives_the_supervisor() -> None:
+    fresh = initial(config_of(model("a"), model("b")), gpu_count=1, epoch_prefix="n")
+    notes = {
+        "a": {"override": str(DISCARD), "residue": 0.25},
+        "b": {"override": "x+y", "residue": 1.5},
+        "gone": {"override": str(DISCARD), "residue": 0.25},
+    }
+    document = {"version": VERSION, "models": notes, "manual": True, "pinned": "a"}
+    state = restore_orders(fresh, document)
+    assert set(state.models) == {"a", "b"}
+    a, b = state.models["a"], state.models["b"]
+    assert (a.eviction, a.residue, b) == (DISCARD, 0.25, fresh.models["b"])
+    assert (state.manual, state.pinned) == (True, "a")
+    state = restore_orders(fresh, {"version": VERSION, "manual": 1, "pinned": "gone"})
+    assert (state.manual, state.pinned) == (False, None)
 
 
 def test_damaged_pins_count_as_not_written() -> None:

@@ -137,10 +137,12 @@ async def test_the_memory_of_each_gpu_is_shown_with_the_part_of_our_engines() ->
             "index": 0, "total_bytes": world.gpu_bytes[0], "used_bytes": held,
             "engines_bytes": held,
         }  # fmt: skip
-        world.fail("gpu.look")
-        holdings = Holdings(life.drivers, life.executor.instances)
-        await holdings.now()
-        assert holdings.gpus == (), "not seen is not empty"
+        for error in (None, OSError(5, "Input/output error")):
+            world.fail("gpu.look", error)
+            holdings = Holdings(life.drivers, life.executor.instances)
+            seen = await holdings.now()
+            assert holdings.gpus == (), "not seen is not empty"
+            assert seen["a"].gpu is None and seen["a"].ram, "the rest is seen"
 
 
 @in_loop
