@@ -91,6 +91,17 @@ def test_memory_bounds_what_is_read(
     assert capsys.readouterr().out == f"{6 << 20}\n", "half of it: one file and a half"
 
 
+@pytest.mark.parametrize(("budget", "windows"), [(0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (10, 3)])
+def test_a_file_is_read_from_its_beginning_as_far_as_memory_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, windows: int
+) -> None:
+    """Not its last, shorter part where the one before has no room: an engine reads in order."""
+    monkeypatch.setattr(weights_reader, "WINDOW", 4 * PAGE)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(bytes(10 * PAGE))
+    assert weights_reader.read(str(path), budget * PAGE) == min(4 * windows, 10) * PAGE
+
+
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     assert weights_reader.read(str(tmp_path / "model.safetensors"), SIZE) == 0

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from llmux.drivers.images.files import SEGMENT, FileSums
 from llmux.drivers.images.manifest import (
+    LARGEST_ID,
+    LARGEST_PID,
     KeptPath,
     KnownFile,
     Manifest,
@@ -21,6 +23,7 @@ from llmux.drivers.images.manifest import (
     TreeProcess,
     first_mismatch,
 )
+from llmux.typed_json import LARGEST_INT
 
 GOOD = Manifest(
     model="m",
@@ -103,3 +106,29 @@ def test_the_error_names_the_place(path: tuple[Any, ...], value: Any, words: str
     with pytest.raises(ManifestError) as caught:
         Manifest.from_json(replaced(path, value))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "least", "most"),
+    [
+        (("root_pid",), 1, LARGEST_PID),
+        (("processes", 0, "pid"), 1, LARGEST_PID),
+        (("processes", 0, "tids", 1), 1, LARGEST_PID),
+        (("runtime_dir", "uid"), 0, LARGEST_ID),
+        (("append_files", 0, "gid"), 0, LARGEST_ID),
+        (("shm", 0, "uid"), 0, LARGEST_ID),
+        (("known", 0, "uid"), 0, LARGEST_ID),
+        (("known", 0, "mode"), 0, 0o177777),
+        (("tcp_ports", 0), 1, 65535),
+        (("shm", 0, "size"), 0, LARGEST_INT),
+        (("disk_bytes",), 0, LARGEST_INT),
+    ],
+)
+def test_a_number_may_be_all_that_it_can_be_and_nothing_beyond(
+    path: tuple[Any, ...], least: int, most: int
+) -> None:
+    for value in (least, most):
+        assert Manifest.from_json(replaced(path, value))
+    for value in (least - 1, most + 1):
+        with pytest.raises(ManifestError, match="out of range"):
+            Manifest.from_json(replaced(path, value))

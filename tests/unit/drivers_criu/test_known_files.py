@@ -196,3 +196,11 @@ def test_what_is_behind_a_link_stays(leftover: pathlib.Path, home: pathlib.Path)
     (home / "ghosts").symlink_to(home / "away")
     shm.remove_leftovers([str(leftover)], UID)
     assert (home / "away" / leftover.name).exists()
+
+
+def test_a_link_in_its_place_stays_and_so_does_what_it_leads_to(leftover: pathlib.Path) -> None:
+    os.chown(leftover.parent, UID, UID)
+    leftover.rename(leftover.parent / "away")
+    leftover.symlink_to("away")
+    shm.remove_leftovers([str(leftover)], UID)
+    assert leftover.is_symlink() and leftover.exists()
