@@ -7,6 +7,7 @@ half-way that could be put right, and the error names what could not.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -294,6 +295,26 @@ def test_none_is_unlocked_unless_all_were_restored(fake: FakeCuda) -> None:
 
     run(main)
     assert (fake.state(101), fake.state(102)) == (LOCKED, CHECKPOINTED)
+
+
+@pytest.mark.parametrize("step", RESUME_STEPS)
+@pytest.mark.parametrize("hung", [101, 102])
+def test_a_hanging_resume_says_where_the_others_stand(
+    fake: FakeCuda, kind: str, step: str, hung: int
+) -> None:
+    for pid in (101, 102):
+        fake.add(pid, CHECKPOINTED)
+    fifo = fake.fault(step, "hang", hung)
+
+    async def main() -> None:
+        async with driver(fake, kind, (step, hung)) as cuda:
+            error = await failing(cuda.resume([101, 102], LONG))
+            await asyncio.to_thread(fake.release, fifo)
+            where = "(running|locked|checkpointed)"
+            assert re.search(f"process {203 - hung} is now {where}", str(error))
+            assert f"process {hung} is now" not in str(error), "it would be asked, and wait again"
+
+    run(main)
 
 
 @pytest.mark.parametrize("step", ALL_STEPS)
