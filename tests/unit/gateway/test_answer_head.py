@@ -38,6 +38,21 @@ def test_headers_of_the_list_pass_as_they_came_and_no_others() -> None:
     assert not read.chunked and not length and not read.event_stream
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Allow", "Anthropic-Own", "Cache-Control", "Content-Disposition", "Content-Encoding",
+        "Content-Language", "Content-Type", "Date", "ETag", "Expires", "Last-Modified",
+        "OpenAI-Own", "Retry-After", "Server", "Vary", "WWW-Authenticate", "X-Accel-Buffering",
+        "X-RateLimit-Limit-Requests",
+    ],
+)  # fmt: skip
+def test_each_of_these_passes(name: str) -> None:
+    line = f"{name}: x".encode()
+    read, _ = read_answer_head(head(b"X-Own: what", line, b"Set-Cookie: a=b"), 200)
+    assert read.lines == b"HTTP/1.1 200 Fine\r\n" + line + b"\r\n"
+
+
 def test_length_chunks_and_event_streams_are_seen_whatever_their_spelling() -> None:
     for line in (b"CONTENT-LENGTH: 5", b"content-length: 5", b"content-length:5"):
         read, length = read_answer_head(head(b"vary: b", line, b"etag: d"), 200)

@@ -86,6 +86,16 @@ def test_nothing_that_a_client_wrote_is_repeated(
     assert {record.__dict__["model"] for record in caplog.records} == {None}
 
 
+@pytest.mark.parametrize(
+    "reason", [Reason.RATE_LIMITED, Reason.OVERLOADED, Reason.QUEUE_FULL, Reason.WAIT_EXPIRED]
+)
+def test_what_ran_into_a_limit_says_which(
+    reason: Reason, log: RequestLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    log.refused(Refused(reason, "the limit is 7"), request=b"r", model="alpha")
+    assert caplog.messages[0].endswith(f"{reason}: the limit is 7")
+
+
 def test_an_engines_last_lines_are_left_to_the_supervisors_line(
     log: RequestLog, caplog: pytest.LogCaptureFixture
 ) -> None:

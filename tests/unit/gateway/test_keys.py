@@ -244,6 +244,14 @@ def test_models_of_a_key() -> None:
     assert use.in_flight == 0
 
 
+def test_a_key_is_for_models_under_any_of_their_names_and_for_one_that_is_gone() -> None:
+    use = KeyUse(a_key(models=frozenset({"alias", "gone"})), 1, Clock())
+    use.allow({"alias": "m", "m": "m", "n": "n"})
+    assert [name for name in ("alias", "gone", "m", "n") if may_use(use, name)] == ["gone", "m"]
+    use.allow({"gone": "gone", "m": "m", "n": "n"})
+    assert may_use(use, "gone"), "it came back"
+
+
 def test_a_reload_keeps_what_runs_and_a_broken_file_changes_nothing() -> None:
     answers: list[Any] = [(a_key("s", name="k", max_in_flight=1),)]
 

@@ -10,6 +10,7 @@ import pytest
 
 from llmux.gateway.control.app import build_app
 from llmux.gateway.http import openapi
+from llmux.gateway.http.problems import STATUS_LINES
 
 
 def test_every_route_is_described() -> None:
@@ -24,6 +25,13 @@ def test_every_route_is_described() -> None:
         served.setdefault(path, set()).update(route.methods - {"HEAD"})
     described = {path: {m.upper() for m in operations} for path, operations in paths().items()}
     assert {path: described.get(path) for path in served} == served
+
+
+def test_every_described_answer_is_one_that_we_send() -> None:
+    sent = {str(status) for status in (*STATUS_LINES, 200, 307)}
+    for path, operations in paths().items():
+        for method, operation in operations.items():
+            assert set(operation["responses"]) <= sent | {"default"}, (method, path)
 
 
 def paths() -> dict[str, Any]:

@@ -127,6 +127,10 @@ async def test_a_worker_says_its_numbers_when_asked() -> None:
         assert answer.id == 7
         assert answer.snapshot["llmux_requests_total"] == [[["alpha", "200"], 3]]
         assert [["alpha"], 0] in answer.snapshot["llmux_in_flight"]
+        # What has not happened yet is 0 and not absent: increase() would miss the first one.
+        for name in ("responses_broken", "abandoned", "retried"):
+            (found,) = [v for k, v in answer.snapshot.items() if name in k]
+            assert sorted(found) == [[["alpha"], 0], [["beta"], 0]]
 
 
 @in_loop

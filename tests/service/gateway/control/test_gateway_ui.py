@@ -40,7 +40,8 @@ class State:
     def answer(self, ask: Any) -> JSON:
         self.asked.append(ask.verb)
         if ask.verb == "events":
-            newer = [event for event in self.events if event["id"] > ask.args["after"]]
+            kept = [e for e in self.events if e["type"] != "queue" or ask.args["queues"] is True]
+            newer = [event for event in kept if event["id"] > ask.args["after"]]
             return {"ok": True, "result": {"events": newer[:2], "more": len(newer) > 2}}
         passed = time.monotonic() - self.began
         models = {
@@ -170,6 +171,18 @@ async def test_events_reach_the_page_and_its_history() -> None:
         asking.send("/ui/history", method="GET")
         history = (await asking.answer()).json()
         assert [one["id"] for one in history["events"]] == [1, 2, 3, 4, 5, 6]
+
+
+@in_loop
+async def test_the_history_has_the_lengths_of_queues() -> None:
+    async with stage() as running:
+        state = State(running)
+        state.events = [event(1), event(2, type="queue", waiting=3)]
+        client = await page(running)
+        await frame_with(client, "history")
+        asking = await running.client()
+        asking.send("/ui/history", method="GET")
+        assert [one["id"] for one in (await asking.answer()).json()["events"]] == [1, 2]
 
 
 @in_loop
