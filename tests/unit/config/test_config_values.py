@@ -103,6 +103,17 @@ def test_printed_durations_and_sizes_read_back(value: int) -> None:
     assert parse_size(format_size(value)) == value
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0"), (0.25, "250ms"), (1, "1s"), (90, "90s"), (120, "2m"), (5400, "90m"),
+        (7200, "2h"), (86400, "1d"), (129600, "36h"), (604800, "7d"),
+    ],
+)  # fmt: skip
+def test_a_duration_is_written_in_its_largest_whole_unit(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
 @pytest.mark.parametrize("pair", list(itertools.product(Weights, Process)), ids="+".join)
 def test_all_fifteen_evictions_are_legal_in_both_forms(
     pair: tuple[Weights, Process], tmp_path: Path

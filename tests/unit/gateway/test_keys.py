@@ -91,6 +91,25 @@ def test_a_bad_file_is_refused_without_quoting_it(tmp_path: Path, line: str, mes
     assert "0" * 64 not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('\n# x\n{"name": "a"}\n', 3),
+        ('{"name": "a", "sha256": "x"}\n', 1),
+        ("{\n", 1),
+        ("- name: a\n- *nothing\n", 2),
+        ("# x\n- name: 'a\n", 3),
+        ("- 2026-02-31\n", 1),
+    ],
+)
+def test_the_line_is_named(tmp_path: Path, text: str, line: int) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_keys(str(file))
+    assert [problem.line for problem in caught.value.problems] == [line]
+
+
 def test_two_keys_of_one_name_and_a_missing_file_are_errors(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     with pytest.raises(ConfigError, match="cannot read the keys: No such file"):
