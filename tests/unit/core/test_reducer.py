@@ -34,7 +34,7 @@ from llmux.core.events import (
     WorkerLeft,
 )
 from llmux.core.operations import CUT_GRACE_SECS, HEALTHY_SECS, SEARCH_DEATHS
-from llmux.core.plans import Outcome
+from llmux.core.plans import PROBE_SECS, Outcome
 from llmux.core.records import Draining, Failed, Parking, Stopped, Stopping, Waking
 from llmux.core.states import ModelState
 from llmux.errors import Reason
@@ -440,7 +440,10 @@ def test_suspicion_of_the_present_epoch_asks_the_engine() -> None:
     core.happen(EngineSuspect("a", "t.999", "refused"))
     assert core.effects == ()
     core.happen(EngineSuspect("a", epoch_of(core, "a"), "refused"))
-    assert [probe.model for probe in core.done(Probe)] == ["a"]
+    (probe,) = core.done(Probe)
+    assert (probe.model, probe.stalled, probe.seconds) == ("a", False, PROBE_SECS), (
+        "any answer does"
+    )
 
 
 def test_a_probe_of_a_former_epoch_says_nothing_about_this_one() -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from core_harness import OFFLOAD, WORKER, Core, model
+from core_harness import OFFLOAD, STOP, WORKER, Core, config_of, model
 
+from llmux.config.schema import Eviction
 from llmux.core.demand.usage import COST_WEIGHT, OUTLIER, Usage, averaged
 from llmux.core.effects import SwitchFinished
-from llmux.core.events import AwakeSeen, DemandChanged, ResidueSeen
-from llmux.core.records import coming
+from llmux.core.events import (
+    AwakeSeen,
+    ConfigChanged,
+    DemandChanged,
+    ParkAsked,
+    ResidueSeen,
+    WorkerLeft,
+)
+from llmux.core.plans import Outcome
+from llmux.core.records import coming, leaving
 
 
 def test_what_a_model_is_seen_to_hold_is_learned_from_its_own_operation() -> None:
@@ -69,6 +78,63 @@ def test_an_answer_counts_once_for_how_long_answers_take() -> None:
     for completed in (3, 5, 5):
         core.happen(DemandChanged(WORKER, "a", 0, None, 0, 0, completed))
     assert core.state.usage["a"].done == before + 5
+
+
+def test_nothing_is_learned_of_models_that_there_are_not() -> None:
+    """A client may ask for any name."""
+    core = Core(model("a", gpu_memory=0.4), model("b", gpu_memory=0.4))
+    for name in ("a", "b"):
+        core.serve(name)
+    for name in ("ghost", "gone"):
+        core.demand(name, waiting=3)
+        core.demand(name)
+    assert set(core.state.usage) == {"a", "b"}
+    core.demand("b", in_flight=1)
+    core.happen(ConfigChanged(config_of(model("a", gpu_memory=0.4))))
+    core.drained("b")
+    core.finish("b")
+    core.demand("b", waiting=1)
+    assert set(core.state.usage) == set(core.state.models) == {"a"}
+    core.happen(WorkerLeft(WORKER))
+    assert set(core.state.usage) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("way", "outcome", "learned"),
+    [
+        (STOP, Outcome.DOWN, True), (OFFLOAD, Outcome.PARKED, True), (OFFLOAD, Outcome.DOWN, False),
+        (STOP, Outcome.STUCK, False), (OFFLOAD, Outcome.STUCK, False),
+    ],
+)  # fmt: skip
+def test_what_leaving_takes_is_learned_where_it_went_as_it_was_to(
+    way: Eviction, outcome: Outcome, learned: bool
+) -> None:
+    """A park that failed says nothing of the next one."""
+    core = Core(model("a", eviction=way))
+    core.serve("a")
+    core.happen(ParkAsked("a"))
+    core.drained("a")
+    core.pass_time(7)
+    core.finish("a", outcome)
+    assert core.state.costs.get(("a", leaving(way))) == (7 if learned else None)
+
+
+@pytest.mark.parametrize("demand", [{"waiting": 1}, {"in_flight": 1}])
+def test_a_model_is_in_use_when_a_request_comes_and_when_the_last_one_ends(
+    demand: dict[str, int],
+) -> None:
+    core = Core(model("a"))
+    core.serve("a")
+    for seconds in (10, 20):
+        core.now += seconds
+        core.demand("a", **demand)
+        assert core.record("a").last_active == core.now
+        core.now += seconds
+        core.demand("a")
+    assert core.record("a").last_active == (core.now if "in_flight" in demand else core.now - 20)
+    core.now += 30
+    core.demand("a")
+    assert core.record("a").last_active < core.now, "nothing came and nothing ended"
 
 
 def test_requests_that_come_within_a_second_are_no_work_of_a_second() -> None:
