@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,18 @@ async def test_a_resume_without_room_is_not_tried(tmp_path: Path, eviction: Evic
     assert "process 4711 holds 40.0 GiB" in ended.detail
     assert world.names("cuda.resume") == []
     assert shop.quarantined == []
+
+
+@in_virtual_time
+async def test_a_resume_of_what_was_never_seen_is_tried_on_a_full_gpu(tmp_path: Path) -> None:
+    """Looking never stands before acting: how much would come back is not known."""
+    world = World()
+    shop = await parked(world, tmp_path, SUSPEND)
+    instance = shop.executor.instance(MODEL)
+    instance.facts = replace(instance.facts, cuda_bytes=0)
+    world.foreign[4711] = (0, 80 * GIB)
+    await shop.run(MODEL, wake_plan(MODEL, SUSPEND))
+    assert world.names("cuda.resume") == ["cuda.resume a"]
 
 
 @pytest.mark.parametrize("eviction", [SUSPEND, CHECKPOINT, DISCARD], ids=str)
