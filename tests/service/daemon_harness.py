@@ -200,6 +200,8 @@ class Daemon:
         self.notified.join()
         for pid in pids:
             wait_gone(pid)
+        if number != signal.SIGKILL:
+            assert not list(self.directory.glob("llmux-*")), "its directory of sockets goes with it"
         self._tidy()
         return status
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from llmux.config.schema import Eviction, ModelConfig, Process, Weights
+from llmux.config.schema import Config, Eviction, ModelConfig, Process, Weights
+from llmux.daemon.engine_users import planned_starts
 from llmux.ports import EngineUser
 from llmux.protocol import Address
 from llmux.runtime.engines.launch import (
@@ -214,3 +217,16 @@ def test_what_a_lower_rung_needs_is_there_from_the_start() -> None:
     )
     command = engine_argv(frozen, Address(port=1), ("vllm",))
     assert "--enable-sleep-mode" in command
+
+
+def test_what_would_be_started_is_named_whether_its_program_is_found_or_not(
+    tmp_path: Path,
+) -> None:
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for command in (str(program), "no-such-program", "sh"):
+        models = MappingProxyType({"alpha": model()})
+        config = Config(models=models, engine_user="root", vllm_command=(command,))
+        (start,) = planned_starts(config)
+        assert start.argv[0] == (shutil.which(command) or command)

@@ -79,6 +79,11 @@ async def test_load_answers_when_the_model_serves_and_at_once_when_it_does_alrea
         assert (now["state"], now["engine_version"]) == ("serving", "0.17.3")
         told = catalog(d.life.loop.state, d.life.executor, {}, 0.0).infos()
         assert {one.name: one.max_model_len for one in told} == {"a": 4096, "b": None}
+        models = d.life.loop.state.models
+        leaving = MappingProxyType(models | {"a": replace(models["a"], removed=True)})
+        state = replace(d.life.loop.state, models=leaving)
+        told = catalog(state, d.life.executor, {}, 0.0).infos()
+        assert [one.name for one in told] == ["b"], "one that is leaving hides no other"
         calls = len(d.world.calls)
         await d.ask("wake", model="a")
         assert len(d.world.calls) == calls
