@@ -22,7 +22,7 @@ PRIVATE: Final = (
 )  # fmt: skip
 # Methods of Sanic's that this class or its subclass replaces.
 REPLACED: Final = (
-    "check_timeouts", "close", "close_if_idle", "connection_lost", "connection_made",
+    "abort", "check_timeouts", "close", "close_if_idle", "connection_lost", "connection_made",
     "data_received", "pause_writing", "receive_more", "resume_writing",
 )  # fmt: skip
 

@@ -154,6 +154,28 @@ def test_a_histogram_is_whole_or_left_out(group: str) -> None:
     assert len(families["vllm:h"].samples) == 3 and dropped == {"a": len(lines)}
 
 
+@pytest.mark.parametrize(
+    ("group", "whole"),
+    [
+        ('s{quantile="0.5"} 1|s{quantile="0.9"} 2|s_sum 3|s_count 2', True),
+        ('s{quantile="0"} 0|s{quantile="1"} 0|s_sum 0|s_count 0', True),  # nothing was seen yet
+        ("s_sum 0|s_count 0", True),
+        ('s{quantile="1.5"} 1|s_sum 3|s_count 2', False),
+        ('s{quantile="-0.5"} 1|s_sum 3|s_count 2', False),
+        ('s{quantile="0.5"} 1|s{quantile="0.50"} 2|s_sum 3|s_count 2', False),
+        ('s{quantile="0.5"} -1|s_sum 3|s_count 2', False),
+        ("s 1|s_sum 3|s_count 2", False),
+        ('s{quantile="0.5"} 1|s_sum -3|s_count 2', False),
+        ('s{quantile="0.5"} 1|s_sum 3|s_count 1.5', False),
+    ],
+)
+def test_a_summary_is_whole_or_left_out(group: str, whole: bool) -> None:
+    lines = [f"vllm:{line}" for line in group.split("|")]
+    families, dropped = read({"a": "# TYPE vllm:s summary\n" + "\n".join(lines) + "\n"})
+    kept = len(families["vllm:s"].samples) if "vllm:s" in families else 0
+    assert (kept, dropped) == ((len(lines), {"a": 0}) if whole else (0, {"a": len(lines)}))
+
+
 def test_buckets_come_in_their_order() -> None:
     lines = [
         '_bucket{le="+Inf"} 3',

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llmux.errors import Refused
 from llmux.gateway.http import openai
 from llmux.gateway.http.heads import BadHead
+from llmux.gateway.http.hosts import Hosts
 from llmux.gateway.http.request import Incoming
 from llmux.gateway.http.request_head import Headers, HeadReader, read_head
 
@@ -183,3 +184,25 @@ def test_the_short_way_reads_bodies_as_json_loads_does(body: bytes) -> None:
         assert openai.read_body(body)[0] == expected["model"]
     except Refused:
         assert expected is None or not isinstance(expected["model"], str)
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        (b"localhost", True), (b"LOCALHOST:8080", True), (b"gpu1", True), (b"gpu1:80", True),
+        (b"proxy.example", True), (b"Proxy.Example:443", True), (b"127.0.0.1", True),
+        (b"10.1.2.3:8000", True), (b"[::1]", True), (b"[fe80::1]:8000", True),
+        (b"attacker.example", False), (b"attacker.example:80", False),
+        (b"proxy.example.org", False), (b"10.1.2.3.example", False),
+        (b"[attacker.example]", False), (b"gpu1:http", False),
+        (b"", False), (b":80", False), (b"[", False),
+    ],
+)  # fmt: skip
+def test_a_host_is_ours_by_address_by_a_name_without_a_dot_or_by_the_configuration(
+    host: bytes, known: bool
+) -> None:
+    """Else a page of any site reads a gateway without keys, under a name of its own (rebinding)."""
+    hosts = Hosts(["proxy.example"])
+    for _ in range(2):  # judged, and looked up
+        assert hosts[host] is known
+    assert Hosts(["*"])[host] is True

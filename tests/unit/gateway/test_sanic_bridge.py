@@ -10,6 +10,7 @@ import sanic
 from sanic.server.protocols.http_protocol import HttpProtocol
 
 from llmux.gateway.client import sanic_bridge
+from llmux.gateway.client.connection import ClientConnection
 from llmux.gateway.client.sanic_bridge import PRIVATE, REPLACED, SanicBridge
 
 PACKAGE = Path(sanic_bridge.__file__).parents[2]
@@ -38,7 +39,8 @@ def test_the_lists_are_complete() -> None:
     }
     own = {name for name in vars(SanicBridge) if not name.startswith("__")}
     assert used - own <= set(PRIVATE)
-    assert {name for name in own if hasattr(HttpProtocol, name)} <= {*REPLACED, *PRIVATE}
+    both = own | {name for name in vars(ClientConnection) if not name.startswith("__")}
+    assert {name for name in both if hasattr(HttpProtocol, name)} <= {*REPLACED, *PRIVATE}
 
 
 def test_no_other_file_names_them() -> None:

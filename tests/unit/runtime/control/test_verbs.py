@@ -80,7 +80,7 @@ async def test_load_answers_when_the_model_serves_and_at_once_when_it_does_alrea
         told = catalog(d.life.loop.state, d.life.executor, {}, 0.0).infos()
         assert {one.name: one.max_model_len for one in told} == {"a": 4096, "b": None}
         models = d.life.loop.state.models
-        leaving = MappingProxyType(models | {"a": replace(models["a"], removed=True)})
+        leaving = MappingProxyType({**models, "a": replace(models["a"], removed=True)})
         state = replace(d.life.loop.state, models=leaving)
         told = catalog(state, d.life.executor, {}, 0.0).infos()
         assert [one.name for one in told] == ["b"], "one that is leaving hides no other"
