@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
 from fake_cuda import COMPILER, FakeCuda
 
 from llmux.drivers.cuda.calls import CudaCallTimeout
+from llmux.drivers.cuda.cuda_helper import Library
 from llmux.drivers.cuda.driver import HELPER, Helper, HelperCalls, greeting_problem
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
@@ -183,3 +184,10 @@ def test_a_start_that_is_cancelled_at_any_point_forgets_no_child(
 
     asyncio.run(main())
     gc.collect()
+
+
+def test_a_library_that_is_not_there_is_the_problem_and_not_each_of_its_functions() -> None:
+    library = Library("libnothing.so.1")
+    assert library.problem is not None
+    assert library.problem.startswith("cannot load libnothing.so.1: ")
+    assert (library.missing, library.driver_version) == ([], 0)

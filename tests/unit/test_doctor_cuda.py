@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -60,3 +60,15 @@ def test_without_a_driver_nothing_is_said_to_be_wrong(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LLMUX_LIBCUDA", "libnothing.so.1")
     check = cuda.check_cuda(Host(), None)
     assert (check.level, check.seen) == (Level.OK, "no libnothing.so.1 here")
+
+
+def test_the_driver_that_is_looked_for_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMUX_LIBCUDA", raising=False)
+    scripts = []
+
+    def run(argv: Sequence[str], _seconds: float) -> Ran:
+        scripts.append(argv[-1])
+        return Ran(0, "")
+
+    cuda.check_cuda(Host(user_exists=lambda _: False, run=run), Config())
+    assert ["libcuda.so.1" in script for script in scripts] == [True]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import select
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -220,3 +221,21 @@ def test_a_call_that_hangs_is_abandoned_and_makes_the_observer_blind_until_it_re
             await caller.call(lambda: 1 // 0)
 
     asyncio.run(body())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
+def test_an_engine_becomes_its_user_for_good_and_that_user_needs_no_right_to_stay_it() -> None:
+    """As `llmux serve` of any user: what that may not do is not tried."""
+    code = (
+        "import ctypes, os\n"
+        "from llmux.drivers.processes.launcher import _drop_to\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "for _ in range(2):\n"
+        "    _drop_to(libc, 65534, 65533, [65532])\n"
+        "    print(os.getresuid(), os.getresgid(), os.getgroups())\n"
+        "status = open('/proc/self/status').read()\n"
+        "print({line.split()[1] for line in status.splitlines() if line.startswith('Cap')})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "(65534, 65534, 65534) (65533, 65533, 65533) [65532]\n"
+    assert done.stdout == said * 2 + "{'0000000000000000'}\n", done.stderr

@@ -175,6 +175,15 @@ def test_quarantine_keeps_the_newest_with_its_reason(home: pathlib.Path) -> None
     assert store.find("m", IDENTITY) == NoImage("no checkpoint available")
 
 
+def test_images_quarantined_within_a_second_are_all_kept(home: pathlib.Path) -> None:
+    store = ImageStore(str(home), keep_quarantined=3, clock=Clock())
+    kept = [store.quarantine(publish(store, "m"), f"reason {number}") for number in range(3)]
+    assert [pathlib.Path(path, "reason").read_text() for path in kept] == [
+        f"reason {number}\n" for number in range(3)
+    ]
+    assert sorted(str(path) for path in (home / "m").glob("quarantine-*")) == sorted(kept)
+
+
 def test_the_budget_takes_the_least_valuable_first(home: pathlib.Path) -> None:
     clock = Clock()
     store = ImageStore(str(home), max_bytes=10_000_000, clock=clock)
