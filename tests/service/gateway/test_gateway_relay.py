@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
-from gateway_harness import EngineRequest, in_loop, stage, until
+import pytest
+from gateway_harness import EngineRequest, echo, in_loop, stage, until
 
 
 @in_loop
@@ -96,3 +98,36 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
             assert (await client.answer()).json()["id"] == "alpha"
             assert (await client.answer()).status == 404
         assert sizes == list(range(sizes[0], sizes[0] + 50))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "apart"])
+@pytest.mark.parametrize("model", ["alpha", "alef"])
+def test_what_an_engine_says_before_its_answer_is_not_the_answer(apart: bool, model: str) -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
+    go_on = asyncio.Event()
+
+    async def hesitate(request: EngineRequest) -> None:
+        request.writer.write(early)
+        if apart:
+            await request.writer.drain()
+            await go_on.wait()
+        await echo(request)
+
+    @in_loop
+    async def body() -> None:
+        async with stage() as s:
+            engine = await s.granted(hesitate)
+            client = await s.client()
+            for number in (1, 2):
+                client.chat(model)
+                await engine.next_request(number)
+                go_on.set()
+                answer = await client.answer()
+                assert (answer.status, answer.json()["echo"]) == (
+                    200,
+                    len(engine.requests[-1].body),
+                )
+                go_on.clear()
+            assert engine.accepted == 1, "and the connection is used again"
+
+    body()

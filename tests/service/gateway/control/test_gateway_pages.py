@@ -154,13 +154,18 @@ async def test_a_stream_that_waits_gets_comments_and_then_the_answer() -> None:
 @pytest.mark.long  # the sweep is once a second
 @in_loop
 async def test_what_fails_after_a_comment_is_told_in_the_stream() -> None:
-    async def refuse(request: EngineRequest) -> None:
-        request.json({"error": {"message": "too long", "code": 400}}, "400 Bad Request")
-
     async with stage(a_config(wait_secs=1.5, **PATIENT)) as s:
         client, _ = await first_comment(s)
         assert '"code": "wait_expired"' in await answer_of(client)
         assert await client.ended() == b""  # type: ignore[attr-defined]
+
+
+@in_loop
+async def test_what_an_engine_refuses_after_a_comment_is_told_in_the_stream() -> None:
+    async def refuse(request: EngineRequest) -> None:
+        request.json({"error": {"message": "too long", "code": 400}}, "400 Bad Request")
+
+    async with stage(a_config(**PATIENT)) as s:
         client, _ = await first_comment(s)
         engine = await s.engine(refuse)
         s.supervisor.grant(engine)
