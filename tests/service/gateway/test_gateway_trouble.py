@@ -173,6 +173,7 @@ async def test_engine_dies_before_the_first_byte_then_the_request_goes_to_the_ne
         s.supervisor.grant(again, epoch="e2")
         assert (await client.answer()).status == 200
         assert len(engine.requests) == len(again.requests) == 1
+        assert s.gateway.observer.retried == {"alpha": 1}
 
 
 @in_loop

@@ -8,12 +8,14 @@ import signal
 import tempfile
 from pathlib import Path
 
-from gateway_harness import EngineRequest, StubEngine, in_loop, until
+from gateway_harness import SECONDS, EngineRequest, StubEngine, in_loop, until
 from workers_rig import (
     front,
     gone,
     hub_and_front,
 )
+
+from llmux.config.keyfile import make_key
 
 
 @in_loop
@@ -31,6 +33,25 @@ async def test_every_worker_asks_for_keys() -> None:
             client = await gateway.client()
             client.send("/control/status", method="GET")
             assert (await client.answer()).status == 200, "our own user, seen on a unix socket"
+
+
+@in_loop
+async def test_a_reload_reaches_every_worker() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "keys"
+        file.write_text("")
+        async with front(2, keys_file=str(file)) as gateway:
+            await gateway.told("READY=1")
+            secret, line = make_key("new")
+            file.write_text(line)
+            gateway.process.send_signal(signal.SIGHUP)
+            accepted = 0
+            async with asyncio.timeout(SECONDS):
+                while accepted < 8:  # by whichever worker takes the connection
+                    client = await gateway.client()
+                    client.send("/v1/models", method="GET", headers=(f"x-api-key: {secret}",))
+                    accepted = accepted + 1 if (await client.answer()).status == 200 else 0
+                    client.leave()
 
 
 @in_loop

@@ -13,7 +13,7 @@ from llmux.config.schema import PolicyConfig, PolicyType
 from llmux.core.demand.usage import Usage
 from llmux.core.policies.base import Policy, Resident, Waiting, turn_of
 from llmux.core.policies.choose import policy_for
-from llmux.core.policies.fair import answers_per_second, cycle_of
+from llmux.core.policies.fair import cycle_of
 from llmux.core.policies.plain import Plain
 
 NOW = 100.0
@@ -153,10 +153,10 @@ def test_a_cycle_is_all_switches_and_turns_until_the_model_is_back() -> None:
 
 def test_a_models_pace_is_its_answers_over_its_switch_and_its_turn() -> None:
     slow = Waiting("slow", 3, 0.0, cost=10.0, usage=Usage(NOW, 0.5, work=4.0), places=1)
-    assert answers_per_second(slow) == pytest.approx(3 / (10.0 + turn_of(4.0, 1, 3)))
+    assert slow.pace == pytest.approx(3 / (10.0 + turn_of(4.0, 1, 3)))
     quick = Waiting("quick", 3, 0.0, cost=11.0, usage=Usage(NOW, 0.5, work=0.1), places=1)
-    assert answers_per_second(quick) > answers_per_second(slow)
-    assert answers_per_second(replace(quick, waiting=0)) == 0
+    assert quick.pace > slow.pace
+    assert replace(quick, waiting=0).pace == 0
 
 
 @pytest.mark.parametrize("kind", list(PolicyType))

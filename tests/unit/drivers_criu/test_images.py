@@ -175,6 +175,14 @@ def test_quarantine_keeps_the_newest_with_its_reason(home: pathlib.Path) -> None
     assert store.find("m", IDENTITY) == NoImage("no checkpoint available")
 
 
+def test_what_a_kept_path_is_now(home: pathlib.Path) -> None:
+    path = home / "kept"
+    path.write_text("x")
+    path.chmod(0o4640)
+    assert KeptPath.look(str(path)) == KeptPath(str(path), os.geteuid(), os.getegid(), 0o4640)
+    assert KeptPath.look(str(home / "gone")) is None
+
+
 def test_images_quarantined_within_a_second_are_all_kept(home: pathlib.Path) -> None:
     store = ImageStore(str(home), keep_quarantined=3, clock=Clock())
     kept = [store.quarantine(publish(store, "m"), f"reason {number}") for number in range(3)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from math import inf
 from typing import Any
 
 import pytest
 from gateway_harness import ADMIN, ADMINS, FakeSupervisor, Stage, in_loop, soon, stage, until
 
 from llmux.gateway.link import Link
-from llmux.gateway.metrics import TIMEOUT_HEADER
+from llmux.gateway.metrics import TIMEOUT_HEADER, _seconds
 from llmux.gateway.subscriptions import MAX_UNREAD
 from llmux.protocol import Collect, Collected, News, Progress, Watch
 
@@ -165,6 +166,14 @@ async def test_a_supervisor_that_says_nothing_is_seen_in_metrics_in_time() -> No
         running.supervisor.say(Collect(1))
         await running.supervisor.hear(Collected)
         assert await silent_secs() <= now() - before
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0.2", 0.2), ("1", 1.0), ("9.5", 9.5), ("", inf), ("0", inf), ("-3", inf), ("soon", inf)],
+)
+def test_how_long_prometheus_waits_is_what_it_says(text: str, seconds: float) -> None:
+    assert _seconds(text) == seconds
 
 
 @in_loop
