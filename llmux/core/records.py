@@ -6,6 +6,7 @@ Times are seconds on the reducer's clock (monotonic).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -137,7 +138,9 @@ class ModelRecord:
     last_active: float = 0.0  # when it last had a request in flight or waiting
     progress: int = 0  # sum over workers, only ever compared
     progress_at: float = 0.0
+    bytes_at: float = -math.inf  # the last of an answer; a request that comes is progress, too
     probing: bool = False
+    probed_at: float = 0.0
     image: Eviction | None = None  # an image on disk, made by parking like this
     image_bytes: int = 0  # what its image takes there, or took when there was one; 0 = not known
     cut: bool = False  # its last drain ended in a cut: the next one is given its time

@@ -205,13 +205,9 @@ def _demand_changed(tx: Transaction, event: DemandChanged) -> None:
     if worker is None:
         return  # its connection is gone already
     demand = WorkerDemand(
-        event.waiting,
-        event.oldest_since,
-        event.in_flight,
-        event.progress,
-        event.completed,
-        event.repeated,
-    )
+        event.waiting, event.oldest_since, event.in_flight,
+        event.progress, event.completed, event.repeated,
+    )  # fmt: skip
     before = worker.demands.get(event.model, WorkerDemand())
     tx.set_demand(event.worker, event.model, demand)
     if record is None or record.removed:  # whether its engine runs still or not
@@ -225,13 +221,15 @@ def _demand_changed(tx: Transaction, event: DemandChanged) -> None:
     if demand.completed > before.completed and isinstance(record.phase, (Serving, Draining)):
         # It serves: what killed the engines before was one of its requests, not its start.
         record = replace(record, failures=0)
-    progressed = demand.progress != before.progress or (demand.in_flight and not before.in_flight)
+    answers = demand.progress != before.progress
+    progressed = answers or (demand.in_flight and not before.in_flight)
     used = demand.waiting or demand.in_flight or before.in_flight
     if progressed or used:
         tx.put(
             replace(
                 record,
                 progress_at=tx.now if progressed else record.progress_at,
+                bytes_at=tx.now if answers else record.bytes_at,
                 last_active=tx.now if used else record.last_active,
             )
         )
@@ -246,6 +244,9 @@ def _probe_finished(tx: Transaction, event: ProbeFinished) -> None:
         return  # parked or dead meanwhile
     if event.error is None:
         tx.put(replace(record, probing=False, progress_at=tx.now))
+    elif event.stalled and record.bytes_at > record.probed_at:
+        # Bytes came while it was watched: it has not hung for so long as the limit.
+        tx.put(replace(record, probing=False, progress_at=record.bytes_at))
     else:
         reason = f"engine does not answer: {event.error}"
         crash(tx, event.model, reason, hung=event.stalled)

@@ -217,7 +217,7 @@ class Transaction:
         record = self.models[name]
         if record.probing or record.epoch is None:
             return
-        self.put(replace(record, probing=True))
+        self.put(replace(record, probing=True, probed_at=self.now))
         limit = record.config.stall_timeout_secs
         seconds = limit / 2 if stalled else min(PROBE_SECS, limit or PROBE_SECS)
         self.emit(Probe(name, record.epoch, record.engine, seconds, stalled))

@@ -413,6 +413,26 @@ def test_a_silent_busy_engine_is_probed_and_a_failed_probe_kills_it() -> None:
     assert "no answer" in phase.reason
 
 
+def test_bytes_that_came_during_a_probe_are_life_and_the_limit_begins_with_them() -> None:
+    """An engine that stood still for 1.4 s was ended with a limit of 4 s."""
+    core = Core(model("a", stall_timeout_secs=30.0))
+    core.serve("a")
+    core.demand("a", in_flight=1)
+    core.pass_time(15)
+    (probe,) = core.done(Probe)
+    core.pass_time(5)
+    core.demand("a", in_flight=1, progress=100)
+    core.pass_time(20)  # a watch may last longer than half the limit
+    core.happen(ProbeFinished("a", probe.epoch, "no answer", stalled=True))
+    assert core.at("a") is ModelState.SERVING
+    (probe,) = core.done(Probe)
+    core.demand("a", in_flight=0, progress=100)
+    core.demand("a", in_flight=1, progress=100)  # its client tries again: no sign of the engine's
+    core.pass_time(15)
+    core.happen(ProbeFinished("a", probe.epoch, "no answer", stalled=True))
+    assert core.plans() == ["stop a"]
+
+
 def test_a_probe_that_is_answered_buys_time() -> None:
     core = Core(model("a", stall_timeout_secs=30.0))
     core.serve("a")
