@@ -308,7 +308,7 @@ def _operation_finished(tx: Transaction, event: OperationFinished) -> None:
         case Stopping(), Outcome.DOWN:
             at_once = SEARCH_DEATHS if tx.demand(name).repeated else 1
             if phase.crashed and record.failures > at_once:
-                fail(tx, name, phase.reason)
+                fail(tx, name, f'cannot keep model "{name}" up: {phase.reason}')
             else:  # a first crash is answered by a restart with the next request
                 tx.move(name, Stopped(tx.now, phase.reason))
         case _:

@@ -36,5 +36,7 @@ def with_cause(output: EngineOutput, config: ModelConfig, description: str) -> s
         return f"{description}: {cause} (see `llmux logs {config.name}`)"
     if "SIGKILL" in description and "memory" not in description.lower():
         description += " (out of memory? see `journalctl -k`)"
+    if description == "exit status 0":  # nothing asked it to end
+        description += " (an engine's program must stay in the foreground: see vllm_command)"
     last = "\n".join(tail[-TAIL_LINES:])
     return description + (f"; its last lines:\n{last}" if last else "")

@@ -230,6 +230,18 @@ async def test_a_death_between_operations_is_an_event_of_its_own(
 
 
 @in_loop
+async def test_a_program_that_ends_well_is_told_that_it_must_not(
+    world: World, tmp_path: Path
+) -> None:
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, START)
+    world.exit("a", "exit status 0")
+    ended = await shop.posted.get()
+    assert isinstance(ended, EngineExited)
+    assert "must stay in the foreground" in ended.description
+
+
+@in_loop
 async def test_a_stop_that_was_asked_for_is_not_a_death(world: World, tmp_path: Path) -> None:
     shop = Shop(world, str(tmp_path))
     await shop.run(MODEL, START)
