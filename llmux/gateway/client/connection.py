@@ -392,7 +392,7 @@ class ClientConnection(SanicBridge):
             self.abort()
         elif self.exchange is not None:
             self.exchange.send_keep_alive()
-        elif self._current is not None and not self._busy():
+        elif self._current is not None:  # nothing is being answered: that ends the deadline
             self._reject(problems.HttpRefused(408, f"no request within {RECEIVE_SECS:.0f} seconds"))
             self._next()
         else:
