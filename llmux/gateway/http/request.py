@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,9 @@ from llmux.gateway.http.routes import Match, Source
 
 # The bytes a request target may contain.
 _TARGET = bytes(range(0x21, 0x7F))
+# A target in absolute-form, which a server must take (RFC 9112 3.2.2); one with user information
+# is an error (RFC 9110 4.2.4).
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(?![^/?#]*@)", re.IGNORECASE)
 UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 NO_BUDGET = BodyBudget(0)
 
@@ -108,8 +112,22 @@ class Incoming:
         """Raises BadHead."""
         if not self.target or self.target.translate(None, _TARGET):
             raise BadHead("the request target contains a space, a control or a non-ASCII character")
+        if self.target[:1] != b"/":
+            self._become_origin_form()
         self.head, self.length = reader.read(self.headers, version)
         self.request_id = self.head.request_id or new_request_id()
+
+    def _become_origin_form(self) -> None:
+        """Who may do what, and where a request goes, is decided by its path. The host of an
+        absolute target counts, and not the header's."""
+        found = _ABSOLUTE.match(self.target)
+        if found is None:
+            return
+        rest = self.target[found.end() :]
+        self.target = rest if rest[:1] == b"/" else b"/" + rest
+        for at, (name, _) in enumerate(self.headers):
+            if name.lower() == b"host":
+                self.headers[at] = (name, found[1])
 
     def header(self, name: bytes) -> bytes:
         """The first header of that (lower-case) name; b"" when absent."""
@@ -128,9 +146,10 @@ class Incoming:
             self.target = match.path + mark + query
 
     def target_is_readable(self) -> bool:
-        """False: Sanic cannot parse the target and would close without a response."""
+        """False: Sanic cannot parse the target and would close without a response, or would route
+        it by another path than the one by which it was judged who may ask."""
         try:
-            return httptools.parse_url(self.target).path is not None
+            return bool(httptools.parse_url(self.target).path == self.path)
         except httptools.HttpParserInvalidURLError:
             return False
 

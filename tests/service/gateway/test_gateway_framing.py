@@ -12,6 +12,7 @@ from gateway_harness import EngineRequest, in_loop, soon, stage, until
 
 from llmux.config.keyfile import hash_key
 from llmux.config.schema import Key
+from llmux.protocol import Ask
 
 
 @in_loop
@@ -49,15 +50,67 @@ def test_other_versions_of_http_are_refused(version: bytes) -> None:
     body()
 
 
+UNREADABLE = (
+    "unix:/health", "http:///health", "health", "?x", "x:1", "ftp://x/health", "x://y/control/mode",
+    "http://u:p@x/health", "http://u@x/health", "/health#x", "/health#", "http://x/health#x",
+)  # fmt: skip
+
+
 @in_loop
 async def test_a_target_that_cannot_be_read_is_answered(caplog: pytest.LogCaptureFixture) -> None:
     async with stage() as s:
-        for target in ("unix:/health", "http:///health", "http://x", "health", "?x", "x:1"):
+        for target in UNREADABLE:
             client = await s.client()
             client.send(target, method="GET")
             answer = await client.answer()
             assert (answer.status, answer.code) == (400, "invalid_request")
     assert [one for one in caplog.records if one.levelname == "ERROR"] == []
+
+
+@in_loop
+async def test_a_target_may_be_a_whole_uri() -> None:
+    """RFC 9112 3.2.2: as a client sends it that takes us for a proxy."""
+    async with stage() as s:
+        engine = await s.granted()
+        client = await s.client()
+        payload = {"model": "alpha"}
+        for path in ("/v1/chat/completions", "/upstream/alpha/v1/completions?x=1"):
+            client.send(f"http://127.0.0.1:1{path}", payload)
+            assert (await client.answer()).status == 200
+        assert [request.line.split()[1] for request in engine.requests] == [
+            "/v1/chat/completions", "/v1/completions?x=1",
+        ]  # fmt: skip
+        for target, status in (
+            ("HTTP://127.0.0.1/health", 200), ("https://[::1]:443/v1/models", 200),
+            ("http://127.0.0.1/nothing", 404), ("http://127.0.0.1", 404),
+            ("http://127.0.0.1?x", 404), ("http://attacker.example/v1/models", 403),
+        ):  # fmt: skip
+            client = await s.client()
+            client.send(target, method="GET")
+            assert (await client.answer()).status == status, target
+
+
+@pytest.mark.parametrize("before", ["", "http://127.0.0.1", "HTTPS://localhost:8000", "x://y"])
+def test_what_a_target_looks_like_opens_nothing(before: str) -> None:
+    """With a whole URI for a target, whoever reached the port read logs and unloaded models."""
+
+    @in_loop
+    async def body() -> None:
+        async with stage() as s:
+            s.supervisor.answer = lambda _ask: {"ok": True, "result": {"lines": [], "models": {}}}
+            for method, path in (
+                ("POST", "/control/mode"), ("POST", "/control/wake"), ("GET", "/logs/alpha"),
+                ("GET", "/logs/stream/alpha"), ("GET", "/unload"), ("POST", "/unload"),
+            ):  # fmt: skip
+                client = await s.client()
+                client.send(before + path, {"mode": "manual", "model": "alpha"}, method=method)
+                assert (await client.answer()).status == (400 if before == "x://y" else 403), path
+                client = await s.client()
+                client.send(f"{before}{path}#x", {"mode": "manual"}, method=method)
+                assert (await client.answer()).status in (400, 403), path
+            assert not [one for one in s.supervisor.heard if isinstance(one, Ask)]
+
+    body()
 
 
 @in_loop

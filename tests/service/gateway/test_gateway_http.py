@@ -79,7 +79,7 @@ async def test_bad_requests_get_openai_errors() -> None:
     ["/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache",
      "/v1/load_lora_adapter", "/v1/../sleep", "/v1/chat/completions/../../../sleep", "/%73leep",
      "//sleep", "/v1/chat/completions#/../sleep", "http://x/sleep", "/Sleep", "/v1/completions/",
-     "/V1/completions", "http://x/v1/completions", "/upstream/alpha/sleep",
+     "/V1/completions", "http://x/upstream/alpha/sleep", "/upstream/alpha/sleep",
      "/upstream/alpha/v1/../sleep", "/upstream/alpha%2fsleep/v1/models/", "/upstream/alpha//sleep",
      "/upstream/alpha/v1/completions/../../sleep", "/upstream/alpha/%73leep", "/upstream//sleep",
      "/upstream/alpha/collective_rpc", "/upstream/alpha/metrics", "/upstream/../sleep",
