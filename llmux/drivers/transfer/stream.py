@@ -76,6 +76,7 @@ def send(
 ) -> None:
     """Write the stream from segment ``header.first`` on; ``headed``: with the header before it."""
     descriptors = _open_all(header.manifest, directory)
+    nothing = bytes(SEGMENT)
     try:
         if headed:
             _entry(out, NAME, header.to_json())
@@ -84,7 +85,7 @@ def send(
             if segment.number >= header.first:
                 data = bytearray(length)
                 read_exactly(descriptors[segment.file], memoryview(data), segment.start)
-                if data.strip(b"\0"):
+                if not data.startswith(nothing[:length]):
                     _entry(out, segment.name, data)
             count(length)
     finally:
