@@ -15,8 +15,8 @@ MEMORY_BYTES = 128 * 1024  # of one upload; a longer one is kept in an unlinked 
 MAX_PART_HEAD = 16 * 1024
 MAX_MODEL = 1024
 
-# A directory on disk: /tmp is memory on many systems.
-SPOOL_DIR = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108  # mkstemp, unlinked at once
+# On disk, where $TMPDIR names no other directory: /tmp is memory on many systems.
+SPOOL_DIR = "/var/tmp"  # noqa: S108  # mkstemp, unlinked at once
 
 _PARAMETER = re.compile(rb';\s*([^=;\s]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
 _MULTIPART = re.compile(rb"multipart/form-data\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
@@ -51,7 +51,8 @@ class Upload:
         self.size += len(data)
 
     def _move_to_disk(self) -> None:
-        self._fd, path = tempfile.mkstemp(prefix="llmux-upload-", dir=SPOOL_DIR)
+        directory = os.environ.get("TMPDIR") or SPOOL_DIR
+        self._fd, path = tempfile.mkstemp(prefix="llmux-upload-", dir=directory)
         os.unlink(path)
         self._append(bytes(self._memory))
         self._memory = bytearray()
