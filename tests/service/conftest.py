@@ -10,10 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from daemon_harness import Daemon, Start
 
 OTHER: dict[str, dict[str, Any]] = {"other": {}}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> Iterator[None]:
+    yield
+    forked.Server.end()
 
 
 @pytest.fixture

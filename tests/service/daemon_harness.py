@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import forked
 from heard import SECONDS, Datagrams, Heard, Lines
 
 STANDIN = Path(__file__).resolve().parents[1] / "standin"
@@ -151,6 +152,7 @@ class Daemon:
     environ: JSON = field(default_factory=dict)  # of the daemon, besides the usual
     arguments: tuple[str, ...] = ()  # of `llmux serve`, besides the configuration
     answer_secs: float = SECONDS  # how long any answer may take
+    own_interpreter: bool = False
 
     def __post_init__(self) -> None:
         self.config_file = self.directory / "config.json"
@@ -176,12 +178,9 @@ class Daemon:
         }
         env |= self.environ
         env.pop("XDG_RUNTIME_DIR", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmux", "serve", "-c", str(self.config_file), *self.arguments],
-            cwd=STANDIN.parents[1],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+        words = ["-m", "llmux", "serve", "-c", str(self.config_file), *self.arguments]
+        self.process = forked.start(
+            words, env=env, stderr=subprocess.PIPE, own_interpreter=self.own_interpreter
         )
         self.log = Heard(Lines(self.process.stderr))
         waiting = in_background(lambda: self.notified.wait("READY=1"))

@@ -117,7 +117,7 @@ def test_a_bad_file_leaves_the_running_configuration_in_force(daemon: Daemon) ->
 
 
 def test_sigterm_lets_answers_end_and_leaves_no_process(start_daemon: Start) -> None:
-    daemon = start_daemon({"alpha": {}, "beta": {}})
+    daemon = start_daemon({"alpha": {}, "beta": {}}, own_interpreter=True)
     daemon.load("beta")
     daemon.order("alpha", tokens_per_sec=40)
     with daemon.stream("alpha", max_tokens=20, min_tokens=20) as stream:

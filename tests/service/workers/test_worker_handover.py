@@ -49,7 +49,7 @@ def test_a_restart_is_noticed_by_no_client(workers: int, how: str) -> None:
                 gateway.process.terminate()
             else:
                 gateway.process.kill()
-            await soon(gateway.process.wait())
+            await soon(gateway.process.ended())
             between = await healthy(gateway)
 
             await gateway.start()
@@ -79,14 +79,14 @@ async def test_a_stop_ends_workers_of_former_parents_too() -> None:
         restarted = gateway.directory / "restarted"
         restarted.write_text(str(former))
         gateway.process.terminate()
-        await soon(gateway.process.wait())
+        await soon(gateway.process.ended())
         await gateway.start()
         await gateway.told("READY=1")
         await hub.joined(2)
         os.kill(former, 0)
         restarted.rename(gateway.directory / "stopped")
         gateway.process.terminate()
-        assert await soon(gateway.process.wait()) == 0
+        assert await soon(gateway.process.ended()) == 0
         await gone(former)
 
 
@@ -118,7 +118,7 @@ async def test_a_stop_lets_every_workers_streams_end() -> None:
             assert b"two" in await client.chunk()
         for client in clients:
             assert b"[DONE]" in await client.chunk()
-        assert await soon(gateway.process.wait()) == 0
+        assert await soon(gateway.process.ended()) == 0
         await engine.stop()
 
 
@@ -142,7 +142,7 @@ def test_a_restart_serves_who_waits_and_refuses_nobody(workers: int) -> None:
             gateway.supervisor.grant(engine)
             for client in waiting:
                 assert (await client.answer()).status == 200
-            assert await soon(gateway.process.wait()) == 0
+            assert await soon(gateway.process.ended()) == 0
             await gateway.start()
             await gateway.told("READY=1")
             gateway.supervisor.grant(engine, epoch="e2")

@@ -21,7 +21,7 @@ from llmux.gateway.workers import HANG_SECS
 
 @in_loop
 async def test_all_workers_are_up_before_ready_and_all_end_with_a_stop() -> None:
-    async with front(3) as gateway:
+    async with front(3, own_interpreter=True) as gateway:
         await gateway.told("READY=1")
         assert len(gateway.pids()) == 3 and gateway.process.pid not in gateway.pids()
         client = await gateway.client()
@@ -29,7 +29,7 @@ async def test_all_workers_are_up_before_ready_and_all_end_with_a_stop() -> None
         assert (await client.answer()).status == 200
         gateway.process.terminate()
         await gateway.told("STOPPING=1")
-        assert await soon(gateway.process.wait()) == 0
+        assert await soon(gateway.process.ended()) == 0
         for pid in gateway.pids():
             await gone(pid)
 
@@ -57,7 +57,7 @@ async def test_after_an_upgrade_it_is_the_next_gateway_that_replaces_a_worker() 
         victim, other = gateway.pids()
         (gateway.directory / "code").touch()
         os.kill(victim, signal.SIGKILL)
-        assert await soon(gateway.process.wait()) == 0
+        assert await soon(gateway.process.ended()) == 0
         client = await gateway.client()
         client.send("/health", method="GET")
         assert (await client.answer()).status == 200, "the other worker serves on"
@@ -116,6 +116,6 @@ async def test_workers_whose_parent_is_killed_end_when_no_other_comes() -> None:
     async with front(2, orphan_secs=0.1) as gateway:
         await gateway.told("READY=1")
         gateway.process.kill()
-        await soon(gateway.process.wait())
+        await soon(gateway.process.ended())
         for pid in gateway.pids():
             await gone(pid)

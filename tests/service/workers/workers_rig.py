@@ -6,11 +6,9 @@ The supervisor is the gateway tests' stand-in, or the real hub with a test in pl
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
+from forked import Forked
 from gateway_harness import (
     MODELS,
     Client,
@@ -31,7 +31,6 @@ from llmux.gateway.workers import HANG_SECS
 from llmux.protocol import Ask, Catalog, Demand, Grant, ModelInfo
 from llmux.runtime.control.socket import ControlSocket
 
-ROOT = Path(__file__).resolve().parents[3]
 SERVE = """
 import os, pathlib, sys
 from llmux.daemon.gateway import gateway
@@ -66,8 +65,9 @@ class Front:
     listener: socket.socket | None = None  # kept for it, as by systemd
     hang_secs: float = HANG_SECS
     orphan_secs: float = 100.0
+    own_interpreter: bool = False
     clients: list[Client] = field(default_factory=list)
-    process: asyncio.subprocess.Process = field(init=False)
+    process: Forked = field(init=False)
 
     async def start(self) -> None:
         env = dict(os.environ) | {
@@ -82,10 +82,10 @@ class Front:
             kept = [self.listener.fileno()]
             name = f"listen-unix_{self.directory}/http.sock".replace("/", "-")
             env |= {"TEST_LISTENER": str(kept[0]), "LISTEN_FDNAMES": name}
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVE, str(self.directory / "config.json"), self.link,
-            str(self.directory / "last-good"), cwd=ROOT, env=env, pass_fds=kept,
-        )  # fmt: skip
+        files = [str(self.directory / "config.json"), self.link, str(self.directory / "last-good")]
+        self.process = forked.start(
+            ["-c", SERVE, *files], env=env, pass_fds=kept, own_interpreter=self.own_interpreter
+        )
 
     async def client(self) -> Client:
         path = str(self.directory / "http.sock")
@@ -122,6 +122,7 @@ async def front(
     kept: bool = False,
     hang_secs: float = HANG_SECS,
     orphan_secs: float = 100.0,
+    own_interpreter: bool = False,
     **gateway: Any,
 ) -> AsyncIterator[Front]:
     with tempfile.TemporaryDirectory(prefix="lxw") as name:
@@ -145,7 +146,7 @@ async def front(
             listener.listen()
         running = Front(
             supervisor, directory, notified, link or supervisor.path, listener, hang_secs,
-            orphan_secs,
+            orphan_secs, own_interpreter,
         )  # fmt: skip
         await running.start()
         try:
@@ -153,10 +154,8 @@ async def front(
         finally:
             for client in running.clients:
                 client.leave()
-            if running.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    running.process.terminate()
-                await soon(running.process.wait())
+            running.process.terminate()
+            await soon(running.process.ended())
             if listener is not None:
                 listener.close()
             loop.remove_reader(notify)

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import socket
-import sys
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -20,6 +20,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import forked
+from forked import Forked
 from fuzz_cases import MAX_BODY, Case, Lane, Maker
 from fuzz_engine import Findings, RecordingEngine, Steward, echo_of, write
 from fuzz_reading import (
@@ -35,7 +37,6 @@ from gateway_harness import soon
 from llmux.config.keyfile import make_key
 from llmux.config.schema import KeyRole
 
-ROOT = Path(__file__).resolve().parents[4]
 SERVE = """
 import sys
 from llmux.daemon.gateway import gateway
@@ -195,7 +196,7 @@ def _answers(echo: list[bytes], wanted: Arrival) -> bool:
 @dataclass
 class Rig:
     port: int
-    process: asyncio.subprocess.Process
+    process: Forked
     steward: Steward
     lanes: list[LaneRunner]
     engines: list[RecordingEngine]
@@ -293,12 +294,11 @@ async def fuzz_rig(seed: int, *, lanes: int = 12, keys: bool = False) -> AsyncIt
         },
     }
     (directory / "config.json").write_text(json.dumps(document))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SERVE, str(directory / "config.json"), str(directory / "s.sock"),
-        str(directory / "last-good"), cwd=ROOT, stderr=asyncio.subprocess.PIPE,
-        env={k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS")},
-        start_new_session=True,
-    )  # fmt: skip
+    files = [str(directory / name) for name in ("config.json", "s.sock", "last-good")]
+    env = {k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS")}
+    process = forked.start(
+        ["-c", SERVE, *files], env=env, stderr=subprocess.PIPE, start_new_session=True
+    )
     rig = Rig(port, process, steward, [], [], seed, findings, admin)
     said = asyncio.create_task(_collect(process, rig.stderr))
     try:
@@ -315,7 +315,7 @@ async def fuzz_rig(seed: int, *, lanes: int = 12, keys: bool = False) -> AsyncIt
         # Its worker too, which outlives it. A stop would let requests wait whose model never comes.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await soon(process.wait())
+        await soon(process.ended())
         await soon(said)
         for engine in rig.engines:
             await engine.stop()
@@ -335,8 +335,12 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-async def _collect(process: asyncio.subprocess.Process, into: list[str]) -> None:
-    assert process.stderr is not None
-    while line := await process.stderr.readline():
-        if len(into) < 2000:
-            into.append(line.decode(errors="replace").rstrip())
+async def _collect(process: Forked, into: list[str]) -> None:
+    reader = asyncio.StreamReader()
+    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), process.stderr
+    )
+    with contextlib.closing(pipe):
+        while line := await reader.readline():
+            if len(into) < 2000:
+                into.append(line.decode(errors="replace").rstrip())
