@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -124,6 +125,7 @@ def bold(text: str) -> str:
 # ---- verbs ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def verbs() -> dict[str, argparse.ArgumentParser]:
     return actions_of(build_parser())
 

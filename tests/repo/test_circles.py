@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import graphlib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from test_layers import FILES, imports_of, module_of
 
 
+@functools.cache
 def edges() -> dict[str, set[str]]:
     """Module → the modules of the package that it imports, wherever in the file."""
     modules = {module_of(path) for path in FILES}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import re
 import sys
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from test_layers import FILES, ROOT, nodes_of
+
 MODULES = {"pyyaml": "yaml"}  # where a distribution's module has another name
 
 
@@ -23,11 +24,12 @@ def module(name: str) -> str:
     return MODULES.get(name, name.replace("-", "_"))
 
 
+@functools.cache
 def imported() -> dict[str, str]:
     """Module → a file of llmux that imports it, of those that are not Python's or ours."""
     found: dict[str, str] = {}
-    for path in sorted((ROOT / "llmux").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path in FILES:
+        for node in nodes_of(path):
             names = (
                 [alias.name for alias in node.names] if isinstance(node, ast.Import)
                 else [node.module or ""] if isinstance(node, ast.ImportFrom)
