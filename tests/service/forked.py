@@ -167,7 +167,6 @@ class Server:
 def serve(link_fd: int) -> None:
     """Fork what is asked for until the other end is closed. A child returns from here, too: it
     leaves nothing of the server on its stack when it ends."""
-    sys.path[0] = os.getcwd()  # as with -m
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
@@ -221,6 +220,7 @@ def _become(ask: dict[str, Any], fds: list[int]) -> None:
 def _run(arguments: Sequence[str]) -> None:
     """As the interpreter runs ``-m module …`` and ``-c code …``."""
     how, what, *rest = arguments
+    sys.path[0] = os.getcwd() if how == "-m" else ""
     if how == "-m":
         sys.argv = [what, *rest]
         runpy.run_module(what, run_name="__main__", alter_sys=True)
