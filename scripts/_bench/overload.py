@@ -89,6 +89,7 @@ def with_daemon(work: Any) -> dict[str, Any]:
         {name: {"env": speed} for name in ("alpha", "beta")},
         policy={"min_active_secs": 3, "request_timeout_secs": 120},
         top={"gateway": limits},
+        own_interpreter=True,
     )
     try:
         daemon.start()

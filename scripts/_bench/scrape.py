@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         "eviction": "retain+stop",
     }
     port = free_port()
-    daemon = Daemon(directory, dict.fromkeys(names, settings), top={"metrics_port": port})
+    daemon = Daemon(
+        directory, dict.fromkeys(names, settings), top={"metrics_port": port}, own_interpreter=True
+    )
     try:
         daemon.start()
         for name in names:

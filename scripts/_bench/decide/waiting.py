@@ -41,6 +41,7 @@ def measure(models: int, requests: int, seconds: float) -> dict[str, Any]:
         policy={"policy_type": "fair", "request_timeout_secs": TIMEOUT_SECS},
         top={"gateway": {"max_waiting": requests, "max_connections": 2 * requests}},
         answer_secs=300.0,  # while thousands of requests are read
+        own_interpreter=True,
     )
     try:
         daemon.start()

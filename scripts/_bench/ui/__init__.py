@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     directory = pathlib.Path(tempfile.mkdtemp(prefix="lxu"))
     names = [f"model-{at:02}" for at in range(arguments.models)]
-    daemon = Daemon(directory, {name: {"canary": False} for name in names})
+    daemon = Daemon(directory, {name: {"canary": False} for name in names}, own_interpreter=True)
     try:
         daemon.start()
         for name in names[:2]:
