@@ -66,6 +66,20 @@ def test_a_model_on_other_gpus_is_not_waited_for() -> None:
     assert why(core, "gamma").waits_for == ("beta",)
 
 
+def test_of_two_gpus_that_change_hands_each_waits_for_its_own() -> None:
+    names = (("alpha", 1), ("delta", 1), ("beta", 0), ("gamma", 0))
+    core = Core(*(model(name, gpus=(gpu,)) for name, gpu in names), gpu_count=2)
+    for serves, waits in (("alpha", "delta"), ("beta", "gamma")):
+        core.serve(serves)
+        core.demand(serves, in_flight=1)
+        core.demand(waits, waiting=1)
+    assert why(core, "delta").waits_for == ("alpha",)
+    assert why(core, "gamma").waits_for == ("beta",)
+    core.drained("alpha")
+    assert why(core, "delta").text == "waits for alpha to release its GPU memory"
+    assert why(core, "gamma").waits_for == ("beta",)
+
+
 def test_a_failure_is_named_by_its_first_line_with_the_time_to_the_next_try() -> None:
     core = two()
     core.demand("alpha", waiting=1)

@@ -236,6 +236,22 @@ def test_an_engine_that_fails_its_canary_is_unhealthy(status: int, tmp_path: Pat
     asyncio.run(body())
 
 
+@pytest.mark.parametrize(
+    ("status", "asked"),
+    [(400, 1), (401, 1), (404, 1), (408, 3), (422, 1), (425, 3), (429, 3), (500, 3), (503, 3)],
+)
+def test_an_order_is_given_again_where_that_may_help(
+    status: int, asked: int, tmp_path: Path
+) -> None:
+    async def body() -> None:
+        async with server(tmp_path, lambda *_: reply(status, b"{}")) as (address, seen):
+            with pytest.raises(EngineUnhealthy):
+                await VllmEngine(retry_pauses=(0, 0)).sleep(address, 1, 5)
+            assert len(seen) == asked
+
+    asyncio.run(body())
+
+
 def test_the_silence_that_is_transcribed_is_a_wave_file() -> None:
     (probe,) = (probe for probe in OPENAI if "audio" in probe.path)
     form, kind = encode(probe.body("whisper"))
