@@ -231,8 +231,10 @@ class Dispatch:
             self.send_admitted(self._admission.admit_waiting(exchange.model))
         elif exchange.repeatable:
             if exchange.deaths > 1:
+                # The engine may live: it closed the connection, or answered what is not HTTP.
                 problem.hint = (
-                    f"{exchange.deaths} engines died with this request: it is not repeated"
+                    f"{exchange.deaths} times the engine died with this request or broke off:"
+                    " it is not repeated"
                 )
             exchange.refuse(problem)
         else:

@@ -26,7 +26,7 @@ _TEXTS: Final[Mapping[int, str]] = {
     415: "The body has a content-encoding",
     429: "A limit is reached; Retry-After says when to retry",
     500: "Internal error: see the journal",
-    502: "The engine failed; the request was repeated once where that was safe",
+    502: "The engine failed; the request was repeated where that was safe",
     503: "The model is not available now; Retry-After says when to retry",
     504: "The model could not be made ready in time",
 }

@@ -57,7 +57,7 @@ def test_a_request_that_kills_its_engine_is_answered_alone(daemon: Daemon) -> No
     answers = [request.result(SECONDS) for request in began]
     told = [(answer.status, answer.code if answer.status != 200 else "") for answer in answers]
     assert told == [(200, ""), (200, ""), (502, "engine_died"), (200, ""), (200, "")]
-    assert "2 engines died with this request" in answers[2].message
+    assert "2 times the engine died with this request" in answers[2].message
     starts = [line for line in daemon.log.since(mark) if "Starting alpha cold" in line]
     assert len(starts) == 2  # after the first death, and after the one that named the request
 
