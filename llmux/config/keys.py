@@ -199,6 +199,7 @@ GATEWAY: Final = Spec(
         "max_in_flight": quantities.integer(1, 1_000_000),
         "cors_origins": parse.one_or_more(addresses.origin, '["https://chat.example.org"]'),
         "keep_alive_comment_secs": _seconds(0, 3600),
+        "loading_text": parse.boolean,
         "keys_file": parse.secret_path,
         "allowed_hosts": parse.one_or_more(addresses.host_name, '["llm.example.org"]'),
         "allow_public_without_keys": parse.boolean,

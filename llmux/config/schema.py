@@ -171,6 +171,7 @@ class GatewayConfig:
     max_in_flight: int = 1024  # requests at one model's engine; divided among workers
     cors_origins: tuple[str, ...] = ()  # web pages that may use the API; "*" = all of them
     keep_alive_comment_secs: float = 15.0  # between SSE comments until a stream begins; 0 = none
+    loading_text: bool = False  # what chat streams wait for, in words, as reasoning_content
     keys_file: str | None = None  # a path, or credential:NAME; None = no key is needed
     allowed_hosts: tuple[str, ...] = ()  # further names in Host while there are no keys; "*" = all
     allow_public_without_keys: bool = False

@@ -17,6 +17,7 @@ from llmux.gateway.admission.keys import Guard, LoadKeys
 from llmux.gateway.admission.queue import T
 from llmux.gateway.admission.retry_after import Switches
 from llmux.gateway.client.turns import Turns
+from llmux.gateway.exchange.loading_text import Standing
 from llmux.gateway.http.budget import BodyBudget
 from llmux.gateway.http.cors import Cors
 from llmux.gateway.http.hosts import Hosts
@@ -84,6 +85,11 @@ class Worker(Generic[T]):
             max_in_flight=share(settings.max_in_flight, settings.workers),
         )
         self.switches = Switches(self.clock, min_active_secs=config.policy.min_active_secs)
+        self.standing = (
+            Standing(link, self.admission, self.switches, self.clock)
+            if settings.loading_text
+            else None
+        )
         self.subscriptions = Subscriptions(link)
         if self.guard is not None:
             self.guard.know(self.names)

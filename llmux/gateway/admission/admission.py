@@ -350,6 +350,10 @@ class Admission(Generic[T]):
 
     # ---- views ----------------------------------------------------------------------------------
 
+    def ahead_of(self, ticket: T) -> int:
+        queue = self._queues.get(ticket.model)
+        return 0 if queue is None else queue.ahead_of(ticket)
+
     def _queue(self, model: str) -> ModelQueue[T]:
         queue = self._queues.get(model)
         if queue is None:

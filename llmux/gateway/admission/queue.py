@@ -111,3 +111,9 @@ class ModelQueue(Generic[T]):
     @property
     def usable(self) -> bool:
         return self.lease is not None and self.lease.suspect_until is None
+
+    def ahead_of(self, ticket: T) -> int:
+        """How many wait at this worker and come before it; 0 when it does not wait."""
+        if ticket not in self.waiting:
+            return 0
+        return next(place for place, one in enumerate(self.waiting) if one is ticket)

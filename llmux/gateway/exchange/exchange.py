@@ -18,6 +18,7 @@ from llmux.gateway.engine.pool import EnginePool
 from llmux.gateway.engine.request import Delivery, EngineRequest, Rename
 from llmux.gateway.exchange.held_error import MAX_HELD, HeldError
 from llmux.gateway.exchange.keep_alive import HEAD, KeepAlive
+from llmux.gateway.exchange.loading_text import ChatText
 from llmux.gateway.exchange.response_id import ResponseIdFinder
 from llmux.gateway.http import problems
 from llmux.gateway.http.request import Incoming
@@ -95,8 +96,8 @@ class Exchange(Ticket):
         self._close = not request.keep_alive
         self._response_id = ResponseIdFinder() if route.keeps else None
         self._keep_alive: KeepAlive | None = None
-        if stream and worker.keep_alive_secs and not request.head.version_1_0:
-            self._keep_alive = KeepAlive(model, worker.keep_alive_secs, anthropic=self._anthropic)
+        if stream and not request.head.version_1_0:
+            self._keep_alive = self._signs_of_life(request, route, alias or model)
         self._held: HeldError | None = None
         self.key = request.key
         self.counted = False  # counted against the key's max_in_flight
@@ -200,17 +201,26 @@ class Exchange(Ticket):
 
     # ---- keep-alive comments --------------------------------------------------------------------
 
+    def _signs_of_life(self, request: Incoming, route: Route, name: str) -> KeepAlive | None:
+        seconds, standing = self._worker.keep_alive_secs, self._worker.standing
+        if standing is not None and route.chat:
+            number = request.request_id.decode()
+            text = ChatText(standing, name, number, seconds)
+            return KeepAlive(name, seconds, anthropic=False, text=text)
+        return KeepAlive(self.model, seconds, anthropic=route.anthropic) if seconds else None
+
     def wait_begins(self) -> None:
         """For admission or for the first byte of the response."""
         if self._keep_alive is not None and self._client is not None:
-            self._client.deadline = self._worker.clock() + self._keep_alive.interval
+            self._client.deadline = self._worker.clock() + self._keep_alive.pause
 
     def send_keep_alive(self) -> None:
         """Called when the client's deadline passed."""
         client, keep_alive = self._client, self._keep_alive
         if client is None or keep_alive is None or not self.repeatable:
             return
-        if not keep_alive.started:
+        chunk = keep_alive.chunk(self, self._worker.clock())
+        if chunk and not keep_alive.started:
             assert self._request is not None, "the request is held until the response begins"
             keep_alive.started = True
             self._status = 200
@@ -219,7 +229,8 @@ class Exchange(Ticket):
             own = self._own_headers(self._request, self._close)
             client.write(HEAD + own + b"\r\n")
             self._worker.observer.answered(self.model, 200)
-        client.write(keep_alive.chunk)
+        if chunk:
+            client.write(chunk)
         self.wait_begins()
 
     @property

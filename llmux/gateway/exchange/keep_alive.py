@@ -1,4 +1,5 @@
-"""Keep-alive comments (pings on Anthropic's routes) until the first byte of an event stream.
+"""Keep-alive comments (pings on Anthropic's routes) until the first byte of an event stream, or for
+chat a text about what it waits for.
 
 Sent while a request waits for its model and while its engine has not answered yet. The first one
 commits the status 200; a later failure is reported as an error event in the stream.
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 
 from llmux.errors import Reason, Refused
+from llmux.gateway.admission.queue import Ticket
+from llmux.gateway.exchange.loading_text import LOOK_SECS, ChatText
 
 MAX_ERROR = 64 * 1024  # bytes of an engine's error response that are passed on in an event
 
@@ -20,17 +23,25 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
 class KeepAlive:
-    """``started``: the head was sent before the engine answered. ``error``: collects an engine's
-    response that cannot follow that head; None: none does."""
+    """``started``: the head was sent before the engine answered. ``pause``: seconds until there may
+    be something to send. ``error``: collects an engine's response that cannot follow that head;
+    None: none does."""
 
-    __slots__ = ("chunk", "error", "interval", "started")
+    __slots__ = ("_comment", "_text", "error", "pause", "started")
 
-    def __init__(self, model: str, interval: float, *, anthropic: bool) -> None:
-        comment = PING if anthropic else f": waiting for {model}\n\n".encode()
-        self.chunk = b"%x\r\n%b\r\n" % (len(comment), comment)
-        self.interval = interval
+    def __init__(
+        self, model: str, interval: float, *, anthropic: bool, text: ChatText | None = None
+    ) -> None:
+        self._comment = PING if anthropic else f": waiting for {model}\n\n".encode()
+        self._text = text
+        self.pause = interval if text is None else LOOK_SECS
         self.started = False
         self.error: bytearray | None = None
+
+    def chunk(self, ticket: Ticket, now: float) -> bytes:
+        """What is due; empty when that is nothing."""
+        event = self._comment if self._text is None else self._text.event(ticket, now)
+        return b"%x\r\n%b\r\n" % (len(event), event) if event else b""
 
     def collect(self, data: bytes) -> None:
         assert self.error is not None, "collecting was begun"

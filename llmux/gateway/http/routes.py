@@ -37,6 +37,11 @@ class Route:
     anthropic: bool = False
     keeps: bool = False
 
+    @property
+    def chat(self) -> bool:
+        """Its streams are of chat completion chunks."""
+        return self.path == b"/v1/chat/completions"
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
