@@ -21,10 +21,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from _bench.policies.azure import AzureError, azure
 from _bench.policies.verdicts import THREE, Rows, by_seed, is_loose, judge, nearness, of_best
 from _bench.policies.workloads import FURTHER, PLACES, WORKLOADS, Workload, name_of
 from llmux.config.schema import (
@@ -50,7 +52,7 @@ from llmux.sim.world import Simulation
 HELP = "compare the policies over simulated workloads"
 
 OFFLOAD = Eviction(Weights.OFFLOAD, Process.KEEP_RUNNING)
-ALL = (*WORKLOADS, *FURTHER)
+ALL = [*WORKLOADS, *FURTHER]  # and what was read from files, before the processes are forked
 COSTS = ("2", "10", "30", "38/4")
 REPORT_SECS = 0.2  # coarser than a gateway's few ms: four times as fast, and alike for all
 
@@ -149,12 +151,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cost", nargs="+", default=list(COSTS), help="seconds of a switch")
     parser.add_argument("--workload", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--further", action="store_true", help="nine more workloads")
+    parser.add_argument(
+        "--azure", nargs="+", type=Path, metavar="FILE",
+        help="instead: Azure's public LLM inference traces, a model for each file",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="traces per workload")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    chosen = [
+def _chosen(arguments: argparse.Namespace) -> list[int]:
+    """Indices of the workloads. Raises AzureError."""
+    if arguments.azure:
+        workload = azure(arguments.azure)
+        for seed in range(arguments.seeds):
+            workload.trace(seed)
+        ALL.append(workload)
+        return [len(ALL) - 1]
+    return [
         index
         for index, workload in enumerate(ALL)
         if (
@@ -163,13 +176,21 @@ def run(arguments: argparse.Namespace) -> int:
             else arguments.further or index < len(WORKLOADS)
         )
     ]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        chosen = _chosen(arguments)
+    except AzureError as error:
+        print(f"bench: {error}")
+        return 2
     names = [ALL[index].name for index in chosen]
     cells = [(index, cost) for index in chosen for cost in arguments.cost]
     seeds = range(arguments.seeds)
     jobs = [
         (*cell, policy, seed) for cell in cells for policy in arguments.policy for seed in seeds
     ]
-    with ProcessPoolExecutor(arguments.jobs) as pool:
+    with ProcessPoolExecutor(arguments.jobs, get_context("fork")) as pool:
         simulated = list(pool.map(_simulate, jobs, chunksize=1))
         least = list(pool.map(_bound, [(*cell, seed) for cell in cells for seed in seeds]))
     several = range(0, len(simulated), arguments.seeds)
