@@ -68,14 +68,17 @@ class Watch:
         self._stalled = stalled
         self.progress = progress
         self._baseline: float | None = None
+        self._began = self._cpu = 0.0
 
     async def run(self, seconds: float) -> None:
         """Returns with the first sign of life. Raises EngineUnhealthy when there was none."""
-        first = await self._sample(seconds)
-        ends = first.at + seconds
+        # From before the first question, which a stopped engine lets wait for ANSWER_SECS.
+        self._began = _now()
+        self._cpu = await self._cpu_seconds()
+        ends = self._began + seconds
         pause = FIRST_PAUSE_SECS
-        latest = first
-        while not (self._lives(first, latest, seconds) or await self._idles(latest, ends)):
+        latest = await self._sample(seconds)
+        while not (self._lives(latest, seconds) or await self._idles(latest, ends)):
             left = ends - latest.at
             if left <= 0:
                 raise EngineUnhealthy(
@@ -100,18 +103,20 @@ class Watch:
 
     async def _sample(self, left: float) -> _Sample:
         vitals = await self._drivers.engine.vitals(self._address, min(left, ANSWER_SECS))
-        units, handle = self._drivers.units, self._handle
-        cpu = await units.cpu_seconds(handle) if handle is not None else 0.0
-        now = _now()
+        cpu, now = await self._cpu_seconds(), _now()
         value = vitals.progress
         if value is not None and (self.progress is None or self.progress.value != value):
             self.progress = Progress(value, now)
         return _Sample(vitals, cpu, now)
 
-    def _lives(self, first: _Sample, latest: _Sample, seconds: float) -> bool:
+    async def _cpu_seconds(self) -> float:
+        handle = self._handle
+        return 0.0 if handle is None else await self._drivers.units.cpu_seconds(handle)
+
+    def _lives(self, latest: _Sample, seconds: float) -> bool:
         vitals = latest.vitals
         if vitals.status is None:  # 1
-            return self._computes(first, latest, seconds)
+            return self._computes(latest, seconds)
         if not self._stalled or vitals.progress is None:  # 2
             return vitals.status < 500
         if self._baseline is None:
@@ -119,14 +124,13 @@ class Watch:
         if vitals.progress != self._baseline:  # 3
             return True
         still = latest.at - self.progress.since if self.progress is not None else 0.0
-        return still < STEP_LIMITS * 2 * seconds and self._computes(first, latest, seconds)  # 4, 5
+        return still < STEP_LIMITS * 2 * seconds and self._computes(latest, seconds)  # 4, 5
 
-    @staticmethod
-    def _computes(first: _Sample, latest: _Sample, seconds: float) -> bool:
-        elapsed = latest.at - first.at
+    def _computes(self, latest: _Sample, seconds: float) -> bool:
+        elapsed = latest.at - self._began
         if elapsed < min(MIN_WATCH_SECS, seconds):
             return False
-        return latest.cpu - first.cpu >= COMPUTES * elapsed
+        return latest.cpu - self._cpu >= COMPUTES * elapsed
 
     @staticmethod
     def _verdict(latest: _Sample, seconds: float) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from runtime_harness import Shop, in_virtual_time, model
@@ -14,6 +17,9 @@ from llmux.drivers.engine.counters import work_counters
 from llmux.engines.vllm import VLLM
 from llmux.errors import DriverTimeout, EngineUnhealthy
 from llmux.ports import Vitals
+from llmux.protocol import Address
+from llmux.runtime.engines.vitals import Watch
+from llmux.runtime.host import Drivers
 from tests.twins.world import World
 
 MODEL = model("a", stall_timeout_secs=120.0)
@@ -47,6 +53,24 @@ async def test_an_engine_that_is_stopped_hangs(tmp_path: Path, stalled: bool) ->
     ended = await probe(world, tmp_path, stalled=stalled)
     assert ended.error is not None
     assert "no answer and no computing for 60 s" in ended.error
+
+
+class Stopped:
+    """Takes questions and answers none, as a process after SIGSTOP."""
+
+    async def vitals(self, address: Address, timeout: float) -> Vitals:
+        await asyncio.sleep(timeout)
+        return Vitals(None)
+
+
+@in_virtual_time
+async def test_the_watch_ends_in_its_time_although_each_question_takes_its_own() -> None:
+    drivers = cast("Drivers", SimpleNamespace(engine=Stopped(), units=None))
+    watch = Watch(drivers, "a", Address(port=1), None, stalled=True, progress=None)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(EngineUnhealthy, match="no answer and no computing for 6 s"):
+        await watch.run(6.0)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(6.0, abs=0.06)
 
 
 @in_virtual_time
