@@ -20,6 +20,9 @@ STEP = {
 }
 
 
+ODD: tuple[Any, ...] = (None, {}, {"models": {"alpha": {"phase_text": 7}}}, {"models": []})
+
+
 @pytest.fixture(autouse=True)
 def _look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (keep_alive, loading_text):
@@ -82,7 +85,7 @@ async def test_the_step_what_is_left_and_the_place_in_the_queue_are_told() -> No
 @in_loop
 async def test_without_a_step_it_waits_for_room() -> None:
     async with stage(a_config(loading_text=True)) as s:
-        for odd in (None, {}, {"models": {"alpha": {"phase_text": 7}}}, {"models": []}):
+        for odd in ODD:
             s.supervisor.answer = lambda _ask, odd=odd: {"ok": True, "result": odd}  # type: ignore[misc]  # bound here
             client = await s.chat(stream=True)
             await client.head()
