@@ -72,12 +72,13 @@ class Watch:
 
     async def run(self, seconds: float) -> None:
         """Returns with the first sign of life. Raises EngineUnhealthy when there was none."""
-        # From before the first question, which a stopped engine lets wait for ANSWER_SECS.
         self._began = _now()
         self._cpu = await self._cpu_seconds()
-        ends = self._began + seconds
-        pause = FIRST_PAUSE_SECS
         latest = await self._sample(seconds)
+        # The first question counts, which a stopped engine lets wait for ANSWER_SECS; what moves is
+        # seen by those that follow.
+        ends = max(self._began + seconds, latest.at + min(seconds, MIN_WATCH_SECS))
+        pause = FIRST_PAUSE_SECS
         while not (self._lives(latest, seconds) or await self._idles(latest, ends)):
             left = ends - latest.at
             if left <= 0:
