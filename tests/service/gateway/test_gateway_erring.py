@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from gateway_harness import EngineRequest, a_config, echo, eof_watch, in_loop, stage, until
@@ -69,6 +70,45 @@ async def stream_or_echo(request: EngineRequest) -> None:
         request.end_stream()
     else:
         await echo(request)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+@pytest.mark.parametrize("end", ["length", "chunks", "close"])
+def test_an_error_is_held_while_the_engine_is_asked_however_its_body_ends(
+    end: str, alive: bool
+) -> None:
+    """But for one that ends with its connection: a dead engine's would be cut anywhere."""
+    body = json.dumps(ERROR).encode()
+    heads = {"length": b"content-length: %d\r\n" % len(body), "close": b""}
+    heads["chunks"] = b"transfer-encoding: chunked\r\n"
+
+    async def err(request: EngineRequest) -> None:
+        if request.line.startswith("GET /health "):
+            request.json({}, "200 OK" if alive else "503 Service Unavailable")
+            return
+        framed = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if end == "chunks" else body
+        request.writer.write(b"HTTP/1.1 500 Internal Server Error\r\n" + heads[end] + b"\r\n")
+        request.writer.write(framed)
+        if end == "close":
+            raise ConnectionError
+
+    @in_loop
+    async def run() -> None:
+        async with stage() as s:
+            engine = await s.granted(err)
+            client = await s.chat()
+            if not alive and end != "close":
+                await s.supervisor.hear(EngineLost)
+                s.supervisor.say(Revoke("alpha", "e1", dead=True))
+                s.supervisor.grant(await s.engine(name="next"), epoch="e2")
+                assert (await client.answer()).status == 200
+            else:
+                answer = await client.answer()
+                assert (answer.status, answer.body) == (500, body)
+            await until(lambda: s.in_flight() == 0)
+            assert len(engine.requests) == (1 if end == "close" else 2)
+
+    run()
 
 
 @in_loop

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from gateway_harness import EngineRequest, in_loop, soon, stage
+import asyncio
+
+import pytest
+from gateway_harness import EngineRequest, StubEngine, in_loop, soon, stage
 
 
 async def chatter(request: EngineRequest) -> None:
@@ -52,6 +55,74 @@ async def test_a_connection_is_used_again_only_by_its_own_kind() -> None:
             client.chat(name)
             assert (await client.answer()).json()["model"] == name
         assert engine.accepted == 2
+
+
+@pytest.mark.parametrize("name", ["alpha", "alef"])
+@pytest.mark.parametrize(
+    ("line", "again"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nconnection: keep-alive\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nconnection: close\r\n", False),
+        (b"HTTP/1.0 200 OK\r\n", False),
+        (b"HTTP/1.0 200 OK\r\nconnection: keep-alive\r\n", True),
+    ],
+)
+def test_the_engine_decides_whether_its_connection_is_used_again(
+    line: bytes, again: bool, name: str
+) -> None:
+    """It reads on although it said "close": what it does with more is not known."""
+
+    async def answer(request: EngineRequest) -> None:
+        request.writer.write(line + b"content-length: 2\r\n\r\n{}")
+
+    @in_loop
+    async def run() -> None:
+        async with stage() as s:
+            engine = await s.granted(answer)
+            client = await s.client()
+            for number in (1, 2):
+                client.chat(name)
+                assert (await client.answer()).body == b"{}"
+                if not again:
+                    await soon(engine.requests[number - 1].gone.wait())
+            assert engine.accepted == (1 if again else 2)
+
+    run()
+
+
+class Hasty(StubEngine):
+    """Answers when it has read the head."""
+
+    @staticmethod
+    async def _read(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
+    ) -> EngineRequest:
+        head = await reader.readuntil(b"\r\n\r\n")
+        return EngineRequest(head.decode(), {}, b"", reader, writer, number, raw_head=head)
+
+
+@in_loop
+async def test_a_connection_is_not_used_again_while_a_request_is_still_being_sent() -> None:
+    """The rest of the upload would be taken for the next request."""
+
+    async def refuse(request: EngineRequest) -> None:
+        request.json({"error": "too long"}, "400 Bad Request")
+        await answered.wait()
+        while await request.reader.read(1 << 16):
+            pass
+
+    answered = asyncio.Event()
+    async with stage() as s:
+        engine = Hasty(refuse, path=str(s.directory / "hasty.sock"))
+        await engine.start()
+        s.engines.append(engine)
+        s.supervisor.grant(engine)
+        client = await s.chat(padding="x" * (4 << 20))
+        assert (await client.answer()).status == 400
+        answered.set()
+        await soon(engine.requests[0].gone.wait())
+        assert engine.accepted == 1
 
 
 @in_loop

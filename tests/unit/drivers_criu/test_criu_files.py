@@ -98,10 +98,37 @@ def test_a_good_restore_is_recognised_by_its_last_word() -> None:
     assert not command.succeeded(log, "dump")
 
 
-def test_the_host_is_blamed_for_what_the_image_cannot_help() -> None:
-    assert command.blames_host("2025 killed by signal 9: Killed; Restoring FAILED.")
-    assert command.blames_host("Can't create ghost regfile: File exists")
-    assert not command.blames_host("Image file pages-1.img is corrupted")
+@pytest.mark.parametrize(
+    ("text", "host", "hint"),
+    [
+        ("2025 killed by signal 9: Killed; Restoring FAILED.", True, None),
+        ("Can't create ghost regfile: File exists", True, None),
+        ("Can't map 0x7f00: Cannot allocate memory", True, "not enough memory"),
+        ("Can't write page: No space left on device", True, "free some space"),
+        ("Can't bind inet socket: Address already in use", True, "another process listens"),
+        ("Can't fork for 114: File exists", True, "one of the image's pids"),
+        ("Can't fork for 114: Resource temporarily unavailable", True, "one of the image's pids"),
+        ("Image file pages-1.img is corrupted", False, None),
+        ("2025 killed by signal 11: Segmentation fault", False, None),
+        ("Can't dump half of stream unix connection.", False, "unix stream connection"),
+        ("Can't dump file 7 of anon_inode:[io_uring]", False, "filter against io_uring"),
+        ("Can't write page: Disk quota exceeded", False, "raise the quota"),
+        ("File srv/model has bad size 7 (expect 8)", False, "changed since the dump"),
+        ("File lib/libc.so has bad build-ID", False, "was replaced since the dump"),
+        ("File srv/model has bad mode 0100600", False, "the permissions of a file"),
+        ("Can't open file srv/model on restore: No such file", False, "was removed since"),
+        ("Can't get socket option SO_PASSSEC", False, "CRIU 4.2.1 or later"),
+        ("Can't find symbols in rt-vdso", False, "a newer CRIU"),
+        ("Can't get rlimit 7 of 114", False, "CAP_SYS_RESOURCE"),
+        ("suspending seccomp failed: Operation not permitted", False, "denies ptrace"),
+    ],
+)
+def test_each_known_error_has_its_remedy_and_is_blamed_on_host_or_image(
+    text: str, host: bool, hint: str | None
+) -> None:
+    assert command.blames_host(text) is host
+    said = command.hint_for(text)
+    assert said is None if hint is None else hint in (said or "")
 
 
 @pytest.mark.parametrize(

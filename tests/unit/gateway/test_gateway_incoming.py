@@ -159,6 +159,39 @@ def test_another_name_in_the_same_body(body: bytes, written: bytes | None) -> No
     assert str(json.loads(renamed)) == str(expected)
 
 
+STREAM = b'{"model": "a", "stream": true, "previous_response_id": "resp_1"}'
+
+
+@pytest.mark.parametrize(
+    ("start", "body", "stream", "model", "named"),
+    [
+        ("POST /v1/completions", STREAM, True, "a", "resp_1"),
+        ("POST /v1/completions", b'{"model": "a", "stream": false}', False, "a", None),
+        ("POST /v1/completions", b'{"model": "a", "stream": 1}', False, "a", None),
+        ("POST /v1/completions", b'{"model": "a"}', False, "a", None),
+        ("POST /upstream/b/v1/completions", STREAM, True, "b", "resp_1"),
+        ("POST /upstream/b/v1/completions", b'{"stream": true}', False, "b", None),
+        ("POST /upstream/b/v1/completions", b"not JSON", False, "b", None),
+        ("GET /upstream/b/v1/models", b"", False, "b", None),
+        ("GET /v1/responses/resp_2", STREAM, False, None, "resp_2"),
+        ("POST /v1/responses/resp_2/cancel", STREAM, False, None, "resp_2"),
+        ("GET /upstream/b/v1/responses/resp_2", b"", False, "b", "resp_2"),
+        ("POST /upstream/b/v1/audio/translations", STREAM, False, "b", None),
+    ],
+)
+def test_each_way_to_an_engine_says_its_model_its_stream_and_its_response(
+    start: str, body: bytes, stream: bool, model: str | None, named: str | None
+) -> None:
+    request = incoming(HOST)
+    request.method, request.target = start.encode().split()
+    request.find_route()
+    request.body = body
+    assert request.match is not None
+    assert request.wants_stream() is stream
+    assert request.model() == model
+    assert request.named_response() == named
+
+
 @pytest.mark.parametrize("body", [b"", b"1", b"null", b"[]", b'{"model": null}', b'{"model": {}}'])
 def test_bodies_without_a_model_are_refused(body: bytes) -> None:
     with pytest.raises(Refused):

@@ -262,6 +262,31 @@ async def test_engines_of_models_that_are_configured_no_longer_are_stopped() -> 
         await life.drop()
 
 
+@pytest.mark.parametrize("notes", ["kept", "lost"])
+@pytest.mark.parametrize("much", [False, True])
+@in_loop
+async def test_one_that_sleeps_and_holds_much_is_half_awake_where_no_note_says_what_it_did(
+    much: bool, notes: str
+) -> None:
+    """With a note that it served it was put to sleep as a whole, and what it holds is its own."""
+    world, store = World(), MemoryStore()
+    with tempfile.TemporaryDirectory() as runtime:
+        config = config_of(model("a"))
+        life = await begin_life(config, world, runtime, store)
+        life.loop.post(LoadAsked("a"))
+        await life.until_state("a", "serving")
+        await life.drop()
+        engine = world.engines["a"]
+        engine.level, engine.asleep = 1, {"weights", "kv_cache"}
+        if not much:
+            engine.held = {"context": engine.used["context"]}
+        life = await begin_life(config, world, runtime, store if notes == "kept" else MemoryStore())
+        await life.settled()
+        stopped = much and notes == "lost"
+        assert life.state_of("a") == ("stopped" if stopped else "parked")
+        await life.drop()
+
+
 @in_loop
 async def test_what_operators_ordered_outlives_the_supervisor() -> None:
     world, store = World(), MemoryStore()

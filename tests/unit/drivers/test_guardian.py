@@ -1,0 +1,84 @@
+"""The guardian alone: whatever ends first, supervisor or engine, nothing of the engine is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from llmux.drivers.processes.process import descendants, start_ticks
+from llmux.drivers.processes.spawn import spawn_launcher
+from llmux.ports import LaunchSpec
+
+SECONDS = 20.0
+
+# Two daemons in sessions of their own, which ignore what they can; the engine ends as it is told.
+ENGINE = """
+for n in 1 2; do (setsid sh -c 'trap "" TERM HUP INT; echo $$ > "$0"; while :; do sleep 1000; done' "$1" &) & done
+read how < "$2"
+eval "$how"
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("end", "description"),
+    [
+        ("the supervisor is gone", "killed by SIGKILL"),
+        ("a second byte", "killed by SIGKILL"),
+        ("exit 3", "exit status 3"),
+        ("kill -TERM $$", "killed by SIGTERM"),
+        ("kill -KILL $$", "killed by SIGKILL"),
+    ],
+)
+def test_its_end_is_the_engines_and_nothing_is_left(
+    tmp_path: Path, end: str, description: str
+) -> None:
+    names, how = tmp_path / "names", tmp_path / "how"
+    for fifo in (names, how):
+        os.mkfifo(fifo)
+
+    def read_names() -> list[int]:
+        found: list[int] = []
+        while len(found) < 2:
+            found += [int(line) for line in names.read_text().split()]
+        return found
+
+    async def body() -> None:
+        launch = spawn_launcher()
+        guardian = launch.process
+        argv = ("/bin/sh", "-c", ENGINE, "sh", str(names), str(how))
+        output = str(tmp_path / "output")
+        spec = LaunchSpec("m", argv, {"PATH": "/usr/bin:/bin"}, None, output, output, "/")
+        pids: list[int] = []
+        try:
+            await launch.open(spec, SECONDS, cgroup_root=None, guardian=True)
+            daemons = await asyncio.to_thread(read_names)
+            pids = descendants(guardian.pid)
+            assert {launch.engine_pid, *daemons} <= set(pids)
+            gate = launch.take_gate()
+            if end == "a second byte":
+                os.write(gate, b"x")
+            elif end == "the supervisor is gone":
+                os.close(gate)
+                gate = -1
+            else:
+                await asyncio.to_thread(how.write_text, f"{end}\n")
+            assert await guardian.wait(SECONDS), "it waits for ever"
+            assert guardian.ended == description
+            assert [pid for pid in pids if start_ticks(pid) is not None] == []
+            if gate >= 0:
+                os.close(gate)
+        finally:
+            launch.close()
+            for pid in [*pids, guardian.pid]:
+                if guardian.ended is None:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            await guardian.wait(SECONDS)
+            guardian.close()
+
+    asyncio.run(body())
