@@ -235,23 +235,30 @@ async def _order(config: Config, ask: Ask, report: ProgressCallback) -> Any:
         return await supervisor.verbs.answer(ask)
     lock = await _alone(patience=0.0)
     try:
-        await supervisor.start()
+        return await carry_out(supervisor, ask, report)
+    finally:
+        os.close(lock)
+
+
+async def carry_out(supervisor: Supervisor, ask: Ask, report: ProgressCallback) -> Any:
+    """Adopt what runs, answer this one ask, and leave the engines as they are then."""
+    await supervisor.start()
+    try:
+        if ask.verb == "checkpoint" and (trial := _trial(ask.args)) is not None:
+            supervisor.loop.post(trial)
+        turning = asyncio.create_task(supervisor.loop.run())
+        answering = asyncio.ensure_future(supervisor.verbs.answer(ask, report))
         try:
-            if ask.verb == "checkpoint" and (trial := _trial(ask.args)) is not None:
-                supervisor.loop.post(trial)
-            turning = asyncio.create_task(supervisor.loop.run())
-            answering = asyncio.ensure_future(supervisor.verbs.answer(ask, report))
             await asyncio.wait([turning, answering], return_when=asyncio.FIRST_COMPLETED)
             if turning.done():
                 turning.result()
-            answer = await answering
-            turning.cancel()
-            await asyncio.gather(turning, return_exceptions=True)
+            return await answering
         finally:
-            await supervisor.close()
+            for task in (turning, answering):
+                task.cancel()
+            await asyncio.gather(turning, answering, return_exceptions=True)
     finally:
-        os.close(lock)
-    return answer
+        await supervisor.close()
 
 
 def _trial(args: Mapping[str, Any]) -> TrialSet | None:

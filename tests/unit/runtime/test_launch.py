@@ -39,10 +39,21 @@ def places(**environment: str) -> Places:
     return Places("/run/llmux", environment={**SUPERVISOR, **environment})
 
 
-def test_nothing_of_the_supervisors_unit_reaches_the_engine() -> None:
-    env = engine_environment(model(), (0,), places())
+# What systemd sets for a unit (systemd.exec(5)), and what a login of root's would.
+OF_THE_UNIT = [
+    "CACHE_DIRECTORY", "CONFIGURATION_DIRECTORY", "CREDENTIALS_DIRECTORY", "FDSTORE",
+    "INVOCATION_ID", "JOURNAL_STREAM", "LISTEN_FDNAMES", "LISTEN_FDS", "LISTEN_PID",
+    "LISTEN_PIDFDID", "LOGNAME", "LOGS_DIRECTORY", "MAINPID", "MANAGERPID",
+    "MEMORY_PRESSURE_WATCH", "MEMORY_PRESSURE_WRITE", "NOTIFY_SOCKET", "RUNTIME_DIRECTORY",
+    "SHELL", "STATE_DIRECTORY", "SYSTEMD_EXEC_PID", "USER", "WATCHDOG_PID", "WATCHDOG_USEC",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_UNIT)
+def test_nothing_of_the_supervisors_unit_reaches_the_engine(name: str) -> None:
+    env = engine_environment(model(), (0,), places(**{name: "x"}))
     assert env["HF_HOME"] == "/srv/hf"
-    assert not {"NOTIFY_SOCKET", "INVOCATION_ID", "CREDENTIALS_DIRECTORY"} & set(env)
+    assert env.get(name) != "x"
 
 
 def test_the_programs_own_directory_is_searched_first(tmp_path: Path) -> None:

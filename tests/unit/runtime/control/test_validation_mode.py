@@ -29,6 +29,10 @@ async def test_the_mode_that_operators_set_is_what_is_noted(tmp_path: Path) -> N
 
     result = await life.validation("a", report).run([OFFLOAD])
     assert result["passed"]
+    (row,) = result["policies"]
+    figures = [f"gpu_{when}_bytes" for when in ("before", "parked", "woken")]
+    assert all(row[name] is not None for name in ("sleep_secs", "wake_secs", *figures)), row
+    assert (row["response"], row["problems"]) == ("match", [])
     assert (True, False, None) in noted
     assert (True, True, "a") not in noted
     await life.settled()

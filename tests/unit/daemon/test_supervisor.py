@@ -1,0 +1,171 @@
+"""The supervisor as a whole on the twins: one order without a service, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime_harness import OFFLOAD_FREEZE, STOP, config_of, drivers_on, in_loop, model
+
+from llmux.config.schema import CheckpointConfig, Config, Eviction, Process, Weights
+from llmux.daemon.supervise import _plugin_dir, _trial, carry_out
+from llmux.daemon.supervisor import Supervisor
+from llmux.errors import DriverError, LlmuxError
+from llmux.protocol import Ask
+from llmux.runtime.control.orders import ignore_progress
+from tests.twins.disk import MemoryStore
+from tests.twins.units import MemoryUnits
+from tests.twins.world import World
+
+FREEZES = config_of(model("a", eviction=OFFLOAD_FREEZE, gpu_memory=0.4), model("b", gpu_memory=0.4))
+
+
+def supervisor_on(
+    world: World, runtime: Path, store: MemoryStore, config: Config = FREEZES, **drivers: Any
+) -> Supervisor:
+    made = replace(drivers_on(world, str(runtime)), **drivers)
+    return Supervisor(config, made, store, lambda _: config)
+
+
+async def order(supervisor: Supervisor, verb: str, **args: Any) -> Any:
+    return await carry_out(supervisor, Ask(1, verb, args), ignore_progress)
+
+
+@in_loop
+async def test_orders_one_after_the_other_find_what_the_former_left(tmp_path: Path) -> None:
+    """`llmux load` and the like without the service: each is a supervisor of its own."""
+    world, store = World(), MemoryStore()
+
+    async def next_order(verb: str, **args: Any) -> Any:
+        return await order(supervisor_on(world, tmp_path, store), verb, **args)
+
+    assert await next_order("load", model="a") == {"message": "Model a is serving"}
+    pid = world.engines["a"].handle.pid
+    await next_order("sleep", model="a")
+    assert world.engines["a"].frozen
+    states = {n: m["state"] for n, m in (await next_order("status"))["models"].items()}
+    assert states == {"a": "parked", "b": "stopped"}
+    await next_order("wake", model="a")
+    assert (world.engines["a"].handle.pid, world.engines["a"].frozen) == (pid, False)
+    await next_order("unload", model="a")
+    assert world.engines == {}
+    assert world.names("units.start") == ["units.start a"]
+    assert world.violations == []
+
+
+@pytest.mark.parametrize("own", [STOP, Eviction(Weights.OFFLOAD, Process.CHECKPOINT)], ids=str)
+@in_loop
+async def test_an_engine_is_started_for_the_image_that_was_ordered(
+    tmp_path: Path, own: Eviction
+) -> None:
+    config = config_of(model("a", eviction=own))
+    supervisor = supervisor_on(World(), tmp_path, MemoryStore(), config)
+    made = await order(supervisor, "checkpoint", model="a", eviction="discard+checkpoint")
+    assert made["reused"] is False
+    assert made["eviction"] == "discard+checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("args", "is_one"),
+    [
+        ({"model": "a", "eviction": "discard+checkpoint"}, True),
+        ({"model": "a"}, False),
+        ({"model": "a", "eviction": "soundly"}, False),
+    ],
+)
+def test_what_is_wrong_with_an_order_is_said_by_its_verb(
+    args: Mapping[str, Any], is_one: bool
+) -> None:
+    trial = _trial(args)
+    assert (trial is not None) is is_one
+    if trial is not None:
+        assert (trial.model, str(trial.eviction)) == ("a", "discard+checkpoint")
+
+
+@in_loop
+async def test_an_order_that_fails_leaves_nothing_at_work(tmp_path: Path) -> None:
+    world = World()
+    world.fail("units.start")
+    with pytest.raises(LlmuxError, match="a fault was ordered"):
+        await order(supervisor_on(world, tmp_path, MemoryStore()), "load", model="a")
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+# ---- the end -------------------------------------------------------------------------------------
+
+
+class Ending(MemoryUnits):
+    """``answer``: whether everything is being stopped; an error: nobody knows."""
+
+    answer: bool | DriverError = True
+
+    async def ending(self) -> bool:
+        if isinstance(self.answer, DriverError):
+            raise self.answer
+        return self.answer
+
+
+NO_BUS = DriverError("ask", "systemd", "no bus")
+
+
+@pytest.mark.parametrize(
+    ("answer", "thawed", "said"),
+    [
+        (True, ["freezer.thaw a"], []),
+        (False, [], ["stopped; the engines of a, b go on"]),
+        (NO_BUS, [], ["cannot thaw engines", "cannot ask what else is being stopped"]),
+    ],
+    ids=["all ends", "llmux alone", "unknown"],
+)
+@in_loop
+async def test_engines_are_thawed_when_all_is_stopped_and_named_when_they_go_on(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    answer: bool | DriverError,
+    thawed: list[str],
+    said: list[str],
+) -> None:
+    world, store = World(), MemoryStore()
+    for verb, name in (("load", "a"), ("sleep", "a"), ("load", "b")):
+        await order(supervisor_on(world, tmp_path, store), verb, model=name)
+    units = Ending(world)
+    units.answer = answer
+    supervisor = supervisor_on(world, tmp_path, store, units=units)
+    await supervisor.start()
+    caplog.clear()
+    caplog.set_level(logging.WARNING)
+    await supervisor.thaw_if_ending()
+    assert world.names("freezer.thaw") == thawed
+    await supervisor.tell_what_goes_on()
+    assert len(caplog.messages) == len(said)
+    assert all(got.startswith(text) for got, text in zip(caplog.messages, said, strict=True))
+    await supervisor.close()
+
+
+@in_loop
+async def test_without_an_engine_there_is_nothing_to_thaw_and_nothing_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World()
+    supervisor = supervisor_on(world, tmp_path, MemoryStore(), units=Ending(world))
+    await supervisor.start()
+    supervisor.loop.executor.instance(FREEZES.models["a"])  # known, and not started
+    await supervisor.thaw_if_ending()
+    await supervisor.tell_what_goes_on()
+    assert world.names("freezer.thaw") == []
+    assert caplog.messages == []
+    await supervisor.close()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_criu_gets_a_plugin_directory_only_where_the_plugin_is(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "cuda_plugin.so").touch()
+    config = Config(checkpoint=CheckpointConfig(cuda_plugin_dir=str(tmp_path)))
+    assert _plugin_dir(config) == (str(tmp_path) if there else None)
+    assert _plugin_dir(Config(checkpoint=CheckpointConfig(cuda_plugin_dir=None))) is None
