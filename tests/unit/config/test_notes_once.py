@@ -35,3 +35,13 @@ def test_a_note_is_said_once_until_it_changes(
     keys.chmod(0o600)
     assert said(f"{plain}gateway: {{keys_file: {keys}}}\n") == []
     assert said(old) == [note, WITHOUT_KEYS], "what went and came back is said again"
+
+
+def test_the_same_note_on_two_keys_is_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "config.yaml"
+    model = "model_path: m, gpu_memory: 0.2, extra_args: [--hf-token, x]"
+    file.write_text(f"models: {{a: {{{model}}}, b: {{{model}}}}}\n")
+    marked = load_marked(file)
+    assert len({note.message for note in marked.notes}) == 1
+    Notes().say(marked)
+    assert [path for path in "ab" if f"models.{path}." in caplog.text] == ["a", "b"]

@@ -18,7 +18,9 @@ from llmux.daemon.supervisor import Supervisor
 from llmux.errors import DriverError, LlmuxError
 from llmux.protocol import Ask
 from llmux.runtime.control.orders import ignore_progress
+from llmux.runtime.reconcile import first_state
 from tests.twins.disk import MemoryStore
+from tests.twins.gpu import MemoryGpu
 from tests.twins.units import MemoryUnits
 from tests.twins.world import World
 
@@ -169,3 +171,47 @@ def test_criu_gets_a_plugin_directory_only_where_the_plugin_is(tmp_path: Path, t
     config = Config(checkpoint=CheckpointConfig(cuda_plugin_dir=str(tmp_path)))
     assert _plugin_dir(config) == (str(tmp_path) if there else None)
     assert _plugin_dir(Config(checkpoint=CheckpointConfig(cuda_plugin_dir=None))) is None
+
+
+class Count(MemoryGpu):
+    """``answer``: how many there are, or the driver's error."""
+
+    answer: int | DriverError = 0
+    seen = True
+
+    @property
+    def available(self) -> bool:
+        return self.seen
+
+    async def gpu_count(self) -> int:
+        if isinstance(self.answer, DriverError):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("seen", "answer", "gpus", "count"),
+    [
+        (False, 4, 1, 1),
+        (True, 4, 1, 4),
+        (True, 1, 1, 1),
+        (True, 0, 1, 1),
+        (True, NO_BUS, 1, 1),
+        (True, NO_BUS, 2, 2),
+        (True, NO_BUS, (0, 3), 4),
+    ],
+)
+@in_loop
+async def test_gpus_are_counted_or_as_many_as_the_models_name(
+    tmp_path: Path,
+    seen: bool,
+    answer: int | DriverError,
+    gpus: int | tuple[int, ...],
+    count: int,
+) -> None:
+    world = World()
+    gpu = Count(world)
+    gpu.seen, gpu.answer = seen, answer
+    drivers = replace(drivers_on(world, str(tmp_path)), gpu=gpu)
+    assert (await first_state(config_of(model("a", gpus=gpus)), drivers)).gpu_count == count
+    assert (await first_state(replace(config_of(model("a")), gpu_count=3), drivers)).gpu_count == 3

@@ -303,3 +303,30 @@ async def test_what_operators_ordered_outlives_the_supervisor() -> None:
         assert life.loop.state.pinned == "a"
         assert life.loop.state.models["a"].eviction == STOP
         await life.drop()
+
+
+@pytest.mark.parametrize("notes", ["kept", "lost"])
+@in_loop
+async def test_one_whose_cuda_state_may_have_been_away_leaves_the_gpu_before_it_ends(
+    notes: str,
+) -> None:
+    """Whether it was is in the notes only: without them it is done for every engine."""
+    for parks in (True, False):
+        world, store = World(), MemoryStore()
+        with tempfile.TemporaryDirectory() as runtime:
+            config = config_of(model("a", eviction=SUSPEND))
+            life = await begin_life(config, world, runtime, store)
+            orders = ("load", "park", "load") if parks else ("load",)
+            for verb in orders:
+                await _play(life, [(verb, "a")], world.hold("never"))
+            await life.drop()
+            before = world.names("cuda.suspend")
+            store = store if notes == "kept" else MemoryStore()
+            life = await begin_life(config, world, runtime, store)
+            await _play(life, [("unload", "a")], world.hold("never"))
+            assert world.engines == {}
+            assert world.hung_hosts == []
+            asked = len(world.names("cuda.suspend")) - len(before)
+            assert asked == (1 if parks or notes == "lost" else 0)
+            await life.drop()
+        assert world.violations == []

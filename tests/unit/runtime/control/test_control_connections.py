@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -462,3 +463,24 @@ async def test_what_gateways_ask_and_wait_for_is_bounded(tmp_path: Path) -> None
         operator = await s.connect()
         operator.say(Hello(role="cli"), Ask(3, "long", large))
         assert getattr(await operator.hear(), "ok", None) is True
+
+
+@pytest.mark.parametrize("end", ["reset", "too long a line", "no number"])
+@in_loop
+async def test_a_connection_that_ends_badly_is_no_fault_of_ours(
+    tmp_path: Path, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stage(tmp_path) as s:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(peer, s.path)
+            peer.sendall(GATEWAY.encode())
+            assert isinstance(await s.events.get(), WorkerJoined)
+            if end != "reset":
+                line = b"x" * (MAX_LINE * 2) if end == "too long a line" else b"\xff\n"
+                with suppress(BrokenPipeError):  # dropped before all was sent
+                    await asyncio.get_running_loop().sock_sendall(peer, line)
+                assert isinstance(await s.events.get(), WorkerLeft)
+        if end == "reset":  # what it did not read is lost
+            assert isinstance(await s.events.get(), WorkerLeft)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

@@ -11,6 +11,7 @@ import pytest
 
 from llmux.config.schema import Config, ModelConfig
 from llmux.core.demand.workers import Worker, WorkerDemand
+from llmux.core.effects import SwitchFinished
 from llmux.core.records import ModelRecord, Serving, State, Stopped
 from llmux.errors import Refused
 from llmux.protocol import MAX_LINE, News, Watch
@@ -194,3 +195,12 @@ def test_without_room_events_go_on_and_one_warning_says_so(
     store.fails = False
     log.published(state(), state(Serving("e1", 0.0)))
     assert len(store.lines) == 2
+
+
+def test_a_switch_says_what_each_part_of_it_took(clock: list[float]) -> None:
+    log = EventLog(Watchers())
+    log.switched(SwitchFinished("a", ("b",), True, 10.0, 10.25, 12.0, 16.00001))
+    assert log.recent[-1] == {
+        "id": 1, "time": 1000.0, "model": "a", "type": "switch", "victims": ["b"], "cold": True,
+        "drain_secs": 0.25, "park_secs": 1.75, "up_secs": 4.0, "duration_secs": 6.0,
+    }  # fmt: skip

@@ -105,3 +105,57 @@ async def test_a_cold_start_says_why_it_is_cold(caplog: pytest.LogCaptureFixture
         await d.ask("load", model="a")
         assert "Starting a cold (its image failed: " in caplog.text
         assert "pages-1.img differs" in caplog.text
+
+
+@in_loop
+async def test_an_image_that_does_not_fit_any_more_is_named_by_the_cold_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with desk(two()) as d:
+        await parked(d, "a")
+        await d.ask("unload", model="a")
+        d.world.images["a"] = replace(d.world.images["a"], identity={"model": "another"})
+        caplog.clear()
+        await d.ask("load", model="a")
+        assert "Starting a cold (model differs)" in caplog.text
+        assert d.life.images.why_cold(d.life.loop.state.models["a"].config) == "model differs"
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), None])
+@in_loop
+async def test_one_image_that_cannot_be_read_hides_no_other(
+    error: OSError | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with desk(two()) as d:
+        for name in ("a", "b"):
+            await parked(d, name)
+        d.world.fail("checkpointer.find", error, model="a")
+        configs = d.life.loop.state.config.models
+        assert [known.model for known in await d.life.images.known(configs)] == ["b"]
+        assert "cannot look for an image of a: " in caplog.text
+        assert [known.model for known in await d.life.images.known(configs)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("blame", "kept"), [(Blame.IMAGE, False), (Blame.HOST, True), (Blame.ENGINE, True)]
+)
+@in_loop
+async def test_only_an_image_that_is_to_blame_is_put_away(blame: Blame, kept: bool) -> None:
+    async with desk(two()) as d:
+        await parked(d, "a")
+        error = CheckpointFailed("restore", "a", "it fails", blame=blame)
+        d.world.fail("checkpointer.restore", error)
+        await d.ask("load", model="a")
+        assert ("a" in d.world.images) is kept
+        assert d.life.quarantined == ([] if kept else ["a"])
+
+
+@in_loop
+async def test_a_fault_of_ours_in_a_restore_blames_no_image() -> None:
+    async with desk(two()) as d:
+        await parked(d, "a")
+        d.world.fail("checkpointer.restore", RuntimeError("can't start new thread"))
+        await d.ask("load", model="a")
+        assert "a" in d.world.images
+        assert d.life.quarantined == []

@@ -11,14 +11,17 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from runtime_harness import Life, begin_life, config_of, in_loop, model
+from runtime_harness import DISCARD, STOP, Life, begin_life, config_of, in_loop, model
 
 from llmux.config.schema import Config
 from llmux.core.events import ConfigChanged
+from llmux.core.records import Failed, ModelRecord, Parked, Serving, Stopped
 from llmux.errors import Reason, Refused
 from llmux.protocol import Ask
+from llmux.runtime.control import checkpoints
 from llmux.runtime.control.status import catalog, one_line
 from llmux.runtime.control.verbs import Verbs
+from llmux.runtime.control.warmup import to_warm, warm_up
 from tests.twins.disk import MemoryStore
 from tests.twins.world import World
 
@@ -264,3 +267,94 @@ async def test_of_stale_engines_only_those_are_restarted() -> None:
         assert d.world.names("units.start") == ["units.start a", "units.start b", "units.start b"]
         refused = await d.refusal("restart", stale=False)
         assert '"models" must be a list' in str(refused)
+
+
+RESTARTED = "nothing was restarted; they start as configured when they are asked for: a, b"
+
+
+@pytest.mark.parametrize(
+    ("verb", "args", "answer"),
+    [
+        ("load", {"model": "a"}, {"message": "Model a is serving"}),
+        ("wake", {"model": "a"}, {"message": "Model a is serving"}),
+        ("switch", {"model": "a"}, {"message": "Switched to model: a"}),
+        ("unload", {"model": "a"}, {"message": "Model a is stopped"}),
+        ("sleep", {"model": "a"}, {"message": "Model a is stopped", "state": "not_started"}),
+        ("pin", {"model": "a"}, {"message": "Pinned to model: a"}),
+        ("pin", {"models": ["a"]}, {"message": "Pinned: a"}),
+        ("pin", {"models": ["a"], "seconds": 90}, {"message": "Pinned for 90 s: a"}),
+        ("unpin", {}, {"message": "Unpinned; mode set to auto"}),
+        ("unpin", {"models": ["b", "a"]}, {"message": "Unpinned: b, a"}),
+        ("mode", {"mode": "manual"}, {"message": "Mode set to manual"}),
+        ("mode", {"mode": "auto"}, {"message": "Mode set to auto"}),
+        (
+            "eviction_set",
+            {"model": "a", "eviction": "retain+stop"},
+            {"message": "Eviction of a set to retain+stop"},
+        ),
+        (
+            "restart",
+            {"models": ["a", "b"]},
+            {"message": RESTARTED, "restarted": [], "stopped": ["a", "b"]},
+        ),
+        ("cancel", {}, {"message": "nothing to cancel"}),
+        ("orders", {}, {"orders": []}),
+        ("logs", {"model": "a"}, {"lines": []}),
+        ("reload", {}, {"message": "configuration reloaded"}),
+        ("images", {}, {"images": []}),
+        ("image_prune", {}, {"message": "removed 0 images", "removed": [], "freed_bytes": 0}),
+    ],
+)
+@in_loop
+async def test_each_verb_answers_what_was_done(
+    verb: str, args: dict[str, Any], answer: dict[str, Any]
+) -> None:
+    async with desk() as d:
+        assert await d.ask(verb, **args) == answer
+
+
+@pytest.mark.parametrize(
+    ("phase", "why"),
+    [
+        (None, "it is not configured any more"),
+        (Parked(DISCARD, 0.0, "the disk is full"), "the disk is full"),
+        (Parked(DISCARD, 0.0), "it was parked by discard+keep_running meanwhile"),
+        (Stopped(0.0, "it died"), "it died"),
+        (Stopped(), "it was stopped instead"),
+        (Failed(0.0, 1.0, "no memory"), "no memory"),
+        (Serving("e1", 0.0), "it was woken again by a request"),
+    ],
+)
+def test_an_image_that_was_not_made_has_its_reason(phase: Any, why: str) -> None:
+    record = None if phase is None else ModelRecord(model("a"), phase)
+    assert checkpoints._why_not(record) == why
+
+
+@in_loop
+async def test_the_steps_of_the_last_operation_are_shown_with_their_seconds() -> None:
+    async with desk() as d:
+        assert (await d.model("a"))["last_phases"] == {}
+        await d.ask("load", model="a")
+        phases = (await d.model("a"))["last_phases"]
+        assert {"spawn", "wait_healthy"} <= set(phases)
+        assert all(seconds >= 0 for seconds in phases.values())
+        await d.ask("sleep", model="a")
+        phases = (await d.model("a"))["last_phases"]
+        assert "sleep" in phases
+        assert "spawn" not in phases
+
+
+@in_loop
+async def test_a_model_that_cannot_be_warmed_up_leaves_the_others_to_be(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    config = config_of(model("a"), model("b"), model("c", eviction=STOP))
+    async with desk(config) as d:
+        d.world.fail("units.start", model="a")
+        await warm_up(d.life.loop)
+        assert [d.life.state_of(name) for name in "abc"] == ["failed", "parked", "stopped"]
+        assert "cannot warm a up: cannot load a: " in caplog.text
+        assert "b is warm" in caplog.text
+        assert "c is warm" not in caplog.text
+        assert to_warm(d.life.loop.state) == []
