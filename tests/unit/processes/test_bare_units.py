@@ -1,0 +1,88 @@
+"""Units for trials, without systemd and without a cgroup: a real process, and all that is told."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmux.drivers.processes.bare import BareUnits
+from llmux.drivers.processes.children import DirectUnits
+from llmux.drivers.processes.launcher import PR_SET_CHILD_SUBREAPER
+from llmux.drivers.processes.process import start_ticks
+from llmux.errors import UnitFailed
+from llmux.ports import LaunchSpec, UnitHandle
+from llmux.protocol import Address
+
+SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True)
+def no_sub_reaper() -> Iterator[None]:
+    """What units make of this process for good."""
+    yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def spec(directory: Path, *argv: str) -> LaunchSpec:
+    output = str(directory / "output")
+    return LaunchSpec("m", argv, {"PATH": "/usr/bin:/bin"}, None, output, output, str(directory))
+
+
+class Exits:
+    def __init__(self) -> None:
+        self.told: asyncio.Queue[tuple[UnitHandle, str]] = asyncio.Queue()
+
+    def __call__(self, handle: UnitHandle, description: str) -> None:
+        self.told.put_nowait((handle, description))
+
+    async def next(self) -> tuple[UnitHandle, str]:
+        async with asyncio.timeout(SECONDS):
+            return await self.told.get()
+
+
+@pytest.mark.parametrize("how", ["kill", "terminate"])
+def test_a_unit_ends_as_a_whole_and_who_watches_is_told(tmp_path: Path, how: str) -> None:
+    async def body() -> None:
+        units = BareUnits(None)
+        handle = await units.start(spec(tmp_path, "/bin/sleep", "1000"), SECONDS)
+        assert (handle.model, handle.cgroup) == ("m", None)
+        assert start_ticks(handle.pid) == handle.start_ticks
+        pids = await units.pids(handle)
+        assert pids == [handle.pid]
+        assert 0 < await units.memory_bytes(handle) < 1 << 32
+        assert await units.cpu_seconds(handle) >= 0
+        assert await units.stranger(Address(port=1), handle) is None
+        exits = Exits()
+        units.watch(handle, exits)
+        if how == "kill":
+            await units.kill(handle, SECONDS)
+        else:
+            assert await units.terminate(handle, SECONDS)
+        assert await exits.next() == (handle, "killed by SIGKILL")
+        assert await units.pids(handle) == []
+        assert start_ticks(handle.pid) is None
+        await units.kill(handle, SECONDS)
+        late = Exits()
+        units.watch(handle, late)
+        assert await late.next() == (handle, "gone")
+        assert await units.observe() == ()
+
+    asyncio.run(body())
+
+
+def test_what_cannot_be_started_leaves_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        units = BareUnits(None)
+        with pytest.raises(UnitFailed, match="cannot execute /no/such/engine"):
+            await units.start(spec(tmp_path, "/no/such/engine"), SECONDS)
+        assert units._processes == {}
+
+    asyncio.run(body())
+
+
+def test_children_of_ours_are_stopped_by_nobody_else() -> None:
+    assert asyncio.run(DirectUnits().ending()) is False
