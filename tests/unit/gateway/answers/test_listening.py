@@ -1,0 +1,96 @@
+"""Sockets for clients: what is bound, what is replaced, and what an address in use says."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from llmux.gateway.client.listeners import BACKLOG, Access, bind_all
+
+
+def in_use(path: Path, what: str) -> socket.socket | None:
+    if what in ("a live socket", "a dead socket"):
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        if what == "a live socket":
+            listener.listen()
+            return listener
+        listener.close()
+    elif what == "a file":
+        path.write_text("not ours")
+    return None
+
+
+@pytest.mark.parametrize(
+    ("there", "bound"),
+    [("nothing", True), ("a dead socket", True), ("a live socket", False), ("a file", False)],
+)
+def test_a_socket_that_nobody_listens_on_is_replaced_and_nothing_else(
+    tmp_path: Path, there: str, bound: bool
+) -> None:
+    path = tmp_path / "s"
+    other = in_use(path, there)
+    if bound:
+        (listener,) = bind_all([f"unix:{path}"], Access(0o600))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        assert not listener.getblocking()
+        listener.close()
+        return
+    with pytest.raises(OSError, match=f"cannot listen on unix:{path}: ") as raised:
+        bind_all([f"unix:{path}"])
+    assert raised.value.errno == errno.EADDRINUSE
+    if other is None:
+        assert path.read_text() == "not ours"
+    else:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        other.close()
+
+
+def test_a_group_may_connect_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
+    own = grp.getgrgid(os.getegid()).gr_name
+    (listener,) = bind_all([f"unix:{tmp_path}/s"], Access(0o660, own))
+    status = (tmp_path / "s").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o660, os.getegid())
+    listener.close()
+    with pytest.raises(OSError, match="there is no group no-such-group"):
+        bind_all([f"unix:{tmp_path}/t"], Access(group="no-such-group"))
+    assert not (tmp_path / "t").exists()
+
+
+def test_what_was_bound_before_one_that_fails_is_free_again(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}: .*who has it: ss -ltnp 'sport = :"):
+            bind_all([f"unix:{tmp_path}/first", f"127.0.0.1:{port}"])
+    with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+        client.connect(f"{tmp_path}/first")
+    with pytest.raises(OSError, match="cannot listen on 127.0.0.1:x: invalid literal"):
+        bind_all(["127.0.0.1:x"])
+
+
+def test_tcp_is_of_the_family_that_was_named() -> None:
+    (listener,) = bind_all(["127.0.0.1:0"])
+    with listener:
+        assert listener.family == socket.AF_INET
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert not listener.getblocking()
+        with socket.create_connection(listener.getsockname()):
+            pass
+    assert BACKLOG >= 1024
+    if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6"):
+        (listener,) = bind_all(["[::1]:0"])
+        with listener:
+            assert listener.family == socket.AF_INET6
+            assert listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
