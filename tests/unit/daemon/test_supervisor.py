@@ -215,3 +215,20 @@ async def test_gpus_are_counted_or_as_many_as_the_models_name(
     drivers = replace(drivers_on(world, str(tmp_path)), gpu=gpu)
     assert (await first_state(config_of(model("a", gpus=gpus)), drivers)).gpu_count == count
     assert (await first_state(replace(config_of(model("a")), gpu_count=3), drivers)).gpu_count == 3
+
+
+@pytest.mark.parametrize("notes", ["kept", "lost"])
+@pytest.mark.parametrize("cuda", [True, False])
+@in_loop
+async def test_the_driver_is_asked_of_an_engine_only_where_no_note_says_how_it_is(
+    tmp_path: Path, cuda: bool, notes: str
+) -> None:
+    world, store = World(), MemoryStore()
+    drivers = {} if cuda else {"cuda": None}
+    await order(supervisor_on(world, tmp_path, store, **drivers), "load", model="a")
+    asked = world.names("cuda.suspended")
+    store = store if notes == "kept" else MemoryStore()
+    status = await order(supervisor_on(world, tmp_path, store, **drivers), "status")
+    assert status["models"]["a"]["state"] == "serving"
+    more = len(world.names("cuda.suspended")) - len(asked)
+    assert more == (1 if cuda and notes == "lost" else 0)

@@ -337,6 +337,34 @@ def test_one_that_answers_lives_whatever_its_metrics_are(
     assert asyncio.run(body()) == Vitals(200)
 
 
+COUNTED = b'vllm:num_requests_running{engine="0"} 3.0\nvllm:generation_tokens_total 10.0\n'
+
+
+@pytest.mark.parametrize(
+    ("health", "metrics", "vitals"),
+    [
+        (reply(200), reply(200, COUNTED), Vitals(200, 3, 10.0)),
+        (reply(503), reply(200, COUNTED), Vitals(503, 3, 10.0)),
+        (reply(200), reply(404, COUNTED), Vitals(200)),
+        (reply(200), reply(500, COUNTED), Vitals(200)),
+        (reply(200), reply(200, b"{}"), Vitals(200, None, None)),
+        (reply(200), b"", Vitals(200)),
+        (b"", reply(200, COUNTED), Vitals(None)),
+    ],
+)
+def test_signs_of_life_are_an_engines_health_and_what_it_counts(
+    tmp_path: Path, health: bytes, metrics: bytes, vitals: Vitals
+) -> None:
+    def answer(line: str, _before: int) -> bytes:
+        return health if "/health" in line else metrics
+
+    async def body() -> Vitals:
+        async with server(tmp_path, answer) as (address, _):
+            return await VllmEngine().vitals(address, 20.0)
+
+    assert asyncio.run(body()) == vitals
+
+
 def test_one_that_answers_nothing_has_no_vitals(tmp_path: Path) -> None:
     async def body() -> Vitals:
         async with server(tmp_path, lambda *_: None) as (address, _):

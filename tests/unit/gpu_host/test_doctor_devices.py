@@ -121,6 +121,7 @@ def test_the_root_of_a_container_is_told_what_it_lacks(host: Host) -> None:
             "always: restores fill huge pages",
         ),
         ("always madvise [never]\n", "never: restores fill pages of 4 KiB"),
+        ("always madvise never [defer]\n", "defer: not known to llmux"),
         (None, "this kernel has none"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 
 from llmux.drivers.criu import host, shm
 from llmux.drivers.criu.tools import end_dump, failed, finish_despite_cancellation
-from llmux.drivers.images.manifest import KeptPath, Manifest
+from llmux.drivers.images.manifest import KeptPath, Manifest, ManifestError, load_manifest
 from llmux.drivers.images.store import ImageStore
 from llmux.drivers.transfer.file import open_file
 from llmux.errors import Blame, LlmuxError, TreeState
@@ -224,3 +224,30 @@ def test_work_that_must_not_stop_midway_is_finished_when_its_caller_is_cancelled
                 await finish_despite_cancellation(work())
 
     asyncio.run(body())
+
+
+def test_memory_that_is_kept_lies_where_only_its_owner_reads(home: pathlib.Path) -> None:
+    shared, image = home / "shm", home / "image"
+    shared.mkdir()
+    image.mkdir(mode=0o700)
+    (shared / "psm_1").write_bytes(b"s" * 4096)
+    status = (shared / "psm_1").stat()
+    umask = os.umask(0)
+    try:
+        groups = {(status.st_dev, status.st_ino): ["psm_1"]}
+        (group,) = shm.keep(groups, str(image), {}, shm=str(shared))
+    finally:
+        os.umask(umask)
+    assert (image / group.file).read_bytes() == b"s" * 4096
+    assert (group.names, group.size) == (("psm_1",), 4096)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (image / "shm", image / group.file)]
+    assert modes == [0o700, 0o600]
+    assert shm.keep({}, str(image), {}, shm=str(shared)) == ()
+
+
+def test_a_manifest_behind_a_link_is_none(home: pathlib.Path) -> None:
+    (home / "image").mkdir()
+    (home / "elsewhere").write_text("{}")
+    (home / "image" / "manifest.json").symlink_to(home / "elsewhere")
+    with pytest.raises(ManifestError, match="symbolic links"):
+        load_manifest(str(home / "image"))

@@ -16,6 +16,7 @@ from llmux.errors import Reason, Refused
 from llmux.protocol import Ask
 from llmux.runtime.control.event_log import EventLog
 from llmux.runtime.control.order_book import Order, OrderBook
+from llmux.runtime.control.orders import followed
 from llmux.runtime.control.verbs import Verbs
 from llmux.runtime.control.watchers import Watchers
 from tests.twins.disk import MemoryStore
@@ -250,3 +251,41 @@ async def test_an_order_that_llmux_ends_with_itself_says_so() -> None:
             await load
         assert refused.value.reason is Reason.CANCELLED
         assert d.said()[-1] == ("load", "bob", "cancelled: llmux stops")
+
+
+@in_loop
+async def test_a_client_that_leaves_is_told_nothing_whatever_its_order_ended_with() -> None:
+    book, reached = OrderBook(), asyncio.Event()
+
+    async def work(_order: Order) -> None:
+        reached.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise Refused(Reason.BAD_REQUEST, "it cannot be taken back") from None
+
+    asked = asyncio.create_task(book.carry_out("load", ["a"], "root", work, wait=True))
+    await reached.wait()
+    asked.cancel()
+    await asyncio.wait([asked])
+    assert asked.cancelled()
+    assert book.listing() == []
+
+
+@in_loop
+async def test_who_follows_an_operation_is_told_no_more_after_its_end() -> None:
+    async with desk() as d:
+        told: list[str] = []
+
+        def report(phase: str, _seconds: float, _done: int, _total: int) -> None:
+            told.append(phase)
+
+        loop, executor = d.life.loop, d.life.executor
+        instance = executor.instance(loop.state.models["a"].config)
+        async with followed(loop, executor, "a", report):
+            instance.report("inference")
+            assert told == ["inference"]
+        assert instance.follower is None
+        async with followed(loop, executor, "a", report):
+            later = instance.follower = lambda _phase, _done, _total: None
+        assert instance.follower is later, "another's, which came in between"

@@ -17,7 +17,7 @@ from llmux.config.schema import Config
 from llmux.core.events import ConfigChanged
 from llmux.core.records import Failed, ModelRecord, Parked, Serving, Stopped
 from llmux.errors import Reason, Refused
-from llmux.protocol import Ask
+from llmux.protocol import MAX_LINE, Ask
 from llmux.runtime.control import checkpoints
 from llmux.runtime.control.status import catalog, one_line
 from llmux.runtime.control.verbs import Verbs
@@ -358,3 +358,13 @@ async def test_a_model_that_cannot_be_warmed_up_leaves_the_others_to_be(
         assert "b is warm" in caplog.text
         assert "c is warm" not in caplog.text
         assert to_warm(d.life.loop.state) == []
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@in_loop
+async def test_of_lines_that_do_not_fit_into_a_message_the_last_are_told(place: int) -> None:
+    async with desk() as d:
+        lines = ["one", "two", "three"]
+        lines[place] = "x" * MAX_LINE
+        d.world.output["a"] = lines
+        assert (await d.ask("logs", model="a"))["lines"] == lines[place + 1 :]

@@ -18,13 +18,16 @@ from runtime_harness import (
 )
 
 from llmux.config.schema import Eviction, Process, Weights
+from llmux.core.effects import RunPlan
 from llmux.core.events import ParkAsked
 from llmux.core.plans import Outcome, park_plan, start_plan, wake_plan
 from llmux.core.records import share_now
 from llmux.core.reducer import initial
+from llmux.runtime.engines.gpu_memory import residue_share
 from llmux.runtime.engines.launch import launch_digest
 from llmux.runtime.learned import Learned
 from tests.twins.disk import MemoryStore
+from tests.twins.gpu import MemoryGpu
 from tests.twins.world import GIB, Size, World
 
 MODEL = model("a")
@@ -226,3 +229,29 @@ async def test_an_engine_that_failed_is_gone_when_its_own_memory_is(tmp_path: Pa
     ended = await shop.ended()
     assert ended.outcome is Outcome.STUCK
     assert "10.0 GiB still held" in ended.detail
+
+
+@pytest.mark.parametrize(
+    ("eviction", "held", "configured", "share"),
+    [
+        (OFFLOAD, 8 * GIB, None, 0.1),
+        (OFFLOAD, 8 * GIB + 1, None, 0.101),
+        (DISCARD, 8 * GIB, None, 0.1),
+        (OFFLOAD, 0, None, None),
+        (OFFLOAD, 8 * GIB, 0.2, None),
+        (STOP, 8 * GIB, None, None),
+        (Eviction(Weights.RETAIN, Process.CUDA_SUSPEND), 8 * GIB, None, None),
+        (Eviction(Weights.RETAIN, Process.KEEP_RUNNING), 8 * GIB, None, None),
+        (Eviction(Weights.RETAIN, Process.FREEZE), 8 * GIB, None, None),
+    ],
+    ids=str,
+)
+@in_loop
+async def test_what_a_sleep_leaves_is_learned_where_the_way_of_parking_leaves_something(
+    eviction: Eviction, held: int, configured: float | None, share: float | None
+) -> None:
+    config = model("a", eviction=eviction, gpu_memory_parked=configured)
+    effect = RunPlan("a", 1, park_plan(config, eviction), config, (0,))
+    assert await residue_share(MemoryGpu(World()), effect, held) == share
+    nowhere = RunPlan("a", 1, park_plan(config, eviction), config, (5,))
+    assert await residue_share(MemoryGpu(World()), nowhere, held) is None
