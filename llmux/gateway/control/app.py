@@ -210,7 +210,9 @@ def _problem(request: Request, exception: Exception) -> Refused:
     if isinstance(exception, Refused):
         return exception
     if isinstance(exception, MethodNotAllowed):
-        allowed = ", ".join(sorted(exception.allowed_methods or ()))
+        # Sanic names none where each method has a route of its own
+        named = exception.allowed_methods or openapi.methods_of(request.raw_url.partition(b"?")[0])
+        allowed = ", ".join(sorted(named))
         return Refused(
             Reason.METHOD_NOT_ALLOWED,
             f"cannot {request.method} {request.path}: only {allowed or 'other methods'} allowed",

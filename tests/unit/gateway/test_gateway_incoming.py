@@ -239,3 +239,70 @@ def test_a_host_is_ours_by_address_by_a_name_without_a_dot_or_by_the_configurati
     for _ in range(2):  # judged, and looked up
         assert hosts[host] is known
     assert Hosts(["*"])[host] is True
+
+
+@pytest.mark.parametrize(
+    ("headers", "field", "value"),
+    [
+        ([(b"X-Request-Timeout", b"7")], "timeout_secs", 7.0),
+        ([(b"X-Stainless-Timeout", b"7.5")], "timeout_secs", 7.5),
+        ([(b"X-Request-Timeout", b"7"), (b"X-Stainless-Timeout", b"9")], "timeout_secs", 7.0),
+        ([(b"X-Request-Timeout", b"9"), (b"X-Stainless-Timeout", b"7")], "timeout_secs", 7.0),
+        ([(b"X-Request-Timeout", b"soon")], "timeout_secs", None),
+        ([(b"X-Request-Timeout", b"-1")], "timeout_secs", None),
+        ([(b"X-Llmux-Keep-Alive", b"10m")], "keep_alive_secs", 600.0),
+        ([(b"X-Llmux-Keep-Alive", b"0")], "keep_alive_secs", 0.0),
+        ([(b"X-Llmux-Keep-Alive", b"1.5h")], "keep_alive_secs", 5400.0),
+        ([(b"X-Llmux-Keep-Alive", b"-1")], "keep_alive_secs", float("inf")),
+        ([(b"Content-Encoding", b"gzip")], "encoding", b"gzip"),
+        ([(b"Content-Encoding", b" Identity ")], "encoding", b""),
+        ([(b"Content-Encoding", b"")], "encoding", b""),
+        ([(b"Origin", b"https://page")], "origin", b"https://page"),
+        ([(b"Authorization", b"Bearer x")], "authorization", b"Bearer x"),
+        ([(b"Authorization", b"Bearer x")], "credentials", b"Authorization: Bearer x\r\n"),
+        ([(b"X-Api-Key", b"x")], "x_api_key", b"x"),
+        ([(b"X-Request-Id", b"r" * 128)], "request_id", b"r" * 128),
+        ([(b"X-Request-Id", b"r" * 129)], "request_id", b""),
+        ([(b"Connection", b"close"), (b"Close", b"x")], "forwarded", b"host: h\r\nClose: x\r\n"),
+        ([(b"Connection", b"a, B"), (b"A", b"x"), (b"b", b"y")], "forwarded", b"host: h\r\n"),
+        ([(b"Te", b"x"), (b"Keep-Alive", b"y"), (b"Z", b"z")], "forwarded",
+         b"host: h\r\nZ: z\r\n"),
+    ],
+)  # fmt: skip
+def test_each_header_that_means_something_is_read_and_what_is_about_the_connection_dropped(
+    headers: Headers, field: str, value: object
+) -> None:
+    head, _ = read_head([HOST, *headers], "1.1")
+    assert getattr(head, field) == value
+
+
+@pytest.mark.parametrize("value", [b"ten", b"", b"10 m", b"-2", b"1w"])
+def test_a_keep_alive_that_is_no_duration_is_refused(value: bytes) -> None:
+    with pytest.raises(BadHead, match="must be a duration"):
+        read_head([HOST, (b"x-llmux-keep-alive", value)], "1.1")
+
+
+@pytest.mark.parametrize("name", [b"authorization", b"X-Api-Key"])
+def test_credentials_are_given_once(name: bytes) -> None:
+    with pytest.raises(BadHead, match="given more than once"):
+        read_head([HOST, (name, b"one"), (name, b"two")], "1.1")
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "engines"),
+    [
+        (b"/v1/completions", b"/v1/completions", True),
+        (b"/completions", b"/v1/completions", True),
+        (b"/completions?a=1&b=2", b"/v1/completions?a=1&b=2", True),
+        (b"/v1/completions?x", b"/v1/completions?x", True),
+        (b"/upstream/org/a/v1/completions?x=1", b"/v1/completions?x=1", True),
+        (b"/nothing?x=1", b"/nothing?x=1", False),
+    ],
+)
+def test_the_engine_gets_its_own_path_with_the_clients_query(
+    target: bytes, path: bytes, engines: bool
+) -> None:
+    request = incoming(HOST)
+    request.target = target
+    request.find_route()
+    assert (request.target, request.match is not None) == (path, engines)

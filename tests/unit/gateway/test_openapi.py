@@ -57,3 +57,42 @@ def paths() -> dict[str, Any]:
 )
 def test_what_begins_as_a_described_path_is_ours(path: bytes, ours: bool) -> None:
     assert openapi.is_ours(path) is ours
+
+
+MODEL = {"model"}
+BODIES: dict[str, tuple[set[str], set[str]]] = {  # path → what may be in it, what must
+    "/control/mode": ({"mode"}, {"mode"}),
+    "/control/pin": (MODEL, MODEL),
+    "/control/switch": (MODEL, MODEL),
+    "/control/wake": (MODEL, MODEL),
+    "/control/sleep": ({"model", "eviction"}, MODEL),
+    "/control/eviction": ({"model", "eviction"}, {"model", "eviction"}),
+    "/control/restart": ({"models"}, {"models"}),
+    "/control/cancel": ({"orders"}, {"orders"}),
+    "/control/checkpoint": (MODEL, MODEL),
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_an_order_s_body_is_described(path: str) -> None:
+    may, must = BODIES[path]
+    schema = paths()[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert may <= set(schema["properties"])
+    assert set(schema.get("required", ())) == must
+    assert all(schema["properties"][name] for name in may)
+
+
+def test_all_other_orders_have_none_and_logs_have_their_parameters() -> None:
+    ours = {path for path in paths() if path.startswith("/control/") or path == "/unload"}
+    for path in ours - set(BODIES):
+        assert "requestBody" not in paths()[path].get("post", {}), path
+
+    def parameters(path: str, method: str = "get") -> dict[str, Any]:
+        given: list[Any] = paths()[path][method].get("parameters", [])
+        return {one["name"]: (one["in"], one["schema"]) for one in given}
+
+    lines = {"type": "integer", "minimum": 1, "maximum": 10_000}
+    assert parameters("/logs")["lines"] == parameters("/logs/{model}")["lines"] == ("query", lines)
+    assert parameters("/logs")["model"][0] == "query"
+    assert parameters("/logs/{model}")["model"][0] == "path"
+    assert parameters("/unload") == parameters("/unload", "post") != {}

@@ -1,0 +1,139 @@
+"""Admission where several of something meet: places in the line, leases, deadlines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from llmux.errors import Reason, Refused
+from llmux.gateway.admission.admission import SUSPECT_SECS, Admission
+from llmux.gateway.admission.queue import Lease, Stage, Ticket
+from llmux.protocol import Address
+
+ADDRESS = Address(port=1)
+
+
+class Desk:
+    def __init__(self, **settings: Any) -> None:
+        self.now = 100.0
+        self.changed: Counter[str] = Counter()
+        self.idle: list[str] = []
+        self.admission: Admission[Ticket] = Admission(
+            **({"max_waiting": 10, "wait_secs": 30.0} | settings),
+            clock=lambda: self.now,
+            models=("a", "b"),
+            on_change=lambda model: self.changed.update([model]),
+            on_idle=lambda lease: self.idle.append(lease.epoch),
+        )
+
+    def ticket(self, model: str = "a", *, wait: float = 30.0) -> Ticket:
+        self.now += 1
+        ticket = Ticket(model, self.now, self.now + wait)
+        self.admission.submit(ticket)
+        return ticket
+
+    def lease(self, model: str = "a") -> Lease[Ticket]:
+        held = self.admission.held(model)
+        assert held is not None
+        return held
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+def test_who_waits_again_is_before_all_that_came_later(dies: int) -> None:
+    desk = Desk(max_in_flight=3, alone=10)
+    desk.admission.grant("a", "e1", ADDRESS)
+    served = [desk.ticket() for _ in range(3)]
+    later = [desk.ticket() for _ in range(3)]
+    desk.admission.revoke("a", "e1")
+    order = [served[dies], *(one for one in served if one is not served[dies])]
+    for ticket in order:
+        assert desk.admission.wait_again(ticket)
+    queue = next(queue for queue in desk.admission.queues() if queue.model == "a")
+    assert list(queue.waiting) == [*served, *later]
+    assert all(ticket.stage is Stage.WAITING for ticket in served)
+    assert all(ticket.deadline == desk.now + 30.0 for ticket in served)
+
+
+def test_each_deadline_that_passes_is_said_of_its_own_model() -> None:
+    desk = Desk()
+    first, second = desk.ticket("a", wait=5.0), desk.ticket("b", wait=10.0)
+    desk.changed.clear()
+    assert desk.admission.tick() == ([], [])
+    assert not desk.changed
+    desk.now = first.deadline
+    assert desk.admission.tick() == ([first], [])
+    assert desk.changed == {"a": 1}
+    assert (first.stage, second.stage) == (Stage.ENDED, Stage.WAITING)
+    desk.now = second.deadline
+    assert desk.admission.tick() == ([second], [])
+    assert desk.changed == {"a": 1, "b": 1}
+
+
+def test_a_lease_is_idle_when_it_is_revoked_and_nothing_is_in_flight() -> None:
+    desk = Desk()
+    desk.admission.grant("a", "e1", ADDRESS)
+    desk.admission.revoke("a", "e1")
+    assert desk.idle == ["e1"], "at once"
+    desk.admission.grant("a", "e2", ADDRESS)
+    ticket = desk.ticket()
+    lease = desk.admission.revoke("a", "e2")
+    assert desk.idle == ["e1"]
+    assert lease is not None
+    assert not desk.admission.forget(lease), "something is in flight on it"
+    desk.admission.leave(ticket, completed=True)
+    assert desk.idle == ["e1", "e2"]
+    assert desk.admission.forget(lease)
+    assert not desk.admission.forget(lease)
+    assert desk.admission.revoke("a", "e2") is None
+    assert desk.admission.revoke("b", "e2") is None
+
+
+def test_a_newer_lease_retires_the_older_one_and_the_same_one_does_not() -> None:
+    desk = Desk()
+    desk.admission.grant("a", "e1", ADDRESS)
+    ticket, before = desk.ticket(), desk.lease()
+    desk.admission.grant("a", "e1", ADDRESS)
+    assert desk.lease() is before
+    assert not before.revoked
+    desk.admission.grant("a", "e2", Address(port=2))
+    assert before.revoked
+    assert desk.idle == []
+    desk.admission.leave(ticket)
+    assert desk.idle == ["e1"]
+    assert desk.lease().epoch == "e2"
+
+
+@pytest.mark.parametrize(
+    ("lease", "reason"), [(True, Reason.OVERLOADED), (False, Reason.QUEUE_FULL)]
+)
+def test_the_line_has_an_end_before_a_model_that_serves_and_before_one_that_does_not(
+    lease: bool, reason: Reason
+) -> None:
+    desk = Desk(max_waiting=2, max_in_flight=1)
+    if lease:
+        desk.admission.grant("a", "e1", ADDRESS)
+        desk.ticket()
+    for _ in range(2):
+        desk.ticket()
+    with pytest.raises(Refused) as refused:
+        desk.ticket()
+    assert refused.value.reason is reason
+    desk.ticket("b")
+    assert desk.changed["a"] == (3 if lease else 2)
+
+
+def test_an_engine_that_refused_is_tried_again_after_a_while() -> None:
+    desk = Desk()
+    desk.admission.grant("a", "e1", ADDRESS)
+    ticket = Ticket("a", desk.now, desk.now + 60.0)
+    assert desk.admission.suspect(desk.lease())
+    assert not desk.admission.suspect(desk.lease()), "known"
+    assert desk.admission.submit(ticket) is None
+    assert ticket.stage is Stage.WAITING
+    assert desk.admission.wake_at == desk.now + SUSPECT_SECS
+    assert desk.admission.tick() == ([], [])
+    desk.now += SUSPECT_SECS
+    assert desk.admission.tick() == ([], [ticket])
+    assert ticket.stage is Stage.IN_FLIGHT
