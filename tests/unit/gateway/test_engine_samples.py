@@ -271,3 +271,31 @@ def test_whatever_engines_write_both_parsers_read_the_page(texts: dict[str, str]
 @given(st.binary(max_size=200))
 def test_bytes_are_no_exception(data: bytes) -> None:
     read({"a": b"vllm:x" + data, "b": data})
+
+
+def test_a_sample_of_another_kind_costs_itself_alone() -> None:
+    text = """\
+# HELP vllm:h How long.
+# TYPE vllm:h histogram
+vllm:h_bucket{le="+Inf"} 2
+vllm:h 5
+vllm:h_count 2
+vllm:h_sum 1.5
+# HELP vllm:tokens_total Tokens that were made.
+# TYPE vllm:tokens_total counter
+vllm:tokens_total 7
+vllm:no_help 4
+"""
+    families, dropped = read({"a": text})
+    assert dropped == {"a": 1}
+    values = {
+        sample.name: sample.value for family in families.values() for sample in family.samples
+    }
+    assert values == {
+        "vllm:h_bucket": 2, "vllm:h_count": 2, "vllm:h_sum": 1.5, "vllm:tokens_total": 7,
+        "vllm:no_help": 4,
+    }  # fmt: skip
+    told = {name.removesuffix("_total"): one.documentation for name, one in families.items()}
+    assert told == {
+        "vllm:h": "How long.", "vllm:tokens": "Tokens that were made.", "vllm:no_help": "",
+    }  # fmt: skip

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from llmux.errors import Reason, Refused
 from llmux.gateway.http import multipart as forms
 from llmux.gateway.http.multipart import FormError, ModelFinder, Upload, boundary_of
+from llmux.gateway.http.request import Incoming
 from llmux.gateway.http.routes import POSTS, Source, find, methods_of, speaks_anthropic
 
 
@@ -161,3 +163,38 @@ def test_a_long_upload_lies_on_disk_and_reads_the_same(monkeypatch: pytest.Monke
     assert upload.read(8, 4) == b"ijkl"
     assert upload.read(16, 4) == b""
     assert not upload._memory
+
+
+PART = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\n'
+FORM_TYPE = b"multipart/form-data; boundary=XX"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "said"),
+    [
+        (FORM_TYPE, PART % b"model" + b"alpha\r\n--XX--\r\n", None),
+        (FORM_TYPE, (PART % b"model" + b"alpha\r\n") * 2 + b"--XX--\r\n", "more than one"),
+        (FORM_TYPE, PART % b"model" + b"x" * 2000 + b"\r\n--XX--\r\n", "cannot read"),
+        (FORM_TYPE, PART % (b"x" * 20_000), "head is larger than"),
+        (b"application/json", b"{}", "cannot read"),
+        (b"multipart/form-data", b"", "cannot read"),
+    ],
+)
+@pytest.mark.parametrize("piece", [1 << 20, 7])
+def test_a_form_that_cannot_be_read_is_refused_for_its_reason(
+    content_type: bytes, body: bytes, said: str | None, piece: int
+) -> None:
+    request = Incoming()
+    request.headers = [(b"content-type", content_type)]
+
+    def receive() -> str | None:
+        request.begin_form()
+        found = [request.add_upload(body[at : at + piece]) for at in range(0, len(body), piece)]
+        return found[-1]
+
+    if said is None:
+        assert receive() == "alpha"
+        return
+    with pytest.raises(Refused, match=said) as refused:
+        receive()
+    assert refused.value.reason is Reason.BAD_REQUEST

@@ -79,3 +79,25 @@ def test_one_that_got_up_has_paid_for_those_before(nursery: Nursery) -> None:
     nursery.parent._heard(up)
     assert nursery.dies(up, 100.0 + YOUNG_SECS) == pytest.approx(FIRST_DELAY_SECS)
     assert nursery.dies(nursery.born(200.0), 200.0) == pytest.approx(2 * FIRST_DELAY_SECS)
+
+
+def test_nothing_is_kept_of_one_that_ended(nursery: Nursery) -> None:
+    worker = nursery.born(100.0)
+    nursery.dies(worker, 200.0)
+    assert worker.sock.fileno() == -1
+    assert nursery.parent._workers == {}
+    assert worker not in [key.data for key in nursery.parent._selector.get_map().values()]
+
+
+def test_silence_of_one_that_is_not_looked_at_is_no_word(nursery: Nursery) -> None:
+    worker = nursery.born(100.0)
+    worker.sock.setblocking(False)
+    nursery.parent._heard(worker)
+    assert (worker.heard, worker.ready) == (100.0, False)
+    nursery.theirs.send(b".")
+    nursery.parent._heard(worker)
+    assert worker.heard != 100.0
+    assert not worker.ready
+    nursery.theirs.close()
+    nursery.parent._heard(worker)
+    assert nursery.parent._selector.get_map() == {}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from llmux.drivers.gpu import LedgerObserver
 from llmux.drivers.processes.bare import BareUnits
 from llmux.drivers.processes.children import DirectUnits
 from llmux.drivers.processes.launcher import PR_SET_CHILD_SUBREAPER
 from llmux.drivers.processes.process import start_ticks
 from llmux.errors import UnitFailed
-from llmux.ports import LaunchSpec, UnitHandle
+from llmux.ports import GpuProcess, LaunchSpec, UnitHandle
 from llmux.protocol import Address
 
 SECONDS = 20.0
@@ -86,3 +89,25 @@ def test_what_cannot_be_started_leaves_nothing(tmp_path: Path) -> None:
 
 def test_children_of_ours_are_stopped_by_nobody_else() -> None:
     assert asyncio.run(DirectUnits().ending()) is False
+
+
+def test_rows_of_the_dead_hide_nobody_in_a_ledger(tmp_path: Path) -> None:
+    me, ticks = os.getpid(), start_ticks(os.getpid())
+    assert ticks is not None
+    rows = [
+        {"gpu": 0, "pid": 2**22 + 1, "start": 1, "bytes": 5},  # nobody's
+        {"gpu": 0, "pid": me, "start": ticks + 1000, "bytes": 7},  # of one that had the pid before
+        {"gpu": 1, "pid": me, "start": ticks, "bytes": 11},
+        {"gpu": 1, "pid": me, "start": ticks, "bytes": 13},
+    ]
+    gpus = {"0": {"capacity": 100}, "1": {"capacity": 200}}
+    (tmp_path / "ledger").write_text(json.dumps({"gpus": gpus, "rows": rows}))
+    ledger = LedgerObserver(str(tmp_path / "ledger"))
+
+    async def body() -> None:
+        assert await ledger.processes() == [GpuProcess(1, me, 24)]
+        assert await ledger.totals() == {0: 100, 1: 200}
+        assert await ledger.used() == {0: 0, 1: 24}
+        assert (await ledger.gpu_count(), ledger.available, ledger.blind) == (2, True, None)
+
+    asyncio.run(body())

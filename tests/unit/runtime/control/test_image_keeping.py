@@ -152,10 +152,13 @@ async def test_only_an_image_that_is_to_blame_is_put_away(blame: Blame, kept: bo
 
 
 @in_loop
-async def test_a_fault_of_ours_in_a_restore_blames_no_image() -> None:
+async def test_a_fault_of_ours_in_a_restore_blames_no_image(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with desk(two()) as d:
         await parked(d, "a")
         d.world.fail("checkpointer.restore", RuntimeError("can't start new thread"))
         await d.ask("load", model="a")
         assert "a" in d.world.images
         assert d.life.quarantined == []
+        assert [line for line in caplog.messages if "can't start new thread" in line]
