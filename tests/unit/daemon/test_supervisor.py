@@ -224,7 +224,7 @@ async def test_the_driver_is_asked_of_an_engine_only_where_no_note_says_how_it_i
     tmp_path: Path, cuda: bool, notes: str
 ) -> None:
     world, store = World(), MemoryStore()
-    drivers = {} if cuda else {"cuda": None}
+    drivers: dict[str, Any] = {} if cuda else {"cuda": None}
     await order(supervisor_on(world, tmp_path, store, **drivers), "load", model="a")
     asked = world.names("cuda.suspended")
     store = store if notes == "kept" else MemoryStore()
