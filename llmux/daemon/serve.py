@@ -70,21 +70,11 @@ async def _serve_in(
     control: str | None,
 ) -> None:
     notifier = SdNotifier()
-    drivers = Drivers(
-        units=DirectUnits(),
-        freezer=CgroupFreezer(),
-        engine=VllmEngine(),
-        output=EngineFiles(f"{runtime}/logs"),
-        gpu=find_gpu_observer(),
-        places=Places(runtime, None, config.vllm_command, environment()),
-        identity=engine_identity,
-        portable_identity=portable_identity,
-        available_memory=available_bytes,
-        files_are_here=model_files_are_here,
-        weights=PageCache(),
-    )
     supervisor = Supervisor(
-        config, drivers, FileStateStore(f"{runtime}/state.json"), reload=lambda _: load_config(path)
+        config,
+        _embedded_drivers(config, runtime),
+        FileStateStore(f"{runtime}/state.json"),
+        reload=lambda _: load_config(path),
     )
     await supervisor.start()
     ours, theirs = socket.socketpair()
@@ -118,6 +108,23 @@ async def _serve_in(
                 await front
     finally:
         await supervisor.close()
+
+
+def _embedded_drivers(config: Config, runtime: str) -> Drivers:
+    """The drivers for engines that are children of this process: none that needs systemd."""
+    return Drivers(
+        units=DirectUnits(),
+        freezer=CgroupFreezer(),
+        engine=VllmEngine(),
+        output=EngineFiles(f"{runtime}/logs"),
+        gpu=find_gpu_observer(),
+        places=Places(runtime, None, config.vllm_command, environment()),
+        identity=engine_identity,
+        portable_identity=portable_identity,
+        available_memory=available_bytes,
+        files_are_here=model_files_are_here,
+        weights=PageCache(),
+    )
 
 
 async def _open_control(supervisor: Supervisor, asked: str | None, usual: str) -> None:
