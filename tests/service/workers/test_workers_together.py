@@ -8,7 +8,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from gateway_harness import SECONDS, EngineRequest, StubEngine, in_loop, until
+from gateway_harness import SECONDS, Client, EngineRequest, StubEngine, in_loop, until
 from workers_rig import (
     front,
     gone,
@@ -33,6 +33,22 @@ async def test_every_worker_asks_for_keys() -> None:
             client = await gateway.client()
             client.send("/control/status", method="GET")
             assert (await client.answer()).status == 200, "our own user, seen on a unix socket"
+
+
+@in_loop
+async def test_metrics_of_several_workers_have_a_port_of_their_own() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = f"{name}/metrics.sock"
+        async with front(2, metrics_listen=[f"unix:{path}"]) as gateway:
+            await gateway.told("READY=1")
+            for target, status in (("/metrics", 200), ("/v1/models", 404)):
+                reader, writer = await asyncio.open_unix_connection(path)
+                client = Client(reader, writer)
+                client.send(target, method="GET")
+                answer = await client.answer()
+                assert answer.status == status
+                assert (b"llmux_gateway_connections" in answer.body) is (status == 200)
+                client.leave()
 
 
 @in_loop

@@ -131,7 +131,9 @@ async def front(
         await supervisor.start()
         settings = {"listen": [f"unix:{directory}/http.sock"], "workers": workers} | gateway
         models = {model: {"model_path": f"m/{model}"} for model in supervisor.models}
-        document = {"gateway": settings, "metrics_port": 0, "models": models}
+        document: dict[str, Any] = {"gateway": settings, "models": models}
+        if "metrics_listen" not in gateway:
+            document["metrics_port"] = 0
         (directory / "config.json").write_text(json.dumps(document))
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         notify.bind(str(directory / "notify.sock"))
