@@ -101,3 +101,19 @@ def test_silence_of_one_that_is_not_looked_at_is_no_word(nursery: Nursery) -> No
     nursery.theirs.close()
     nursery.parent._heard(worker)
     assert nursery.parent._selector.get_map() == {}
+
+
+def test_one_whose_socket_is_reset_is_listened_to_no_more(nursery: Nursery) -> None:
+    """Else it is readable for ever, and the parent spins."""
+    worker = nursery.born(100.0)
+    worker.sock.send(b"never read")
+    nursery.theirs.close()
+    with pytest.raises(ConnectionResetError):
+        worker.sock.recv(1)
+    nursery.parent._heard(worker)
+    assert nursery.parent._selector.get_map() == {}
+    worker = nursery.born(100.0)
+    worker.sock.send(b"never read")
+    nursery.theirs.close()
+    nursery.parent._heard(worker)
+    assert nursery.parent._selector.get_map() == {}
