@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmux.gateway.engine.answer_head import read_answer_head
+from llmux.gateway.engine.connection import EngineFailure
 from llmux.gateway.http.heads import BadHead
 
 
@@ -138,3 +139,18 @@ def test_chunks_are_of_http_1_1_and_of_responses_with_a_body() -> None:
         read_answer_head(head(chunked, status=204), 204)
     with pytest.raises(BadHead):
         read_answer_head(head(version=b"2.0"), 200)
+
+
+@pytest.mark.parametrize("name", [b"content-length", b"Content-Length"])
+def test_a_length_has_as_many_digits_as_fit_into_64_bits(name: bytes) -> None:
+    most = b"9" * 18
+    _, length = read_answer_head(head(name + b": " + most), 200)
+    assert length == name + b": " + most + b"\r\n"
+    with pytest.raises(BadHead):
+        read_answer_head(head(name + b": 9" + most), 200)
+
+
+def test_a_failure_is_an_engines_that_was_reached_unless_it_is_said() -> None:
+    """Else the client is told "unreachable" of one that died (``Exchange.failure_problem``)."""
+    failure = EngineFailure("it closed the connection at once")
+    assert (failure.connected, failure.between_chunks) == (True, False)
