@@ -172,3 +172,14 @@ vllm:iteration_tokens_total_bucket{engine="0",le="1"} 99.0
     assert work_counters(b"{}", VLLM) == (None, None)
     odd = b"vllm:num_requests_running x\nvllm:generation_tokens_total NaN"
     assert work_counters(odd, VLLM) == (None, None)
+
+
+@in_virtual_time
+async def test_a_look_that_never_ends_is_no_sign_of_life(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World()
+    world.hold("engine.vitals")
+    ended = await probe(world, tmp_path)
+    assert ended.error == "no sign of life within 60 s"
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

@@ -204,3 +204,15 @@ def test_a_switch_says_what_each_part_of_it_took(clock: list[float]) -> None:
         "id": 1, "time": 1000.0, "model": "a", "type": "switch", "victims": ["b"], "cold": True,
         "drain_secs": 0.25, "park_secs": 1.75, "up_secs": 4.0, "duration_secs": 6.0,
     }  # fmt: skip
+
+
+def test_a_model_that_is_added_and_one_that_stays_as_it_is(clock: list[float]) -> None:
+    log = EventLog(Watchers())
+    both = state()
+    one = replace(both, models=MappingProxyType({"a": both.models["a"]}))
+    log.published(one, both)
+    assert [(e["model"], e["type"], e["to"]) for e in log.recent] == [
+        ("b", "transition", "stopped")
+    ]
+    log.published(both, one)
+    assert (log.recent[-1]["model"], log.recent[-1]["type"]) == ("b", "removed")
