@@ -8,6 +8,9 @@ import functools
 import json
 import mmap
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +162,24 @@ def test_every_byte_is_read_and_not_only_asked_for(tmp_path: Path) -> None:
     before = read_by_us()
     assert weights_reader.read(str(path), size) == size
     assert read_by_us() - before >= size
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
+def test_it_reads_as_the_engines_user_and_nothing_that_this_one_may_not() -> None:
+    with tempfile.TemporaryDirectory(prefix="llmux-weights-") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        for file, mode in (("open", 0o644), ("group", 0o640), ("closed", 0o600)):
+            (place / file).write_bytes(b"w" * 1000)
+            os.chown(place / file, 0, 64009)
+            (place / file).chmod(mode)
+        paths = [str(place / file) for file in ("closed", "group", "missing", "open")]
+
+        def read_by(uid: int, groups: str) -> int:
+            argv = [sys.executable, "-I", weights_reader.__file__, str(uid), str(uid), groups]
+            done = subprocess.run([*argv, *paths], capture_output=True, text=True, check=True)
+            return int(done.stdout)
+
+        assert read_by(64008, "") == 1000
+        assert read_by(64008, "64009,64010") == 2000
+        assert read_by(0, "") == 3000

@@ -105,3 +105,22 @@ def test_nothing_is_written_outside_of_its_own_directories_or_through_links(
         "image",
         "outside",
     ]
+
+
+def test_one_that_was_replaced_or_grew_hides_no_other(
+    place: pathlib.Path, image: pathlib.Path
+) -> None:
+    paths = [place / "cache" / name for name in ("a", "b", "c", "d")]
+    found = {}
+    for path in paths:
+        path.write_text(path.name)
+        status = path.stat()
+        found[str(path)] = status.st_dev, status.st_ino
+    gone, replaced, large, last = paths
+    gone.unlink()
+    (place / "another").write_text("another")
+    (place / "another").rename(replaced)
+    large.write_bytes(b"x" * (small_files.MOST_BYTES + 1))
+    (kept,) = small_files.keep(found, str(image))
+    assert (kept.path, kept.size) == (str(last), 1)
+    assert (image / kept.file).read_text() == "d"
