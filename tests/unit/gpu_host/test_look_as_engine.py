@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from llmux.drivers.doctor import look_as_engine
 
@@ -22,7 +23,7 @@ def test_tools_are_found_where_the_search_path_has_them(tmp_path: Path) -> None:
     weights = tmp_path / "model"
     weights.mkdir()
     (weights / "config.json").write_text("{}")
-    asked = {
+    asked: dict[str, Any] = {
         "program": program, "interpreter": None, "modules": [], "import_secs": 1.0,
         "models": {"a": str(weights)}, "directories": {"HF_HOME": str(tmp_path)},
     }  # fmt: skip

@@ -10,6 +10,7 @@ from sanic.exceptions import MethodNotAllowed, NotFound, SanicException, ServerE
 
 from llmux.errors import Reason, Refused
 from llmux.gateway.control.app import _problem
+from llmux.gateway.exchange.keep_alive import KeepAlive
 
 REFUSED = Refused(Reason.FORBIDDEN, "no")
 
@@ -71,3 +72,33 @@ def test_an_error_is_the_clients_or_ours_and_ours_is_told_to_the_journal_alone(
         if reason is Reason.METHOD_NOT_ALLOWED
         else None
     )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error": {"message": "too long"}}', "too long"),
+        (b'{"error": {"message": 7}}', "7"),
+        (b'{"error": {}}', None),
+        (b'{"error": "odd"}', None),
+        (b'{"error": null}', None),
+        (b"{}", None),
+        (b"[]", None),
+        (b"7", None),
+        (b"not JSON", None),
+        (b"\xff", None),
+        (b"", None),
+        (b"[" * 100_000, None),
+    ],
+    ids=range(12),
+)
+def test_whatever_an_engine_refuses_with_after_a_comment_is_told(
+    body: bytes, said: str | None
+) -> None:
+    expected = f"the engine answered: {body[:500].decode('utf-8', 'replace')}"
+    keep_alive = KeepAlive("alpha", 1.0, anthropic=False)
+    keep_alive.error = bytearray()
+    for at in range(0, len(body), 1000):
+        keep_alive.collect(body[at : at + 1000])
+    problem = keep_alive.problem()
+    assert (problem.reason, str(problem)) == (Reason.BAD_REQUEST, said or expected)
