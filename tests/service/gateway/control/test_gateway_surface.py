@@ -207,3 +207,18 @@ def test_a_feed_is_kept_by_nobody_on_its_way(path: str) -> None:
             assert head.headers.get("cache-control") in ("no-store", "no-cache")
 
     run()
+
+
+@in_loop
+async def test_head_and_get_are_answered_alike() -> None:
+    async with stage() as s:
+        answering(s)
+        for path, status in (
+            ("/ui", 308), ("/ui/", 200), ("/ui/static/main.js", None), ("/health/live", 200),
+            ("/health/ready", None), ("/health/weights", None), ("/models", 200),
+            ("/metrics", 200), ("/openapi.json", 200),
+        ):  # fmt: skip
+            get = await send(s, "GET", path)
+            head = await send(s, "HEAD", path, head=True)
+            assert head.status == get.status, path
+            assert status in (None, get.status), path
