@@ -23,12 +23,11 @@ from llmux.errors import LlmuxError
 OLDEST_KERNEL = (5, 14)  # cgroup.kill; pidfds and cgroup.freeze are older
 OLDEST_SYSTEMD = 252  # Debian 12; the oldest that llmux's units are tested with
 HUGE_PAGES = "transparent huge pages"
-# `bench park --large-image 8`, see README, *Measured*.
+# `bench park`, see README, *Measured*.
 HUGE_PAGES_MEAN = {
-    "madvise": "restores fill pages of 4 KiB, 9.9 GB in 9.1 s where it was measured; 6.4 s with"
-    " always, which holds for the whole host",
+    "madvise": "restores fill pages of 4 KiB: slow for large images, fast for small ones (README)",
     "never": "restores fill pages of 4 KiB, and engines that ask for huge pages get none",
-    "always": "restores fill huge pages: 9.9 GB in 6.4 s where it was measured, 9.1 s with madvise",
+    "always": "restores fill huge pages: fast for large images, slow for small ones (README)",
 }
 SHM = "/dev/shm"  # noqa: S108  # the mount itself, no file of ours
 SHM_SPARE = 1 * GIB  # vLLM's shared-memory rings and CRIU's link_remap copies
