@@ -22,7 +22,7 @@ from llmux_guest import host  # noqa: E402
 TOOLS: Final = ("playwright==1.65.2", "axe-playwright-python==0.1.8")
 # of axe-core 4.12.1
 AXE_SHA256: Final = "84494fec757e4710dc751c8d7a636e457f4532f08f85c86dc9070133fbff53bc"
-WAIT_MS: Final = 15_000
+WAIT_MS: Final = 60_000
 
 
 @dataclass
