@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from llmux.drivers.processes.process import read_stat
@@ -80,6 +81,23 @@ class _Memory(ctypes.Structure):
         ("free", ctypes.c_ulonglong),
         ("used", ctypes.c_ulonglong),
     ]
+
+
+class _Memory2(ctypes.Structure):
+    # nvmlMemory_v2_t
+    _fields_ = [
+        ("version", ctypes.c_uint),
+        ("total", ctypes.c_ulonglong),
+        ("reserved", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    total: int
+    used: int
 
 
 class _Caller:
@@ -216,12 +234,12 @@ class NvmlObserver:
 
     async def totals(self) -> Mapping[int, int]:
         return await self._in_thread(
-            lambda: {gpu: int(self._memory(gpu).total) for gpu in range(self._count())}
+            lambda: {gpu: self._memory(gpu).total for gpu in range(self._count())}
         )
 
     async def used(self) -> Mapping[int, int]:
         return await self._in_thread(
-            lambda: {gpu: int(self._memory(gpu).used) for gpu in range(self._count())}
+            lambda: {gpu: self._memory(gpu).used for gpu in range(self._count())}
         )
 
     async def close(self) -> None:
@@ -243,11 +261,18 @@ class NvmlObserver:
         self._check(code, f"nvmlDeviceGetHandleByIndex({gpu})")
         return device
 
-    def _memory(self, gpu: int) -> _Memory:
-        memory = _Memory()
-        code = self._nvml.nvmlDeviceGetMemoryInfo(self._device(gpu), ctypes.byref(memory))
+    def _memory(self, gpu: int) -> _Room:
+        """As CUDA, and so vLLM, counts: without what the driver keeps for itself (615 MiB of an
+        H200), which the first version of the call shows as used."""
+        memory = _Memory2()
+        memory.version = ctypes.sizeof(memory) | 2 << 24
+        ask = getattr(self._nvml, "nvmlDeviceGetMemoryInfo_v2", None)
+        if ask is not None and ask(self._device(gpu), ctypes.byref(memory)) == _SUCCESS:
+            return _Room(memory.total - memory.reserved, memory.used)
+        old = _Memory()  # drivers before 510
+        code = self._nvml.nvmlDeviceGetMemoryInfo(self._device(gpu), ctypes.byref(old))
         self._check(code, "nvmlDeviceGetMemoryInfo")
-        return memory
+        return _Room(old.total, old.used)
 
     def _processes_of(self, gpu: int) -> list[GpuProcess]:
         call = getattr(self._nvml, "nvmlDeviceGetComputeRunningProcesses_v3", None)
@@ -268,7 +293,7 @@ class NvmlObserver:
         if not unknown:
             return [GpuProcess(gpu, pid, used) for pid, used in rows]
         known = sum(used for _, used in rows if used != _NOT_AVAILABLE)
-        part = max(0, int(self._memory(gpu).used) - known) // unknown
+        part = max(0, self._memory(gpu).used - known) // unknown
         return [
             GpuProcess(gpu, pid, part if used == _NOT_AVAILABLE else used) for pid, used in rows
         ]

@@ -25,13 +25,20 @@ PACKAGES = (
     "libnl-3-200",
     "libprotobuf-c1",
 )
+# What those need of a system's own libraries. A bare host may lack them; where it has them, its own
+# are used, since others there are built against them.
+LIBRARIES = ("libgmp10", "libjansson4", "libmnl0", "libuuid1", "libxtables12")
 INSTALL = """#!/bin/sh
 # Puts the carried CRIU into /opt/criu and its libraries on the loader's path. Needs root.
 set -eu
 here=$(dirname "$(readlink -f "$0")")
 rm -rf /opt/criu
 cp -a "$here/criu" /opt/criu
-find /opt/criu -name '*.so*' -printf '%h\\n' | sort -u > /etc/ld.so.conf.d/gpu-proof-criu.conf
+# The loader takes the first that it finds, in the order of these files' names: CRIU's libraries
+# before the system's, what the system may have itself after them.
+put() { find "/opt/criu/$1" -name '*.so*' -printf '%h\\n' | sort -u > "/etc/ld.so.conf.d/$2"; }
+put usr gpu-proof-criu.conf
+put system zz-gpu-proof-criu.conf
 ldconfig
 ln -sf /opt/criu/usr/sbin/criu /usr/local/sbin/criu
 criu --version
@@ -46,12 +53,15 @@ def collect(directory: Path) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="gpu-proof-carry-") as scratch:
             for package in _download(Path(scratch)):
-                subprocess.run(["dpkg-deb", "-x", str(package), str(tree)], check=True)
+                own = package.name.partition("_")[0] not in LIBRARIES
+                target = tree if own else tree / "system"
+                subprocess.run(["dpkg-deb", "-x", str(package), str(target)], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"cannot collect CRIU: {error}", file=sys.stderr)
         return 1
-    for name in ("usr/share/doc", "usr/share/man", "usr/share/lintian"):
-        subprocess.run(["rm", "-rf", str(tree / name)], check=True)
+    for name in ("doc", "man", "lintian"):
+        for place in (tree, tree / "system"):
+            subprocess.run(["rm", "-rf", str(place / "usr/share" / name)], check=True)
     script = directory / "install"
     script.write_text(INSTALL)
     script.chmod(0o755)
@@ -73,5 +83,6 @@ def _download(scratch: Path) -> list[Path]:
         "-oAPT::Sandbox::User=root",
     ]
     subprocess.run(["apt-get", "-q", *options, "update"], check=True)
-    subprocess.run(["apt-get", "-q", *options, "download", *PACKAGES], check=True, cwd=scratch)
+    wanted = ["download", *PACKAGES, *LIBRARIES]
+    subprocess.run(["apt-get", "-q", *options, *wanted], check=True, cwd=scratch)
     return sorted(scratch.glob("*.deb"))

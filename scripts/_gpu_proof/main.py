@@ -82,6 +82,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--variants", default=",".join(VARIANTS), help="engines with something more; '' for none"
     )
+    parser.add_argument(
+        "--engines", default="pytorch,vllm", help="only these of pytorch and vllm"
+    )
     parser.add_argument("--criu", default="criu")
     parser.add_argument("--cuda-checkpoint", metavar="PATH", help="the tool in place of libcuda")
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
@@ -90,6 +93,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vllm-arg", action="append", default=[], metavar="ARG")
     parser.add_argument("--fake", action="store_true", help="no GPU: try out the script itself")
     asked = parser.parse_args(argv)
+    asked.engines = tuple(asked.engines.split(","))
+    if wrong := [engine for engine in asked.engines if engine not in ("pytorch", "vllm")]:
+        parser.error(f"no engine {', '.join(wrong)}; there are: pytorch, vllm")
     if asked.rows:
         legal = {f"{weights}+{process}": (weights, process) for weights, process in ROWS}
         wrong = [row for row in asked.rows.split(",") if row not in legal]
@@ -190,15 +196,16 @@ class Proof:
                 self._evidence, self._images, tolerance, fake is not None,
             )  # fmt: skip
 
-        engine = proof_engine(self._asked, self._work, units, fake, "")
-        await self._run(bench(name, engine), self._asked.rows)
         if fake:
             note = "pretended engine and driver: no number here says anything about a GPU"
             self.facts["note"] = note
-        else:
-            for extra in filter(None, self._asked.variants.split(",")):
-                engine = proof_engine(self._asked, self._work, units, None, extra)
-                await self._run(bench(f"{name} with {extra}", engine), VARIANT_ROWS)
+        if "pytorch" in self._asked.engines:
+            extras = [] if fake else list(filter(None, self._asked.variants.split(",")))
+            for extra in ["", *extras]:
+                engine = proof_engine(self._asked, self._work, units, fake, extra)
+                rows = VARIANT_ROWS if extra else self._asked.rows
+                await self._run(bench(f"{name} with {extra}" if extra else name, engine), rows)
+        if "vllm" in self._asked.engines and not fake:
             await self._vllm(units, bench)
         await freezer.close()
 

@@ -26,14 +26,6 @@ class Memory(Protocol):
         """What can be seen now, for the evidence."""
 
 
-class _MemoryInfo(ctypes.Structure):
-    _fields_ = (
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        ("used", ctypes.c_ulonglong),
-    )
-
-
 class Nvml(NvmlObserver):
     """llmux's observer, and the device-wide figure: in a container NVML may show no process."""
 
@@ -44,14 +36,7 @@ class Nvml(NvmlObserver):
         self._gpu = gpu
 
     async def used_mib(self) -> int:
-        def look() -> int:
-            memory = _MemoryInfo()
-            device = self._device(self._gpu)
-            code = self._nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-            self._check(code, "nvmlDeviceGetMemoryInfo")
-            return int(memory.used // MIB)
-
-        return await self._in_thread(look)
+        return (await self.used())[self._gpu] // MIB
 
     async def describe(self) -> str:
         def look() -> str:

@@ -132,6 +132,32 @@ def test_what_has_ended_holds_nothing(observer: Observer, hold: Holder) -> None:
     see(observer, look)
 
 
+@pytest.mark.parametrize(
+    ("defines", "total", "used"),
+    [((), 80 * GIB, 7 * GIB), (("BEFORE_510",), 81 * GIB, 8 * GIB)],
+    ids=["with the second version of the call", "before driver 510"],
+)
+def test_what_the_driver_keeps_for_itself_is_neither_room_nor_used(
+    tmp_path: Path,
+    ledger: Ledger,
+    hold: Holder,
+    defines: tuple[str, ...],
+    total: int,
+    used: int,
+) -> None:
+    """Before, an idle H200 had 0.6 GiB in use; vLLM takes its share of what is left."""
+    fake = FakeNvml(tmp_path / "nvml", ledger.path, *defines)
+    fake.reserve(GIB)
+    hold(0, weights=7 * GIB)
+    observer = NvmlObserver(str(fake.library))
+
+    async def look() -> None:
+        assert (await observer.totals())[0] == total
+        assert (await observer.used())[0] == used
+
+    see(observer, look)
+
+
 @NVML
 def test_more_processes_than_there_was_room_for(observer: Observer, nvml: FakeNvml) -> None:
     nvml.foreign(*((0, 1_000_000 + n, 1) for n in range(100)))

@@ -12,13 +12,17 @@ SOURCE = Path(__file__).with_name("libnvidia_ml.c")
 
 
 class FakeNvml:
-    """``directory`` gets the library; ``ledger``: the simulated GPUs that it speaks of."""
+    """``directory`` gets the library; ``ledger``: the simulated GPUs that it speaks of.
 
-    def __init__(self, directory: Path, ledger: str) -> None:
+    ``defines``: BEFORE_510 leaves out what drivers before 510 lack.
+    """
+
+    def __init__(self, directory: Path, ledger: str, *defines: str) -> None:
         self.directory = directory
         self.library = directory / "libnvidia-ml.so.1"
         (directory / "faults").mkdir(parents=True, exist_ok=True)
         flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        flags += [f"-D{name}" for name in defines]
         subprocess.run(
             ["cc", *flags, "-o", str(self.library), str(SOURCE), "-ldl"],
             check=True,
@@ -51,6 +55,10 @@ class FakeNvml:
     def late(self, milliseconds: int) -> None:
         """Memory of an ended process is back only so much later."""
         (self.directory / "late").write_text(f"{milliseconds}\n")
+
+    def reserve(self, size: int) -> None:
+        """Bytes that the driver keeps of each GPU."""
+        (self.directory / "reserved").write_text(f"{size}\n")
 
     def mig(self, *gpus: int) -> None:
         """MIG is on there: of the whole device no processes are shown."""

@@ -9,6 +9,10 @@
  * long after it has ended. DIR/unknown, lines "PID" or "all": their bytes are NOT_AVAILABLE (WSL,
  * some vGPUs); the device's own figures are right.
  *
+ * DIR/reserved, a number of bytes: what the driver keeps of each GPU. The capacity is without it, as
+ * CUDA's total is; the first version of the memory call counts it as total and as used, the second
+ * names it (an idle H200: 615 MiB).
+ *
  * DIR/mig, lines "GPU": MIG is on there; NVML shows no processes of the whole device then.
  *
  * DIR/faults/CALL (init, count, handle, memory, processes) is a fault to order:
@@ -26,12 +30,13 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, INSUFFICIENT_SIZE = 7 };
+enum { OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, INSUFFICIENT_SIZE = 7, VERSION_MISMATCH = 25 };
 #define NOT_AVAILABLE (~0ull)
 #define MOST 512
 
 typedef struct { unsigned pid; unsigned long long used; unsigned instance, compute; } Process;
 typedef struct { unsigned long long total, free, used; } Memory;
+typedef struct { unsigned version; unsigned long long total, reserved, free, used; } Memory2;
 typedef struct { int gpu; unsigned pid; unsigned long long bytes; long long until; } Row;
 
 static int initialised;
@@ -272,6 +277,19 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device)
 	return OK;
 }
 
+static unsigned long long reserved(void)
+{
+	char path[PATH_MAX];
+	unsigned long long bytes = 0;
+	char *text;
+
+	path_of(path, "reserved");
+	text = read_file(path);
+	if (text) sscanf(text, "%llu", &bytes);
+	free(text);
+	return bytes;
+}
+
 int nvmlDeviceGetMemoryInfo(void *device, Memory *memory)
 {
 	static Row rows[MOST];
@@ -279,13 +297,30 @@ int nvmlDeviceGetMemoryInfo(void *device, Memory *memory)
 
 	if (!initialised) return UNINITIALIZED;
 	if (fault("memory", &code)) return code;
-	memory->total = capacity(gpu);
-	memory->used = 0;
+	memory->total = capacity(gpu) + reserved();
+	memory->used = reserved();
 	for (int i = 0, count = rows_now(rows); i < count; i++)
 		if (rows[i].gpu == gpu) memory->used += rows[i].bytes;
 	memory->free = memory->used > memory->total ? 0 : memory->total - memory->used;
 	return OK;
 }
+
+#ifndef BEFORE_510
+int nvmlDeviceGetMemoryInfo_v2(void *device, Memory2 *out)
+{
+	Memory memory;
+	int code;
+
+	if (out->version != (sizeof *out | 2u << 24)) return VERSION_MISMATCH;
+	code = nvmlDeviceGetMemoryInfo(device, &memory);
+	if (code) return code;
+	out->total = memory.total;
+	out->reserved = reserved();
+	out->free = memory.free;
+	out->used = memory.used - out->reserved;
+	return OK;
+}
+#endif
 
 int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *size, Process *out)
 {
