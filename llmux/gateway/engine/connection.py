@@ -64,9 +64,9 @@ class EngineConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_between", "_broken", "_complete", "_full", "_head", "_head_done", "_keep_alive",
-        "_parser", "_pieces", "_request", "_sent", "_upload", "paused", "pool", "served", "sink",
-        "transport", "until_close",
+        "_between", "_broken", "_chunks", "_complete", "_full", "_head", "_head_done",
+        "_keep_alive", "_parser", "_pieces", "_request", "_sent", "_upload", "paused", "pool",
+        "served", "sink", "transport", "until_close",
     )  # fmt: skip
 
     def __init__(self, pool: Owner) -> None:
@@ -87,6 +87,7 @@ class EngineConnection(asyncio.Protocol):
         self._complete = False
         self._keep_alive = False  # known once the head is complete
         self._between = True
+        self._chunks = False  # the engine's are passed on
         self.until_close = False
         self._broken: str | None = None
 
@@ -166,6 +167,8 @@ class EngineConnection(asyncio.Protocol):
         except (httptools.HttpParserError, BadHead) as error:
             self._fail(f"the engine's answer is not HTTP: {error}")
             return
+        if self._chunks and data[-1] != 0x0A:
+            self._between = False  # in a chunk, or in its size, of which the parser says nothing
         if self._broken is None:
             sink.response_bytes(self._passed(data) if self._pieces is not None else data)
         if self._complete or self._broken:
@@ -217,6 +220,9 @@ class EngineConnection(asyncio.Protocol):
         self._parser.feed_data(data)
         read, length = read_answer_head(data[:end], self._parser.get_status_code())
         self.until_close = not (length or read.chunked or self._complete)
+        self._chunks = read.chunked and self._pieces is None
+        if self._chunks and data[-1] != 0x0A:
+            self._between = False
         if self._broken is None:
             sink.response_head(read, length, rest if self._pieces is None else self._passed(rest))
         self._after_bytes(sink)
