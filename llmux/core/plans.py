@@ -121,12 +121,16 @@ DESCRIBE_SECS = 5.0
 SPAWN_SECS = 30.0  # measured 5-40 ms; D-Bus and a busy machine are the rest
 
 
-def _down(model: ModelConfig, *, grace: bool) -> tuple[Step, ...]:
+def _down(model: ModelConfig, *, grace: bool, well: bool = False) -> tuple[Step, ...]:
     """End the engine for certain: off the GPU if it was resumed, SIGTERM (where it pays), cgroup
-    kill, see the memory gone."""
+    kill, see the memory gone. ``well``: nothing failed before, so that it answers. Then it leaves
+    the GPU asleep, its weights discarded: else they are copied to host memory for nothing, seconds
+    while the next model waits, and there may be no room for them."""
     terminate = (Step(StepKind.TERMINATE, model.stop_grace_secs, optional=True),) if grace else ()
+    sleeps = well and any(rung.weights is not Weights.RETAIN for rung in model.rungs)
+    level = model.engine_type.sleep_levels[Weights.DISCARD] if sleeps else 0
     return (
-        Step(StepKind.LEAVE_GPU, LEAVE_GPU_SECS, optional=True),
+        Step(StepKind.LEAVE_GPU, LEAVE_GPU_SECS, level=level, optional=True),
         *terminate,
         Step(StepKind.KILL, KILL_SECS),
         Step(StepKind.VERIFY_RELEASE, RELEASE_SECS),
@@ -165,7 +169,7 @@ def _canaries() -> tuple[Step, ...]:
 
 def stop_plan(model: ModelConfig, *, grace: bool = True) -> Plan:
     """No process left. Without ``grace`` for an engine that died or hangs: it ignores SIGTERM."""
-    steps = _down(model, grace=grace)
+    steps = _down(model, grace=grace, well=grace)
     return Plan(PlanKind.STOP, steps, Outcome.DOWN, _down(model, grace=False))
 
 
@@ -176,8 +180,8 @@ def _communicators(model: ModelConfig, kind: StepKind) -> list[Step]:
 
 def reuse_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     """Parked by an image that is there already: the processes only have to go."""
-    down = _down(model, grace=False)
-    return Plan(PlanKind.PARK, down, Outcome.PARKED, down, eviction)
+    down, last = _down(model, grace=False, well=True), _down(model, grace=False)
+    return Plan(PlanKind.PARK, down, Outcome.PARKED, last, eviction)
 
 
 def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
@@ -186,7 +190,7 @@ def park_plan(model: ModelConfig, eviction: Eviction) -> Plan:
     A model that cannot be parked so is stopped: its configuration may have changed since.
     """
     if eviction.process is Process.STOP or model.parking_obstacle(eviction):
-        down, last = _down(model, grace=True), _down(model, grace=False)
+        down, last = _down(model, grace=True, well=True), _down(model, grace=False)
         return Plan(PlanKind.PARK, down, Outcome.DOWN, last, eviction)
     steps: list[Step] = []
     if _retains_suspended(eviction):

@@ -36,14 +36,21 @@ class Budget:
         self._seconds = seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
+    @property
+    def used_up(self) -> bool:
+        return self._end is not None and time.monotonic() >= self._end
+
     def limit(self, most: float) -> float:
         """Seconds that the next step may take. OutOfBudgetError when nothing is left."""
         if self._end is None:
             return most
         left = self._end - time.monotonic()
         if left <= 0:
-            raise OutOfBudgetError(f"the budget of {self._seconds:g} s is used up")
+            raise self.over()
         return min(most, left)
+
+    def over(self) -> OutOfBudgetError:
+        return OutOfBudgetError(f"the budget of {self._seconds:g} s is used up")
 
 
 class Engine:
@@ -171,7 +178,8 @@ class Bench:
         assert self.engine.handle is not None
         spec = DumpSpec(launch=self.engine.spec, identity={"engine": self.name})
         limit = self.budget.limit(2 * STEP_SECS)
-        self.image = await self.criu.dump(self.engine.handle, spec, limit)
+        async with self.engine.units.reaping(await self.engine.pids()):
+            self.image = await self.criu.dump(self.engine.handle, spec, limit)
         await self.engine.kill()  # nothing lives: removes the cgroup
         return self.image.apparent_bytes
 

@@ -82,9 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--variants", default=",".join(VARIANTS), help="engines with something more; '' for none"
     )
-    parser.add_argument(
-        "--engines", default="pytorch,vllm", help="only these of pytorch and vllm"
-    )
+    parser.add_argument("--engines", default="pytorch,vllm", help="only these of pytorch and vllm")
     parser.add_argument("--criu", default="criu")
     parser.add_argument("--cuda-checkpoint", metavar="PATH", help="the tool in place of libcuda")
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")

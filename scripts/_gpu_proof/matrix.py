@@ -74,7 +74,10 @@ async def run_row(bench: Bench, weights: str, process: str) -> Row:
     except (OutOfBudgetError, Unsupported) as error:
         row.outcome, row.why = "not measured", str(error)
     except TimeoutError:
-        row.outcome, row.why = "failed", f"a step was not done within its {STEP_SECS:g} s"
+        if bench.budget.used_up:
+            row.outcome, row.why = "not measured", str(bench.budget.over())
+        else:
+            row.outcome, row.why = "failed", f"a step was not done within its {STEP_SECS:g} s"
     except (ProofError, DriverError, RuntimeError, OSError) as error:
         row.outcome, row.why = "failed", str(error)
     await bench.note(f"{row.name}-{row.outcome.replace(' ', '-')}")

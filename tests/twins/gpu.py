@@ -91,7 +91,8 @@ class MemoryCuda:
         return [engine.handle.pid] if engine.suspended else []
 
     async def check_memory(self, pids: Sequence[int], gpu_used_bytes: int) -> None:
-        await self._world.act("cuda.check_memory", self._owner("check", pids).handle.model)
+        model = self._owner("check", pids).handle.model
+        await self._world.act("cuda.check_memory", model, gpu_used_bytes)
 
     async def close(self) -> None:
         self._world.record("cuda.close", "")

@@ -13,8 +13,8 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from llmux.drivers.processes import cgroup
@@ -33,6 +33,8 @@ from llmux.drivers.processes.spawn import spawn_launcher, unit_name
 from llmux.errors import DriverTimeout
 from llmux.ports import LaunchSpec, UnitHandle
 from llmux.protocol import Address
+
+REAP_SECS = 0.01
 
 
 def find_cgroup() -> tuple[str, str] | None:
@@ -90,6 +92,18 @@ class BareUnits:
             process = Process.open(pid)
             if process is not None:
                 self._processes[process.pid, process.ticks] = process
+
+    @asynccontextmanager
+    async def reaping(self, pids: Sequence[int]) -> AsyncIterator[None]:
+        """While CRIU ends these processes of a unit: those whose parents went first are ours, as
+        zombies perhaps, and hold their pids against the restore."""
+        roots = {pid for pid, _ in self._processes}
+        orphans = set(pids) - roots
+        task = asyncio.create_task(_reap(orphans))
+        try:
+            yield
+        finally:
+            task.cancel()
 
     def _make_cgroup(self, pid: int) -> str | None:
         if self._root is None:
@@ -164,6 +178,14 @@ class BareUnits:
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+async def _reap(pids: set[int]) -> None:
+    while True:
+        for pid in pids:
+            with suppress(ChildProcessError):  # not ours, or not yet
+                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  # it does not wait
+        await asyncio.sleep(REAP_SECS)  # nothing tells that a process has become ours
 
 
 def is_alive(handle: UnitHandle) -> bool:

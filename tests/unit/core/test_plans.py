@@ -11,6 +11,7 @@ from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.plans import (
     Outcome,
     Plan,
+    Step,
     StepKind,
     deepen_plan,
     park_plan,
@@ -143,14 +144,38 @@ def test_what_may_fail_and_is_passed_over(plan: Plan, may_fail: list[StepKind]) 
 def test_what_has_an_image_already_is_not_asked_politely() -> None:
     plan = reuse_plan(MODEL, CHECKPOINTED)
     assert kinds(plan) == [K.LEAVE_GPU, K.KILL, K.VERIFY_RELEASE]
-    assert (plan.success, plan.fallback) == (Outcome.PARKED, plan.steps)
+    assert plan.success is Outcome.PARKED
+    assert plan.fallback == stop_plan(MODEL, grace=False).steps
+
+
+RETAIN_CHECKPOINT = Eviction(Weights.RETAIN, Process.CHECKPOINT)
+RETAINED = model("a", eviction=RETAIN_CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("steps", "level"),
+    [
+        (reuse_plan(MODEL, CHECKPOINTED).steps, 2),
+        (stop_plan(MODEL).steps, 2),
+        (park_plan(MODEL, STOP).steps, 2),
+        (reuse_plan(MODEL, CHECKPOINTED).fallback, 0),  # something failed: it may answer nothing
+        (stop_plan(MODEL).fallback, 0),
+        (stop_plan(MODEL, grace=False).steps, 0),
+        (park_plan(MODEL, STOP).fallback, 0),
+        (park_plan(MODEL, CHECKPOINTED).fallback, 0),
+        (reuse_plan(RETAINED, RETAIN_CHECKPOINT).steps, 0),  # started without sleep mode
+        (stop_plan(RETAINED).steps, 0),
+    ],
+)
+def test_an_engine_that_is_well_leaves_its_gpu_asleep(steps: tuple[Step, ...], level: int) -> None:
+    assert [step.level for step in steps if step.kind is K.LEAVE_GPU] == [level]
 
 
 @pytest.mark.parametrize("suspended", [False, True])
 def test_an_engine_that_stays_after_a_failed_dump_is_not_asked_politely(suspended: bool) -> None:
     plan = without_image_plan(MODEL, DISCARD, suspended=suspended)
     assert plan is not None
-    assert plan.fallback == reuse_plan(MODEL, DISCARD).steps
+    assert plan.fallback == stop_plan(MODEL, grace=False).steps
 
 
 def test_only_a_checkpoint_makes_an_image() -> None:

@@ -6,16 +6,18 @@ import asyncio
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from llmux.drivers.gpu import LedgerObserver
 from llmux.drivers.processes.bare import BareUnits
+from llmux.drivers.processes.cgroup import process_state
 from llmux.drivers.processes.children import DirectUnits
 from llmux.drivers.processes.launcher import PR_SET_CHILD_SUBREAPER
-from llmux.drivers.processes.process import start_ticks
+from llmux.drivers.processes.process import descendants, start_ticks
 from llmux.errors import UnitFailed
 from llmux.ports import GpuProcess, LaunchSpec, UnitHandle
 from llmux.protocol import Address
@@ -33,6 +35,12 @@ def no_sub_reaper() -> Iterator[None]:
 def spec(directory: Path, *argv: str) -> LaunchSpec:
     output = str(directory / "output")
     return LaunchSpec("m", argv, {"PATH": "/usr/bin:/bin"}, None, output, output, str(directory))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110  # of processes, which tell nobody
+            await asyncio.sleep(0)
 
 
 class Exits:
@@ -73,6 +81,26 @@ def test_a_unit_ends_as_a_whole_and_who_watches_is_told(tmp_path: Path, how: str
         units.watch(handle, late)
         assert await late.next() == (handle, "gone")
         assert await units.observe() == ()
+
+    asyncio.run(body())
+
+
+def test_orphans_that_came_as_zombies_are_reaped(tmp_path: Path) -> None:
+    """Seen on a GPU: vLLM's resource tracker was a zombie of ours after the dump."""
+
+    async def body() -> None:
+        units = BareUnits(None)
+        # The parent, stopped, reaps nobody: its child is a zombie when it becomes ours.
+        handle = await units.start(spec(tmp_path, "/bin/sh", "-c", "sleep 1000 & wait"), SECONDS)
+        await until(lambda: len(descendants(handle.pid)) == 1)
+        (child,) = descendants(handle.pid)
+        async with units.reaping(await units.pids(handle)):
+            os.kill(handle.pid, signal.SIGSTOP)
+            os.kill(child, signal.SIGKILL)
+            await until(lambda: process_state(child) == "Z")
+            os.kill(handle.pid, signal.SIGKILL)
+            await until(lambda: start_ticks(child) is None)
+        await units.kill(handle, SECONDS)
 
     asyncio.run(body())
 

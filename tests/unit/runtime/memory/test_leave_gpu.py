@@ -11,10 +11,18 @@ from pathlib import Path
 import pytest
 from runtime_harness import Shop, begin_life, config_of, in_loop, model
 
-from llmux.config.schema import Eviction, Process, Weights
+from llmux.config.schema import Eviction, ModelConfig, Process, Weights
 from llmux.core.events import LoadAsked, ParkAsked
-from llmux.core.plans import Outcome, Plan, park_plan, start_plan, stop_plan, wake_plan
-from llmux.errors import CheckpointFailed
+from llmux.core.plans import (
+    Outcome,
+    Plan,
+    park_plan,
+    reuse_plan,
+    start_plan,
+    stop_plan,
+    wake_plan,
+)
+from llmux.errors import CheckpointFailed, EngineUnhealthy
 from tests.twins.disk import MemoryStore
 from tests.twins.world import World
 
@@ -22,6 +30,7 @@ SUSPEND = Eviction(Weights.RETAIN, Process.CUDA_SUSPEND)
 CHECKPOINT = Eviction(Weights.DISCARD, Process.CHECKPOINT)
 FREEZE = Eviction(Weights.RETAIN, Process.FREEZE)
 MODEL = model("a")
+RETAINED = model("a", eviction=SUSPEND)
 ENDS = [
     pytest.param(stop_plan(MODEL, grace=True), id="stop"),
     pytest.param(stop_plan(MODEL, grace=False), id="kill"),
@@ -46,6 +55,69 @@ async def test_it_leaves_the_gpu_first(tmp_path: Path, eviction: Eviction, end: 
     assert world.engines == {}
     assert world.hung_hosts == []
     assert world.violations == []
+
+
+LEAVING = ("engine.sleep", "cuda.check_memory", "cuda.suspend")
+WELL = [
+    pytest.param(stop_plan(MODEL), id="stop"),
+    pytest.param(reuse_plan(MODEL, CHECKPOINT), id="its image is there already"),
+    pytest.param(park_plan(MODEL, Eviction(Weights.DISCARD, Process.STOP)), id="parked by stop"),
+]
+
+
+@pytest.mark.parametrize("end", WELL)
+@in_loop
+async def test_what_nobody_needs_again_is_not_copied_to_host_memory(
+    tmp_path: Path, end: Plan
+) -> None:
+    """Seen on an H200: the next model waited 1.9 s for 2 GiB of weights and cache on their way to
+    host memory, and 0.5 s with the engine asleep."""
+    world = World()
+    shop = Shop(world, str(tmp_path))
+    await resumed(shop, CHECKPOINT)
+    context, before = world.engines["a"].used["context"], len(world.calls)
+    assert (await shop.run(MODEL, end)).outcome in (Outcome.DOWN, Outcome.PARKED)
+    calls = [call for call in world.calls[before:] if call.operation in LEAVING]
+    assert [(call.operation, *call.args) for call in calls] == [
+        ("engine.sleep", 2),
+        ("cuda.check_memory", context),
+        ("cuda.suspend",),
+    ]
+    assert (world.hung_hosts, world.violations) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "fault", [EngineUnhealthy("sleep", "a", "500"), TimeoutError(), OSError("reset")], ids=repr
+)
+@in_loop
+async def test_one_that_does_not_sleep_leaves_awake(tmp_path: Path, fault: Exception) -> None:
+    world = World()
+    shop = Shop(world, str(tmp_path))
+    await resumed(shop, CHECKPOINT)
+    world.fail("engine.sleep", fault)
+    assert (await shop.run(MODEL, stop_plan(MODEL))).outcome is Outcome.DOWN
+    assert world.names("cuda.suspend")
+    assert (world.hung_hosts, world.violations) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("end", "config"),
+    [
+        pytest.param(stop_plan(MODEL, grace=False), MODEL, id="it failed: it may answer nothing"),
+        pytest.param(stop_plan(RETAINED), RETAINED, id="it has no sleep mode"),
+    ],
+)
+@in_loop
+async def test_one_that_may_not_be_able_is_not_asked_to_sleep(
+    tmp_path: Path, end: Plan, config: ModelConfig
+) -> None:
+    world = World()
+    shop = Shop(world, str(tmp_path))
+    for plan in (start_plan(config, 60.0), park_plan(config, SUSPEND), wake_plan(config, SUSPEND)):
+        await shop.run(config, plan)
+    assert (await shop.run(config, end)).outcome is Outcome.DOWN
+    assert world.names("engine.sleep") == []
+    assert world.hung_hosts == []
 
 
 @in_loop
