@@ -281,10 +281,12 @@ class ImageStore:
             return image.path
         home = self.directory(image.model)
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.clock()))
-        for number in range(1000):
-            path = os.path.join(home, f"{_QUARANTINE}{stamp}-{number}")
-            if not os.path.lexists(path):
-                break
+        # Behind those of the same second: the newest are what stays.
+        prefix = f"{_QUARANTINE}{stamp}-"
+        names = os.listdir(home) if os.path.isdir(home) else []
+        ends = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        number = max((int(end) for end in ends if end.isdigit()), default=-1) + 1
+        path = os.path.join(home, f"{prefix}{number:03}")
         try:
             os.rename(image.path, path)
         except FileNotFoundError:

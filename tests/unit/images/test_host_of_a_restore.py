@@ -7,7 +7,6 @@ import pathlib
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,15 +14,6 @@ from llmux.drivers.criu import host
 from llmux.drivers.images.manifest import KeptPath, Manifest, TreeProcess
 
 ME, MINE = os.geteuid(), os.getegid()
-
-
-@pytest.fixture
-def home() -> Iterator[pathlib.Path]:
-    """Short: a socket's path has 107 bytes."""
-    path = pathlib.Path(f"/var/tmp/llmux-host-{os.getpid()}")
-    path.mkdir(mode=0o700)
-    yield path
-    shutil.rmtree(path)
 
 
 def manifest(**values: object) -> Manifest:
