@@ -38,15 +38,22 @@ from llmux.runtime.watchdog import StatusLine
 log = logging.getLogger("llmux")
 
 
-async def serve(path: str, *, port: int | None = None, control: str | None = None) -> None:
+async def serve(
+    path: str,
+    *,
+    port: int | None = None,
+    control: str | None = None,
+    drivers: Callable[[Config, str], Drivers] | None = None,
+) -> None:
     """Run supervisor and gateway in one process; the engines are children and end with it.
 
     ``port``: listen on 127.0.0.1 instead of the configured addresses. ``control``: path of the
-    control socket, by default a new one.
+    control socket, by default a new one. ``drivers`` makes others than those for children, from
+    the configuration and the runtime directory; then every eviction is allowed.
     """
     marked = load_marked(path)
     config = marked.config
-    problems = check_embedded(config, marked.marks)
+    problems = check_embedded(config, marked.marks) if drivers is None else ()
     if problems:
         raise ConfigError(problems)
     listen = [f"127.0.0.1:{port}"] if port is not None else list(config.listen_addresses())
@@ -56,7 +63,8 @@ async def serve(path: str, *, port: int | None = None, control: str | None = Non
     stop_on_signals(stop)
     runtime = tempfile.mkdtemp(prefix="llmux-", dir=os.environ.get("XDG_RUNTIME_DIR"))
     try:
-        await _serve_in(runtime, path, config, sockets, stop, control)
+        made = (drivers or embedded_drivers)(config, runtime)
+        await _serve_in(runtime, path, config, made, sockets, stop, control)
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
 
@@ -65,6 +73,7 @@ async def _serve_in(
     runtime: str,
     path: str,
     config: Config,
+    drivers: Drivers,
     sockets: list[socket.socket],
     stop: asyncio.Event,
     control: str | None,
@@ -72,7 +81,7 @@ async def _serve_in(
     notifier = SdNotifier()
     supervisor = Supervisor(
         config,
-        _embedded_drivers(config, runtime),
+        drivers,
         FileStateStore(f"{runtime}/state.json"),
         reload=lambda _: load_config(path),
     )
@@ -110,7 +119,7 @@ async def _serve_in(
         await supervisor.close()
 
 
-def _embedded_drivers(config: Config, runtime: str) -> Drivers:
+def embedded_drivers(config: Config, runtime: str) -> Drivers:
     """The drivers for engines that are children of this process: none that needs systemd."""
     return Drivers(
         units=DirectUnits(),

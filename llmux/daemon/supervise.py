@@ -161,8 +161,8 @@ def _system_drivers(config: Config) -> Drivers:
     )
 
     units = SystemdUnits()
-    cuda = _cuda(config)
-    start = _cuda_start(cuda)
+    cuda = cuda_driver(config)
+    start = cuda_start(cuda)
     return Drivers(
         units=units,
         freezer=CgroupFreezer(),
@@ -294,7 +294,7 @@ def _plugin_dir(config: Config) -> str | None:
     return directory
 
 
-def _cuda(config: Config) -> DeviceCheckpointer | None:
+def cuda_driver(config: Config) -> DeviceCheckpointer | None:
     """None without an NVIDIA driver, or where CRIU's plugin does the work: never both."""
     if _plugin_dir(config) is not None:
         return None
@@ -307,7 +307,7 @@ def _cuda(config: Config) -> DeviceCheckpointer | None:
     return CudaDriver(library) if library else CudaDriver()
 
 
-def _cuda_start(cuda: DeviceCheckpointer | None) -> gpu_driver.CudaStart | None:
+def cuda_start(cuda: DeviceCheckpointer | None) -> gpu_driver.CudaStart | None:
     """None without an NVIDIA driver. Also where a tool or CRIU's plugin saves CUDA state."""
     library = os.environ.get("LLMUX_LIBCUDA")
     if not os.path.exists(gpu_driver.VERSION) and library is None:

@@ -11,11 +11,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
-from _gpu_proof import carry, report, vllm_carry
+from _gpu_proof import report, whole
 from _gpu_proof.bench import Bench, Budget, Engine, OutOfBudgetError, environment
+from _gpu_proof.carried import criu as criu_carry
+from _gpu_proof.carried import vllm as vllm_carry
 from _gpu_proof.client import ProofError
 from _gpu_proof.evidence import Evidence
 from _gpu_proof.matrix import ROWS, Row, run_row
@@ -89,10 +92,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vllm-model", metavar="DIR", help="measure vLLM too, with this model")
     parser.add_argument("--vllm", default="vllm", metavar="COMMAND")
     parser.add_argument("--vllm-arg", action="append", default=[], metavar="ARG")
+    parser.add_argument(
+        "--serve", type=int, default=0, metavar="N", help="N switches of a whole llmux on vLLM, too"
+    )
     parser.add_argument("--fake", action="store_true", help="no GPU: try out the script itself")
     asked = parser.parse_args(argv)
     asked.engines = tuple(asked.engines.split(","))
-    if wrong := [engine for engine in asked.engines if engine not in ("pytorch", "vllm")]:
+    if wrong := [e for e in asked.engines if e not in ("pytorch", "vllm", "none")]:
         parser.error(f"no engine {', '.join(wrong)}; there are: pytorch, vllm")
     if asked.rows:
         legal = {f"{weights}+{process}": (weights, process) for weights, process in ROWS}
@@ -152,6 +158,8 @@ class Proof:
         self._budget = Budget(asked.budget)
         self._evidence = Evidence(asked.out)
         self.rows: list[Row] = []
+        self.turns: list[whole.Turn] = []
+        self.whole_problem = ""
         self.facts: dict[str, str] = {"kernel": platform.release()}
 
     async def measure(self) -> None:
@@ -205,6 +213,8 @@ class Proof:
                 await self._run(bench(f"{name} with {extra}" if extra else name, engine), rows)
         if "vllm" in self._asked.engines and not fake:
             await self._vllm(units, bench)
+        if self._asked.serve:
+            await self._whole(fake, criu)
         await freezer.close()
 
     async def _vllm(self, units: BareUnits, bench: Callable[[str, Engine, float], Bench]) -> None:
@@ -220,6 +230,33 @@ class Proof:
                 self.facts["vLLM"] = asked.vllm
             engine = vllm_engine(asked, self._work, units)
             await self._run(bench("vLLM", engine, VLLM_TOLERANCE), asked.rows)
+
+    async def _whole(self, fake: Path | None, criu: Criu) -> None:
+        asked, images = self._asked, self._images / "whole"
+        if fake:
+            place = whole.pretended(self._work, images, asked.criu, fake)
+        elif asked.vllm_model and (vllm := shutil.which(asked.vllm)):
+            args = tuple(asked.vllm_arg)
+            place = whole.Place(self._work, images, vllm, asked.vllm_model, args, asked.criu)
+        else:
+            self.whole_problem = "not measured: it needs --vllm and --vllm-model"
+            return
+        try:
+            await criu.require("imaged")
+        except Unsupported as error:
+            self.whole_problem = f"not measured: discard+checkpoint: {error}"
+            kept = {name: way for name, way in whole.EVICTIONS.items() if name != "imaged"}
+            place = replace(place, evictions=kept)
+        run = whole.Whole(place, self._work / "llmux.log")
+        try:
+            await run.run(asked.serve, self._say, self._budget.limit(whole.LIMIT_SECS))
+        except OutOfBudgetError as error:
+            self.whole_problem = f"not measured: {error}"
+        except (ProofError, TimeoutError, OSError) as error:
+            self.whole_problem = f"failed: {str(error) or 'the time was up'}"
+        finally:
+            self.turns = run.turns
+            self._evidence.keep_logs("whole", [self._work])
 
     async def _run(self, bench: Bench, rows: Sequence[tuple[str, str]]) -> None:
         try:
@@ -257,7 +294,7 @@ class Proof:
 def main(argv: list[str] | None = None) -> int:
     asked = parse(sys.argv[1:] if argv is None else argv)
     if asked.carry is not None:
-        return carry.collect(asked.carry)
+        return criu_carry.collect(asked.carry)
     if asked.vllm_carry is not None:
         return vllm_carry.collect(asked.vllm_carry)
     # Not below a directory of others: an image is trusted by who owns the path to it.
@@ -267,9 +304,13 @@ def main(argv: list[str] | None = None) -> int:
     print(report.table(proof.rows))
     print()
     print(report.remarks(proof.rows, proof.facts))
+    if proof.turns or proof.whole_problem:
+        print(f"\n{whole.table(proof.turns)}")
+        print(proof.whole_problem or "a whole llmux: every answer as before")
     if asked.json:
         report.write_json(asked.json, proof.rows, proof.facts)
-    return report.exit_status(proof.rows)
+    failed = proof.whole_problem.startswith("failed")
+    return 1 if failed else report.exit_status(proof.rows) if proof.rows else 0
 
 
 def _work_parent() -> str:

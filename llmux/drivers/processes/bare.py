@@ -98,12 +98,12 @@ class BareUnits:
         """While CRIU ends these processes of a unit: those whose parents went first are ours, as
         zombies perhaps, and hold their pids against the restore."""
         roots = {pid for pid, _ in self._processes}
-        orphans = set(pids) - roots
-        task = asyncio.create_task(_reap(orphans))
+        loop = asyncio.get_running_loop()
+        reaper = loop.create_task(_reap(set(pids) - roots))
         try:
             yield
         finally:
-            task.cancel()
+            reaper.cancel()
 
     def _make_cgroup(self, pid: int) -> str | None:
         if self._root is None:
@@ -126,7 +126,9 @@ class BareUnits:
 
     async def kill(self, handle: UnitHandle, deadline: float) -> None:
         end = time.monotonic() + deadline
+        seen: set[int] = set()
         while pids := await self.pids(handle):
+            seen.update(pids)
             if handle.cgroup is not None:
                 cgroup.kill_all(f"{self._root}{handle.cgroup}")
             for pid in pids:
@@ -140,6 +142,9 @@ class BareUnits:
         process = self._processes.pop(key_of(handle), None)
         if process is not None:
             await process.wait(1.0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                await _reap(seen - {handle.pid})
 
     async def observe(self) -> Sequence[UnitHandle]:
         return ()
@@ -164,10 +169,11 @@ class BareUnits:
         return memory_bytes(await self.pids(handle))
 
     def watch(self, handle: UnitHandle, on_exit: Callable[[UnitHandle, str], None]) -> None:
-        process = self._processes.get(key_of(handle))
+        process = self._processes.get(key_of(handle)) or Process.open(*key_of(handle))
         if process is None:
             asyncio.get_running_loop().call_soon(on_exit, handle, "gone")
             return
+        self._processes[key_of(handle)] = process  # or one that CRIU restored
         process.on_end(lambda ended: on_exit(handle, ended.ended or "gone"))
 
     def unwatch(self, handle: UnitHandle) -> None:
@@ -181,10 +187,12 @@ class BareUnits:
 
 
 async def _reap(pids: set[int]) -> None:
-    while True:
+    """Return when none of them is there, not even as a zombie."""
+    while pids:
         for pid in pids:
             with suppress(ChildProcessError):  # not ours, or not yet
                 os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  # it does not wait
+        pids = {pid for pid in pids if start_ticks(pid) is not None}
         await asyncio.sleep(REAP_SECS)  # nothing tells that a process has become ours
 
 

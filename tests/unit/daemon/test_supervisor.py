@@ -14,7 +14,7 @@ import pytest
 from runtime_harness import OFFLOAD_FREEZE, STOP, config_of, drivers_on, in_loop, model
 
 from llmux.config.schema import CheckpointConfig, Config, Eviction, Process, Weights
-from llmux.daemon.serve import _embedded_drivers
+from llmux.daemon.serve import embedded_drivers
 from llmux.daemon.supervise import _plugin_dir, _trial, carry_out
 from llmux.daemon.supervisor import Supervisor
 from llmux.errors import DriverError, LlmuxError
@@ -103,7 +103,7 @@ async def test_an_order_that_fails_leaves_nothing_at_work(tmp_path: Path) -> Non
 @in_loop
 async def test_an_embedded_supervisor_lacks_only_what_needs_systemd(tmp_path: Path) -> None:
     config = config_of(model("a"))
-    drivers = _embedded_drivers(replace(config, vllm_command=("v", "x")), str(tmp_path))
+    drivers = embedded_drivers(replace(config, vllm_command=("v", "x")), str(tmp_path))
     lacking = {one.name for one in fields(drivers) if getattr(drivers, one.name) is None}
     assert lacking == {"checkpointer", "cuda", "cuda_started"}
     assert (drivers.places.runtime, drivers.places.vllm_command) == (str(tmp_path), ("v", "x"))

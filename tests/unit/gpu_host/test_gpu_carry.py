@@ -12,7 +12,8 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parents[3] / "scripts")]
 
 # ruff: noqa: E402  # the folder has to be on the path first
-from _gpu_proof import fatbins, vllm_carry
+from _gpu_proof.carried import fatbins
+from _gpu_proof.carried import vllm as vllm_carry
 
 PTX, CUBIN = 1, fatbins.CUBIN
 

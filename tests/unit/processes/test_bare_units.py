@@ -105,6 +105,19 @@ def test_orphans_that_came_as_zombies_are_reaped(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_a_kill_leaves_no_zombie(tmp_path: Path) -> None:
+    async def body() -> None:
+        units = BareUnits(None)
+        handle = await units.start(spec(tmp_path, "/bin/sh", "-c", "sleep 1000 & wait"), SECONDS)
+        await until(lambda: len(descendants(handle.pid)) == 1)
+        (child,) = descendants(handle.pid)
+        os.kill(handle.pid, signal.SIGSTOP)  # it reaps nobody any more
+        await units.kill(handle, SECONDS)
+        assert (start_ticks(handle.pid), start_ticks(child)) == (None, None)
+
+    asyncio.run(body())
+
+
 def test_what_cannot_be_started_leaves_nothing(tmp_path: Path) -> None:
     async def body() -> None:
         units = BareUnits(None)

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from _gpu_proof import fatbins
+from _gpu_proof.carried import fatbins
 
 VERSION = "0.20.2"
 PYTHON = "3.12"
@@ -38,7 +38,7 @@ LEFT_OUT = (
 KERNELS = re.compile(r"vllm/.*\.so")
 # What vLLM's command line, API server and engine import, and PyTorch and transformers do not bring;
 # versions that fit each other and what vLLM asks for.
-PACKAGES = Path(__file__).with_name("vllm_packages.txt")
+PACKAGES = Path(__file__).with_name("packages.txt")
 INSTALL = """#!/bin/sh
 # Unpacks the carried vLLM into /opt/vllm-carry. Needs root, and a Python 3.12 with PyTorch 2.11:
 # install [PYTHON]
@@ -72,7 +72,7 @@ def collect(directory: Path) -> int:
             unpack(download(Path(scratch) / "wheels"), tree / "site")
             own = Path(__file__).parent
             shutil.copy(own / "make_model.py", tree)
-            shutil.copy(own.parent / "_lab" / "tiny_models.py", tree)
+            shutil.copy(own.parents[1] / "_lab" / "tiny_models.py", tree)
             directory.mkdir(parents=True, exist_ok=True)
             pack(tree, directory / ARCHIVE)
     except (OSError, subprocess.CalledProcessError, fatbins.BadLibraryError) as error:

@@ -1,0 +1,1 @@
+"""What a GPU host without network lacks, collected where there is one."""
