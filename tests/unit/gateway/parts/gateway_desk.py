@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 from collections.abc import Callable, Coroutine
 from types import MappingProxyType
 from typing import Any
@@ -218,3 +219,20 @@ def answers(exchange: Exchange, data: bytes, *, until_close: bool = False) -> No
     connection: Any = exchange.connection
     connection.until_close = until_close
     exchange.response_head(*read_answer_head(head + b"\r\n\r\n", int(data[9:12])), first)
+
+
+def told(client: FakeClient) -> tuple[int, str, str]:
+    """(status, code, message) of an error response."""
+    head, _, body = client.got.partition(b"\r\n\r\n")
+    error = json.loads(body)["error"]
+    return int(head[9:12]), error["code"], error["message"]
+
+
+def retry_after(client: FakeClient) -> int | None:
+    lines = client.got.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    found = [int(line[13:]) for line in lines if line.startswith(b"retry-after: ")]
+    return found[0] if found else None
+
+
+def said(desk: Desk, kind: type[Message]) -> list[Message]:
+    return [message for message in desk.link.sent if isinstance(message, kind)]
