@@ -6,15 +6,17 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable, Coroutine
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 from engine_wire import Wire
 
-from llmux.config.schema import Config, GatewayConfig, ModelConfig, PolicyConfig
+from llmux.config.schema import Config, GatewayConfig, Key, ModelConfig, PolicyConfig
 from llmux.gateway import dispatch as dispatch_module
+from llmux.gateway.admission.key_limits import KeyUse
 from llmux.gateway.admission.keys import LoadKeys
+from llmux.gateway.control.context import Context
 from llmux.gateway.dispatch import Dispatch
 from llmux.gateway.engine.answer_head import read_answer_head
 from llmux.gateway.engine.request import EngineRequest
@@ -197,7 +199,8 @@ class Desk:
     ) -> Incoming:
         made = Incoming()
         made.method, made.target, made.body = method.encode(), path.encode(), body
-        named = [header.partition(": ") for header in ("Host: x", "X-Request-Id: r1", *headers)]
+        host = () if any(header.startswith("Host: ") for header in headers) else ("Host: x",)
+        named = [header.partition(": ") for header in (*host, "X-Request-Id: r1", *headers)]
         made.headers = [(name.encode(), value.encode()) for name, _, value in named]
         made.read_head(version, HeadReader())
         made.keep_alive = keep_alive
@@ -236,3 +239,23 @@ def retry_after(client: FakeClient) -> int | None:
 
 def said(desk: Desk, kind: type[Message]) -> list[Message]:
     return [message for message in desk.link.sent if isinstance(message, kind)]
+
+
+# ---- requests to the worker itself ---------------------------------------------------------------
+
+
+def a_request(desk: Desk, *, key: Key | None = None, **more: Any) -> Any:
+    use = None
+    if key is not None:
+        use = KeyUse(key, 1, desk.worker.clock)
+    ctx = SimpleNamespace(key=use, origin=more.pop("origin", b""))
+    app = SimpleNamespace(ctx=SimpleNamespace(context=Context(desk.worker, desk.page)))
+    given: dict[str, Any] = {
+        "method": "GET", "body": b"", "headers": {}, "args": {}, "query_string": "", "path": "/x",
+        "raw_url": b"/x",
+    }  # fmt: skip
+    return SimpleNamespace(app=app, conn_info=SimpleNamespace(ctx=ctx), **(given | more))
+
+
+def body_of(response: Any) -> Any:
+    return json.loads(response.body)

@@ -1,0 +1,173 @@
+"""A worker's own numbers, those of all on one page, and the headers of its own answers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gateway_desk import Desk, a_request, body_of, in_a_loop
+
+from llmux import metrics as m
+from llmux.errors import Reason, Refused
+from llmux.gateway.control import app as app_module
+from llmux.gateway.control.app import _Headers
+from llmux.metrics import Store
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def numbers(snapshot: dict[str, Any], name: str) -> dict[tuple[str, ...], Any]:
+    return {tuple(labels): value for labels, value in snapshot.get(name, [])}
+
+
+@in_a_loop
+async def test_a_worker_counts_what_it_did_and_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch)
+    desk.grant()
+    for _ in range(3):
+        desk.asks()
+    desk.asks(desk.incoming(b'{"model":"beta"}'))
+    worker = desk.worker
+    next(queue for queue in worker.admission.queues() if queue.model == "alpha").progress = 11
+    observer = worker.observer
+    for number, counter in enumerate((observer.broken, observer.abandoned, observer.retried), 1):
+        counter["alpha"] += number
+    observer.answered("alpha", 200)
+    observer.answered("alpha", 200)
+    observer.answered("gamma", 404)
+    observer.times_of("alpha").durations.observe(2.0)
+    observer.times_of("alpha").first_tokens.observe(3.0)
+    observer.times_of("gamma").durations.observe(9.0)
+    worker.clients, desk.link.connects = 4, 5
+    snapshot = desk.page.snapshot()
+
+    def both(alpha: float, beta: float = 0) -> dict[tuple[str, ...], float]:
+        return {("alpha",): alpha, ("beta",): beta}
+
+    assert numbers(snapshot, m.IN_FLIGHT) == both(3)
+    assert numbers(snapshot, m.QUEUE_DEPTH) == both(0, 1)
+    assert numbers(snapshot, m.CHUNKS) == both(11)
+    assert numbers(snapshot, m.BROKEN) == both(1)
+    assert numbers(snapshot, m.ABANDONED) == both(2)
+    assert numbers(snapshot, m.RETRIED) == both(3)
+    assert numbers(snapshot, m.REQUESTS) == {("alpha", "200"): 2, ("", "404"): 1}
+    assert {key: sum(value[0]) for key, value in numbers(snapshot, m.QUEUE_WAIT).items()} == {
+        ("alpha",): 3
+    }
+    sums = [(m.REQUEST_SECONDS, 2.0), (m.FIRST_TOKEN, 3.0), (m.QUEUE_WAIT, 0.0)]
+    for name, total in sums:
+        assert {key: value[1] for key, value in numbers(snapshot, name).items()} == {
+            ("alpha",): total
+        }
+    assert numbers(snapshot, m.CONNECTIONS) == {(): 4}
+    assert numbers(snapshot, m.WORKERS) == {(): 1}
+    assert numbers(snapshot, m.RECONNECTS) == {(): 5}
+    assert numbers(snapshot, "process_open_fds")[()] > 0
+
+
+@pytest.mark.parametrize(
+    ("timeout", "seconds"),
+    [
+        ("", 1.0),
+        ("10", 1.0),
+        ("1", 0.5),
+        ("0.5", 0.25),
+        ("0", 1.0),
+        ("-3", 1.0),
+        ("x", 1.0),
+        ("nan", 1.0),
+    ],
+)
+@in_a_loop
+async def test_a_page_of_numbers_has_those_of_all(
+    timeout: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(monkeypatch)
+    other, supervisor = Store(), Store()
+    other.set(m.WORKERS, value=1)
+    supervisor.set(m.MAX_WAIT, value=15.0)
+    desk.link.answer = lambda _verb, _args: {"w2": other.snapshot(), "": supervisor.snapshot()}
+    text, kind = await desk.page.scrape("", timeout)
+    lines = text.decode().splitlines()
+    assert kind.startswith("text/plain")
+    for line in (
+        "llmux_gateway_workers 2.0", "llmux_max_wait_seconds 15.0", "llmux_supervisor_up 1.0",
+        "llmux_supervisor_silent_seconds 0.25",
+    ):  # fmt: skip
+        assert line in lines
+    ((verb, args, within),) = desk.link.asked
+    assert (verb, args["worker"], within) == ("metrics", "w1", seconds)
+    assert numbers(args["snapshot"], m.WORKERS) == {(): 1}
+
+
+@in_a_loop
+async def test_without_a_supervisor_there_are_a_workers_own_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    desk.link.answer = lambda _verb, _args: Refused(Reason.SUPERVISOR_UNREACHABLE, "away")
+    text, kind = await desk.page.scrape("application/openmetrics-text", "")
+    assert kind.startswith("application/openmetrics-text")
+    assert b"llmux_supervisor_up 0.0\n" in text
+    assert b"llmux_gateway_workers 1.0\n" in text
+    desk.link.answer = lambda _verb, _args: KeyError("ours")
+    with pytest.raises(KeyError):
+        await desk.page.scrape("", "")
+
+
+# ---- headers and errors --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [((), b"https://a", None), (("https://a",), b"https://a", "https://a"),
+     (("https://a",), b"https://b", None), (("*",), b"https://b", "*"), (("*",), b"", None)],
+)  # fmt: skip
+@in_a_loop
+async def test_answers_name_their_request_and_who_may_read_them(
+    origins: tuple[str, ...],
+    origin: bytes,
+    allowed: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch, cors_origins=origins)
+    for given in ({"x-request-id": "r7"}, {}):
+        response = SimpleNamespace(headers={"a": "b"})
+        request = a_request(desk, headers=given, origin=origin)
+        await app_module._name_request(request, response)  # type: ignore[arg-type]
+        response.headers["alt-svc"] = ""
+        headers = dict(response.headers)
+        assert headers.pop("a") == "b"
+        assert headers.pop("x-request-id", None) == given.get("x-request-id")
+        assert headers.pop("access-control-allow-origin", None) == allowed
+        assert ("vary" in headers) is (allowed is not None)
+        assert "alt-svc" not in headers
+    assert isinstance(response.headers, _Headers)
+
+
+@pytest.mark.parametrize("path", [b"/x", b"/v1/messages?beta=1"])
+@in_a_loop
+async def test_an_error_has_its_status_and_its_headers(
+    path: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    desk = Desk(monkeypatch)
+    for problem, status, headers in (
+        (Refused(Reason.NOT_FOUND, "no"), 404, {}),
+        (Refused(Reason.QUEUE_FULL, "no", retry_after=2.5), 503, {"retry-after": "3"}),
+        (Refused(Reason.METHOD_NOT_ALLOWED, "no", allow="GET"), 405, {"allow": "GET"}),
+        (
+            ValueError("ours"),
+            500 if path == b"/x" else 405,
+            {} if path == b"/x" else {"allow": "POST"},
+        ),
+    ):
+        request = a_request(desk, raw_url=path, headers={"x-request-id": "r\xe9"})
+        response = app_module._on_error(request, problem)
+        assert response.status == status
+        found = {name: value for name, value in response.headers.items() if name != "content-type"}
+        assert found == headers
+        error = body_of(response)["error"]
+        assert ("code" in error) is (path == b"/x")
+        assert "ours" not in error["message"]
