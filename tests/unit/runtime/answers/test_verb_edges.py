@@ -1,0 +1,60 @@
+"""The verbs that move models, at the edges of what they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from desks import desk
+from runtime_harness import config_of, in_loop, model
+
+
+@in_loop
+async def test_a_restart_brings_back_what_served_and_stops_the_rest() -> None:
+    config = config_of(*(model(name, gpu_memory=0.3) for name in "abc"))
+    async with desk(config) as d:
+        for name in "ab":
+            await d.ask("load", model=name)
+        await d.ask("sleep", model="b")
+        answer = await d.ask("restart", models=["a", "b", "c"])
+        assert answer == {
+            "message": "restarted: a; they start as configured when they are asked for: b, c",
+            "restarted": ["a"], "stopped": ["b", "c"],
+        }  # fmt: skip
+        assert await d.ask("restart", model="a") == {
+            "message": "restarted: a", "restarted": ["a"], "stopped": []
+        }  # fmt: skip
+        assert [d.life.state_of(name) for name in "abc"] == ["serving", "stopped", "stopped"]
+
+
+@in_loop
+async def test_a_switch_leaves_a_pin_of_the_other_kind_where_it_is() -> None:
+    async with desk() as d:
+        await d.ask("mode", mode="manual")
+        await d.ask("switch", model="a")
+        assert (await d.ask("status"))["mode"] == {"mode": "manual"}
+
+
+@pytest.mark.parametrize("seconds", [0, -1, True, "1", 1 << 63, float("nan")])
+@in_loop
+async def test_a_pin_has_seconds_above_nothing_and_below_what_can_be_written(seconds: Any) -> None:
+    async with desk() as d:
+        refused = await d.refusal("pin", models=["a"], seconds=seconds)
+        assert f'"seconds" must be above 0, not {seconds!r}' in str(refused)
+        assert (await d.ask("status"))["mode"] == {"mode": "auto"}
+        for wrong in ({"models": "a"}, {}, {"models": [7]}, {"models": ["x"]}):
+            await d.refusal("pin", **wrong)
+
+
+@in_loop
+async def test_a_pin_that_failed_leaves_the_one_before_it() -> None:
+    async with desk() as d:
+        await d.ask("pin", models=["a"], seconds=1000.5)
+        before = dict(d.life.loop.state.pins)
+        d.world.fail("units.start")
+        await d.ask("unload", model="a")
+        await d.refusal("pin", models=["a"])
+        await d.life.settled()
+        assert d.life.loop.state.pins == before
+        await d.ask("unpin", models=["a"])
+        assert "Pinned for 0.5 s: a" in (await d.ask("pin", models=["a"], seconds=0.5))["message"]
