@@ -325,9 +325,9 @@ def test_cuda_state_is_saved_by_one_of_three_and_started_where_there_is_a_driver
     settings = CheckpointConfig(
         cuda_checkpoint_path=str(tmp_path / "tool"), cuda_plugin_dir=str(tmp_path)
     )
-    made: Any = module._cuda(Config(checkpoint=settings))
+    made: Any = module.cuda_driver(Config(checkpoint=settings))
     assert (made.name if made is not None else None) == cuda
-    started: Any = module._cuda_start(made)
+    started: Any = module.cuda_start(made)
     assert (started.name if started is not None else None) == (cuda if start == "cuda" else start)
     assert start != "cuda" or started is made
 

@@ -54,7 +54,7 @@ class Embedded:
         put("Secrets", lambda given: secrets)
         put("bind_all", lambda addresses, access=None: list(addresses))
         put("stop_on_signals", lambda stop: setattr(self, "stop", stop))
-        put("_embedded_drivers", lambda given, runtime: drivers_on(self.world, runtime))
+        put("embedded_drivers", lambda given, runtime: drivers_on(self.world, runtime))
         put("SdNotifier", lambda: self.notifier)
         put("serve_gateway", self._front)
         put("warm", self._warm)
