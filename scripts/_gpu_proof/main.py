@@ -35,6 +35,7 @@ from llmux.ports import DeviceCheckpointer
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_NODES = "/dev/nvidia[0-9]*"
+ENGINES = ("pytorch", "vllm", "none")
 TORCH_SECS = 60.0
 # Another batch shape after a wake moves vLLM's bfloat16 log-probs a little; its words must stay.
 VLLM_TOLERANCE = 0.05
@@ -85,7 +86,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--variants", default=",".join(VARIANTS), help="engines with something more; '' for none"
     )
-    parser.add_argument("--engines", default="pytorch,vllm", help="only these of pytorch and vllm")
+    parser.add_argument(
+        "--engines", default="pytorch,vllm", help=f"only these: {', '.join(ENGINES)}"
+    )
     parser.add_argument("--criu", default="criu")
     parser.add_argument("--cuda-checkpoint", metavar="PATH", help="the tool in place of libcuda")
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
@@ -98,8 +101,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fake", action="store_true", help="no GPU: try out the script itself")
     asked = parser.parse_args(argv)
     asked.engines = tuple(asked.engines.split(","))
-    if wrong := [e for e in asked.engines if e not in ("pytorch", "vllm", "none")]:
-        parser.error(f"no engine {', '.join(wrong)}; there are: pytorch, vllm")
+    if wrong := [engine for engine in asked.engines if engine not in ENGINES]:
+        parser.error(f"no engine {', '.join(wrong)}; there are: {', '.join(ENGINES)}")
     if asked.rows:
         legal = {f"{weights}+{process}": (weights, process) for weights, process in ROWS}
         wrong = [row for row in asked.rows.split(",") if row not in legal]

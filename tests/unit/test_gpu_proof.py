@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "fake_libcuda")]
 from _gpu_proof.client import same
 from _gpu_proof.matrix import ROWS, Row
 from _gpu_proof.report import exit_status, table
+from _gpu_proof.whole import Turn, order
+from _gpu_proof.whole import table as whole_table
 from fake_cuda import COMPILER, FakeCuda
 
 pytestmark = pytest.mark.timeout(300)
@@ -100,6 +104,52 @@ def test_evidence_of_every_step_is_kept(tmp_path: Path) -> None:
             assert "heap" in (place / f"{pid}.maps").read_text()
             assert "socket:" in (place / f"{pid}.fd").read_text()
     assert list((out / "logs").iterdir()), "the engine's log"
+
+
+@needs_compiler
+def test_a_whole_llmux_is_asked_in_turn(tmp_path: Path) -> None:
+    """Where CRIU cannot work, without the model that needs it."""
+    out = tmp_path / "out"
+    done = proof(
+        "--fake", "--engines", "none", "--serve", "2", "--criu", "/no/criu", "--out", str(out)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not measured: discard+checkpoint: cannot checkpoint" in done.stdout
+    for way in ("discard+cuda_suspend", "offload+keep_running"):
+        assert re.search(rf"^\| {re.escape(way)} \| \d+\.\d \| 1 \| ", done.stdout, re.MULTILINE)
+    (log,) = (out / "logs").glob("*llmux.log")
+    said = log.read_text()
+    assert said.count("Spawning vLLM process") == 2
+    assert said.count("stopping → stopped (an operator asked)") >= 1
+    assert "Traceback" not in said
+
+
+TURNS = [
+    Turn("suspended", 41.0, "a", cold=True),
+    *(Turn("suspended", first, "a", cold=False) for first in (0.5, 0.7, 3.0)),
+    Turn("imaged", 44.0, "b", cold=True),
+]
+
+
+def test_turns_are_told_by_how_a_model_was_parked() -> None:
+    assert whole_table(TURNS).splitlines()[2:] == [
+        "| discard+cuda_suspend | 41.0 | 3 | 0.70 | 0.50 | 3.00 |",
+        "| discard+checkpoint | 44.0 | 0 | - | - | - |",
+        "| offload+keep_running | - | 0 | - | - | - |",
+    ]
+
+
+def test_no_turn_is_for_the_model_that_is_there() -> None:
+    turns = order(["a", "b", "c"], 50)
+    assert turns[:3] == ["a", "b", "c"]
+    assert len(turns) == 53
+    assert all(one != other for one, other in pairwise(turns))
+
+
+def test_an_unknown_engine_is_refused_with_the_list() -> None:
+    done = proof("--engines", "sglang")
+    assert done.returncode == 2
+    assert "no engine sglang; there are: pytorch, vllm, none" in done.stderr
 
 
 def test_an_unknown_row_is_refused_with_the_list() -> None:

@@ -15,6 +15,8 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 from _gpu_proof.carried import fatbins
@@ -39,6 +41,53 @@ KERNELS = re.compile(r"vllm/.*\.so")
 # What vLLM's command line, API server and engine import, and PyTorch and transformers do not bring;
 # versions that fit each other and what vLLM asks for.
 PACKAGES = Path(__file__).with_name("packages.txt")
+# What those ask for and a host with PyTorch and transformers has.
+HOST = frozenset(
+    {
+        "certifi",
+        "click",
+        "filelock",
+        "idna",
+        "ninja",
+        "numba",
+        "numpy",
+        "opencv-python-headless",
+        "packaging",
+        "pillow",
+        "psutil",
+        "pyyaml",
+        "regex",
+        "requests",
+        "sentencepiece",
+        "setuptools",
+        "six",
+        "tokenizers",
+        "torch",
+        "torchaudio",
+        "torchvision",
+        "tqdm",
+        "transformers",
+        "triton",
+        "typing-extensions",
+    }
+)
+# What is asked for, and not needed by a plain decoder on its own attention: each was seen missing
+# by a vLLM that served on an H200.
+ABSENT = frozenset(
+    {
+        "anthropic",
+        "fastsafetensors",
+        "flashinfer-cubin",
+        "flashinfer-python",
+        "mcp",
+        "nvidia-cudnn-frontend",
+        "nvidia-cutlass-dsl",
+        "opentelemetry-exporter-otlp",
+        "quack-kernels",
+        "supervisor",
+        "tilelang",
+    }
+)
 INSTALL = """#!/bin/sh
 # Unpacks the carried vLLM into /opt/vllm-carry. Needs root, and a Python 3.12 with PyTorch 2.11:
 # install [PYTHON]
@@ -69,7 +118,11 @@ def collect(directory: Path) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="gpu-proof-vllm-", dir=_scratch()) as scratch:
             tree = Path(scratch) / "tree"
-            unpack(download(Path(scratch) / "wheels"), tree / "site")
+            wheels = download(Path(scratch) / "wheels")
+            if lacking := missing(wheels):
+                print(f"packages.txt does not fit: {'; '.join(lacking)}", file=sys.stderr)
+                return 1
+            unpack(wheels, tree / "site")
             own = Path(__file__).parent
             shutil.copy(own / "make_model.py", tree)
             shutil.copy(own.parents[1] / "_lab" / "tiny_models.py", tree)
@@ -105,6 +158,42 @@ def download(target: Path) -> list[Path]:
     command += ["--dest", str(target), "-r", str(PACKAGES), f"vllm=={VERSION}"]
     subprocess.run(command, check=True)
     return sorted(target.glob("*.whl"))
+
+
+def missing(wheels: Sequence[Path]) -> list[str]:
+    """What the wheels ask for and nobody brings, or in another version; in words."""
+    from packaging.requirements import Requirement  # comes with pip
+    from packaging.utils import canonicalize_name
+
+    target = {
+        "python_version": PYTHON,
+        "python_full_version": f"{PYTHON}.3",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "extra": "",
+    }
+    about = [metadata(wheel) for wheel in wheels]
+    versions = {canonicalize_name(each["Name"]): each["Version"] for each in about}
+    found = []
+    for each in about:
+        for text in each.get_all("Requires-Dist", ()):
+            wanted = Requirement(text)
+            name = canonicalize_name(wanted.name)
+            if wanted.marker is not None and not wanted.marker.evaluate(target):
+                continue
+            if name in HOST | ABSENT:
+                continue
+            here = versions.get(name)
+            if here is None or not wanted.specifier.contains(here, prereleases=True):
+                found.append(f"{each['Name']} wants {wanted}, and there is {here or 'none'}")
+    return found
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return message_from_bytes(archive.read(name))
 
 
 # ---- packing ------------------------------------------------------------------------------------

@@ -65,10 +65,11 @@ def test_what_is_not_understood_is_refused(content: bytearray) -> None:
         fatbins.keep_only(content, 90)
 
 
-def wheel(directory: Path, name: str) -> Path:
+def wheel(directory: Path, name: str, *wants: str, end: str = "\n") -> Path:
     path = directory / f"{name}-1.0-py3-none-any.whl"
+    lines = [f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {each}" for each in wants)]
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\n")
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", end.join([*lines, "", "a text"]))
         archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
         archive.writestr(f"{name}/__init__.py", "")
         archive.writestr(f"{name}/tests/test_it.py", "")
@@ -81,6 +82,19 @@ def test_packages_are_pinned_and_none_is_the_hosts() -> None:
     assert all(line.partition("==")[2] for line in lines)
     assert len(names) == len(set(names))
     assert not {"torch", "transformers", "numpy", "triton", "vllm"} & set(names)
+
+
+def test_what_nobody_brings_is_found_before_the_host_misses_it(tmp_path: Path) -> None:
+    """Seen on a GPU host: openai's newest asked for httpx2, which nothing brought."""
+    wheels = [
+        wheel(tmp_path, "openai", "httpx2>=2", "Sniffio", "numpy>9", 'mcp; extra == "tools"'),
+        wheel(tmp_path, "sniffio", 'old; python_version < "3.8"', "openai>=2", end="\r\n"),
+    ]
+    assert vllm_carry.missing(wheels) == [
+        "openai wants httpx2>=2, and there is none",
+        "sniffio wants openai>=2, and there is 1.0",
+    ]
+    assert vllm_carry.missing([]) == []
 
 
 def test_tests_and_lists_of_files_stay_behind(tmp_path: Path) -> None:
