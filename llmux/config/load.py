@@ -254,6 +254,8 @@ def _argument_errors(args: Sequence[str], engine: EngineType) -> Iterator[_Argum
                 "option and value are in one text; there is no shell to split them, write two "
                 f"items: {quote(option[1])}, {quote(option[2])}",
             )
+    for index, message in engine.argument_faults(args):
+        yield _ArgumentError(index, message)
 
 
 def _option_number(args: Sequence[str], names: Sequence[str], shape: str) -> tuple[int, str] | None:

@@ -7,7 +7,7 @@ Nothing else in llmux may depend on which type an engine is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -80,6 +80,8 @@ class EngineType:
     max_model_len_option: tuple[str, ...]
     rank_options: tuple[tuple[str, ...], ...]
     adapters: Callable[[Sequence[str]], tuple[str, ...]]  # names it serves besides the model's
+    # (arguments) -> (index, message) of those that it would not start with
+    argument_faults: Callable[[Sequence[str]], Iterable[tuple[int, str]]]
     argv: Callable[[Launch], tuple[str, ...]]
     # (launch, directory for its sockets, home of its alone or None)
     environment: Callable[[Launch, str, str | None], Mapping[str, str]]

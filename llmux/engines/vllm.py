@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -101,9 +101,22 @@ def _gpu_memory(launch: Launch) -> tuple[str, ...]:
 
 def adapters(extra_args: Sequence[str]) -> tuple[str, ...]:
     """Names of LoRA adapters: ``--lora-modules NAME=PATH …`` or JSON objects with a name."""
-    names: list[str] = []
+    names = (_adapter_name(word) for _, word in _adapter_words(extra_args))
+    return tuple(dict.fromkeys(filter(None, names)))
+
+
+def argument_faults(extra_args: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(index, message) of words that vLLM would end with at its start."""
+    for index, word in _adapter_words(extra_args):
+        if not _adapter_name(word):
+            needed = "NAME=PATH, or a JSON object with name and path"
+            yield index, f"{LORA_MODULES} needs {needed}, got {json.dumps(word)}"
+
+
+def _adapter_words(extra_args: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(index, word) of each adapter."""
     inside = False
-    for argument in extra_args:
+    for index, argument in enumerate(extra_args):
         option, value = split_option(argument)
         if option == LORA_MODULES:
             inside, word = value is None, value
@@ -112,17 +125,20 @@ def adapters(extra_args: Sequence[str]) -> tuple[str, ...]:
         else:
             word = argument if inside else None
         if word:
-            names.append(_adapter_name(word))
-    return tuple(dict.fromkeys(filter(None, names)))
+            yield index, word
 
 
 def _adapter_name(word: str) -> str:
+    """Empty for what names none."""
     if word.lstrip().startswith("{"):
         try:
-            return str(json.loads(word)["name"])
+            found = json.loads(word)
+            name, path = found["name"], found["path"]
         except (ValueError, LookupError, TypeError):
-            return ""  # the engine will say what is wrong with it
-    return word.partition("=")[0]
+            return ""
+        return name if isinstance(name, str) and isinstance(path, str) and path else ""
+    name, _, path = word.partition("=")
+    return name if path else ""
 
 
 def environment(launch: Launch, directory: str, home: str | None) -> Mapping[str, str]:
@@ -258,6 +274,7 @@ VLLM: Final = EngineType(
     max_model_len_option=("--max-model-len",),
     rank_options=RANK_OPTIONS,
     adapters=adapters,
+    argument_faults=argument_faults,
     argv=argv,
     environment=environment,
     caches=caches,

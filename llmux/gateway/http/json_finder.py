@@ -25,7 +25,8 @@ _READ: Final = (None, *_WANTED)  # strings: the keys themselves, and the values 
 _SPACE: Final = b" \t\r\n"
 _STRING_REST: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _TOP: Final = re.compile(rb'["{}\[\],:]')
-_TRUE: Final = b"true"
+# Texts that vLLM takes for true: it reads a request as pydantic does.
+_TRUE_TEXTS: Final = frozenset(("1", "on", "t", "true", "y", "yes"))
 
 
 def _nested() -> re.Pattern[bytes]:
@@ -41,13 +42,21 @@ def _nested() -> re.Pattern[bytes]:
 _NESTED: Final = _nested()
 
 
+def is_true(value: object) -> bool:
+    """Of a member's parsed value, as vLLM reads a yes or no: true, 1, 1.0, "yes", "On", …"""
+    if isinstance(value, str):
+        return value.lower() in _TRUE_TEXTS
+    return isinstance(value, (bool, int, float)) and value == 1
+
+
 class JsonError(Exception):
     """The body is no JSON object; the text says why."""
 
 
 class JsonFinder:
     """``model``: the value of the last top-level "model", None if it is absent or no string;
-    ``span``: that value's offsets, quotes included. ``stream``: whether "stream" is true.
+    ``span``: that value's offsets, quotes included. ``stream``: whether vLLM takes
+    "stream" for true.
     ``previous``: the response that this one continues.
 
     ``wrong``: what a "model" that is no string is, for the error message.
@@ -145,7 +154,7 @@ class JsonFinder:
             self.model, self.wrong = (value, "") if value else (None, "empty")
             self.span = (self._began, end)
         elif self._key == b"stream":
-            self.stream = False
+            self.stream = is_true(_decode(text) if len(text) <= MAX_KEY else None)
         elif self._key == PREVIOUS:
             self.previous = _decode(text) if len(text) <= MAX_VALUE else "too long"
 
@@ -199,7 +208,7 @@ class JsonFinder:
         elif self._key == PREVIOUS:
             self.previous = None  # the last of two equal keys counts
         elif self._key == b"stream":
-            self.stream = bytes(text).strip(_SPACE) == _TRUE
+            self.stream = not nested and is_true(_literal(bytes(text)))
 
     def _skip_nested(self, data: bytes, at: int) -> int:
         """Up to the end of the nested value, of this piece, or of the next string's beginning."""
@@ -220,6 +229,14 @@ class JsonFinder:
                 self._in_string = True
                 return at
         return at
+
+
+def _literal(text: bytes) -> object:
+    """What a number or a word stands for; None for what is neither, or as long as no yes or no."""
+    try:
+        return json.loads(text) if len(text) <= MAX_KEY else None
+    except ValueError:
+        return None
 
 
 def _decode(text: bytes) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from llmux.errors import Reason, Refused
-from llmux.gateway.http.json_finder import JsonError, JsonFinder
+from llmux.gateway.http.json_finder import JsonError, JsonFinder, is_true
 from llmux.protocol import ModelInfo
 
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # unknown to typeshed
@@ -43,7 +43,7 @@ def read_body(body: bytes) -> JsonBody:
     previous = parsed.get("previous_response_id")
     if previous is not None and not isinstance(previous, str):
         previous = None
-    return model, parsed.get("stream") is True, previous
+    return model, is_true(parsed.get("stream")), previous
 
 
 def _parse(body: bytes) -> Any:

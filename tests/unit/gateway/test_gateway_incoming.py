@@ -167,7 +167,7 @@ STREAM = b'{"model": "a", "stream": true, "previous_response_id": "resp_1"}'
     [
         ("POST /v1/completions", STREAM, True, "a", "resp_1"),
         ("POST /v1/completions", b'{"model": "a", "stream": false}', False, "a", None),
-        ("POST /v1/completions", b'{"model": "a", "stream": 1}', False, "a", None),
+        ("POST /v1/completions", b'{"model": "a", "stream": 1}', True, "a", None),
         ("POST /v1/completions", b'{"model": "a"}', False, "a", None),
         ("POST /upstream/b/v1/completions", STREAM, True, "b", "resp_1"),
         ("POST /upstream/b/v1/completions", b'{"stream": true}', False, "b", None),

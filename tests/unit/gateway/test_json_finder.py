@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmux.gateway.http.json_finder import MAX_KEY, MAX_VALUE, JsonError, JsonFinder
+from llmux.gateway.http.json_finder import MAX_KEY, MAX_VALUE, JsonError, JsonFinder, is_true
+from llmux.gateway.http.openai import read_body
 
 PREVIOUS = "previous_response_id"
 keys = st.sampled_from(
@@ -40,6 +41,23 @@ def written(pairs: list[tuple[str, Any]], ascii_only: bool, indent: int) -> byte
     return f"{space}{{{inner}}}{space}\n".encode("utf-8", "surrogatepass")
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *((value, True) for value in (True, 1, 1.0, "1", "true", "TRUE", "t", "y", "Yes", "on")),
+        *((value, False) for value in (False, 0, 2, -1, 0.5, None, "", "0", "off", "tru", [1], {})),
+        ("y" * 200, False),
+        (10**300, False),
+    ],
+)
+def test_a_stream_is_what_vllm_takes_for_one(value: Any, expected: bool) -> None:
+    """pydantic's reading of a bool; before, such streams got no signs of life while they waited."""
+    body = json.dumps({"model": "a", "stream": value}).encode()
+    assert read_body(body)[1] is expected
+    for cut in range(len(body)):
+        assert found(body, [cut]).stream is expected
+
+
 def found(body: bytes, cuts: list[int]) -> JsonFinder:
     finder = JsonFinder()
     at = 0
@@ -53,6 +71,9 @@ def found(body: bytes, cuts: list[int]) -> JsonFinder:
 @given(members, st.booleans(), st.integers(0, 2), st.lists(st.integers(0, 500), max_size=8))
 @example([("model", "a"), ("x", {"model": "b"}), ("model", None)], True, 0, [])
 @example([("stream", True), ("stream", "")], True, 0, [])
+@example([("stream", 1)], True, 0, [])
+@example([("stream", [1])], True, 0, [])
+@example([("stream", "Yes"), ("model", "a")], True, 1, [3, 7, 9])
 @example([(PREVIOUS, "a"), (PREVIOUS, None)], True, 0, [])
 @example([(PREVIOUS, None), (PREVIOUS, "a"), ("x", {PREVIOUS: "b"})], True, 0, [])
 def test_it_sees_what_the_engines_parser_sees(
@@ -63,7 +84,7 @@ def test_it_sees_what_the_engines_parser_sees(
     finder = found(body, cuts)
     model = whole.get("model")
     assert finder.model == (model if isinstance(model, str) and model else None)
-    assert finder.stream == (whole.get("stream") is True)
+    assert finder.stream == (is_true(whole.get("stream")))
     previous = whole.get(PREVIOUS)
     assert finder.previous == (previous if isinstance(previous, str) else None)
     if finder.model is not None:
