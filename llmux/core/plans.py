@@ -106,7 +106,8 @@ class Plan:
 
 FREEZE_SECS = 10.0  # measured 1-20 ms; a task in uninterruptible sleep delays it
 # A resumed engine is suspended again before it ends: killed with its CUDA state on the GPU it may
-# hang the host (cuda-checkpoint#53). 80 GB take about 14 s.
+# hang the host (cuda-checkpoint#53). An H200 moved 6 GiB to host memory in 3.4 s. One that may hang
+# is not waited for as long as one that is well.
 LEAVE_GPU_SECS = 30.0
 KILL_SECS = 15.0  # cgroup.kill is immediate but for tasks inside the driver or on a slow disk
 RELEASE_SECS = 10.0  # the driver frees a killed process's memory within a second or two
@@ -129,8 +130,9 @@ def _down(model: ModelConfig, *, grace: bool, well: bool = False) -> tuple[Step,
     terminate = (Step(StepKind.TERMINATE, model.stop_grace_secs, optional=True),) if grace else ()
     sleeps = well and any(rung.weights is not Weights.RETAIN for rung in model.rungs)
     level = model.engine_type.sleep_levels[Weights.DISCARD] if sleeps else 0
+    patience = max(LEAVE_GPU_SECS, model.sleep_timeout_secs) if well else LEAVE_GPU_SECS
     return (
-        Step(StepKind.LEAVE_GPU, LEAVE_GPU_SECS, level=level, optional=True),
+        Step(StepKind.LEAVE_GPU, patience, level=level, optional=True),
         *terminate,
         Step(StepKind.KILL, KILL_SECS),
         Step(StepKind.VERIFY_RELEASE, RELEASE_SECS),

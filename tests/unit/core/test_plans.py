@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from core_harness import DISCARD, STOP, model
@@ -150,6 +151,17 @@ def test_what_has_an_image_already_is_not_asked_politely() -> None:
 
 RETAIN_CHECKPOINT = Eviction(Weights.RETAIN, Process.CHECKPOINT)
 RETAINED = model("a", eviction=RETAIN_CHECKPOINT)
+
+
+def test_one_that_is_well_is_given_the_time_of_a_suspend_to_leave() -> None:
+    """80 GB take 45 s: cut off at 30 s it would be killed with its state on the GPU."""
+    slow, quick = replace(MODEL, sleep_timeout_secs=200.0), replace(MODEL, sleep_timeout_secs=5.0)
+    assert [
+        step.deadline
+        for plan in (stop_plan(slow), stop_plan(quick), stop_plan(slow, grace=False))
+        for step in plan.steps
+        if step.kind is K.LEAVE_GPU
+    ] == [200.0, 30.0, 30.0]
 
 
 @pytest.mark.parametrize(
