@@ -9,13 +9,24 @@ import errno
 import os
 import stat
 from contextlib import suppress
+from typing import BinaryIO
+
+
+def opened(fd: int) -> BinaryIO:
+    """To read from, and the owner of the descriptor. Raises OSError, for a directory EISDIR; then
+    ``open`` alone would leave it open."""
+    try:
+        return open(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def read_small(path: str | os.PathLike[str], most: int) -> bytes:
     """The file's bytes, links followed. Raises OSError: also for more than ``most`` bytes (EFBIG)
     and for anything but a plain file (EINVAL, for a directory EISDIR)."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:  # of a directory: EISDIR
+    with opened(fd) as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "not a plain file", os.fspath(path))
         data = file.read(most + 1)

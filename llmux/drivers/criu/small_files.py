@@ -16,6 +16,7 @@ from typing import Final
 from llmux.drivers.criu.known_files import open_without_links
 from llmux.drivers.criu.tree import PROC
 from llmux.drivers.images.manifest import SmallFile
+from llmux.small_files import opened
 
 KEPT: Final = "files"  # the directory inside an image
 MOST_BYTES: Final = 1 << 20  # of one file: locks, sources of kernels
@@ -56,7 +57,7 @@ def keep(found: Mapping[str, tuple[int, int]], image: str) -> tuple[SmallFile, .
     for path in sorted(found)[:MOST_FILES]:
         with suppress(OSError):
             fd = open_without_links(path, os.O_RDONLY | os.O_NONBLOCK)
-            with open(fd, "rb") as source:
+            with opened(fd) as source:
                 status = os.fstat(fd)
                 if (status.st_dev, status.st_ino) != found[path]:
                     continue
@@ -114,7 +115,7 @@ def _make(file: SmallFile, data: bytes) -> bool:
 def _is_same(file: SmallFile, data: bytes) -> bool:
     with suppress(OSError):
         fd = open_without_links(file.path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(fd, "rb") as there:
+        with opened(fd) as there:
             status = os.fstat(fd)
             mode = stat.S_IMODE(status.st_mode)
             alike = stat.S_ISREG(status.st_mode) and (status.st_uid, mode) == (file.uid, file.mode)

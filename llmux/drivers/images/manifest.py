@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 from llmux import typed_json
 from llmux.drivers.images.files import SEGMENT, FileSums
+from llmux.small_files import opened
 from llmux.typed_json import LARGEST_INT, BadJson
 
 VERSION: Final = 2
@@ -167,10 +168,10 @@ def load_manifest(directory: str) -> Manifest:
     path = os.path.join(directory, NAME)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with open(fd, encoding="utf-8") as file:
+        with opened(fd) as file:
             if os.fstat(fd).st_size > MAX_BYTES:
                 raise ManifestError(f"{path} is too large to be one")
-            return Manifest.from_json(file.read())
+            return Manifest.from_json(file.read().decode())
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist: the image was never completed") from None
     except (OSError, UnicodeDecodeError) as error:
