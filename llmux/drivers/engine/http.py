@@ -52,12 +52,16 @@ class _Response:
 
     def __init__(self) -> None:
         self.body = bytearray()
+        self.headed = False  # its head is complete
         self.complete = False
         self.framed = False  # a length or chunks say where the body ends; else the connection does
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self.framed = True
+
+    def on_headers_complete(self) -> None:
+        self.headed = True
 
     def on_body(self, body: bytes) -> None:
         self.body += body
@@ -115,6 +119,6 @@ async def exchange(
         if isinstance(error.__context__, _TooLong):  # in the parser's callback
             raise Unreachable(f"the answer is longer than {BODY_CAP} bytes") from error
         raise Unreachable(str(error) or type(error).__name__) from error
-    if not response.complete and (response.framed or status == 0):
+    if not response.complete and (response.framed or not response.headed):
         raise Unreachable("the connection was closed in the middle of the answer")
     return Reply(status, bytes(response.body))
