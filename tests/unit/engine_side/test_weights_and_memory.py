@@ -61,6 +61,18 @@ def test_weights_are_read_by_another_and_its_failure_is_no_ones(
     assert len(asked) == 2
 
 
+def test_what_is_no_failure_of_the_reader_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(argv: list[str], seconds: float) -> Completed:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(weights, "run", run)
+    monkeypatch.setattr(weights, "LEAST", 0)
+    with pytest.raises(RuntimeError):
+        asyncio.run(weights.PageCache().read("m", str(tmp_path), {}, None))
+
+
 def test_the_hosts_memory_and_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields: dict[str, Any] = {}
     for line in Path("/proc/meminfo").read_text().splitlines():

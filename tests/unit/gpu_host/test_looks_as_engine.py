@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from llmux.drivers.doctor import as_engine, look_as_engine
 from llmux.ports import EngineUser, LaunchSpec
@@ -49,43 +50,52 @@ def test_a_program_that_cannot_be_run_as_an_engine_is_an_answer(tmp_path: Path) 
     assert as_engine.run_as_engine(echo, 20.0) == (3, "out\nerr")
 
 
-def test_what_keeps_an_engine_out_is_said_by_its_program(tmp_path: Path) -> None:
-    """The look itself, run as it is: a plain program."""
+def test_what_keeps_an_engine_out_is_said_by_its_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = tmp_path / "model"
     (files / ".hidden").mkdir(parents=True)
     (files / ".hidden" / "x").touch()
     for name in ("a", "b", ".c"):
         (files / name).touch()
+    python = [sys.executable, "-I", "-S"]  # without what takes time to start
     asked = {
-        "program": "/bin/sh", "interpreter": [sys.executable], "modules": ["json", "no_such"],
-        "import_secs": 60.0, "models": {"m": str(files), "n": str(files / "a")},
+        "program": "/bin/sh", "interpreter": [], "modules": [], "import_secs": 60.0,
+        "models": {"m": str(files), "n": str(files / "a")},
         "directories": {"HOME": str(tmp_path), "A": f"{tmp_path}/new/b", "T": "/proc/x"},
     }  # fmt: skip
 
     def look(**change: Any) -> dict[str, Any]:
-        argv = [sys.executable, look_as_engine.__file__, json.dumps({**asked, **change})]
-        found: dict[str, Any] = json.loads(subprocess.run(argv, capture_output=True).stdout)
+        monkeypatch.setattr(sys, "argv", ["look", json.dumps({**asked, **change})])
+        look_as_engine.main()
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
-    said = look()
+    said = look(interpreter=python, modules=["json", "no_such"])
     assert (said["problems"], said["files"]) == ([], 3)
     assert said["imports"].startswith(f"{sys.executable} cannot import no_such: ModuleNotFound")
     assert list(said["closed"].values()) == [["T"]]
     assert set(said["found"]) == {"ninja", "cc", "nvcc", "Python.h", "flashinfer-jit-cache"}
     assert sorted(os.listdir(tmp_path)) == ["model"], "nothing is left of it"
     gone = str(tmp_path / "gone")
-    said = look(modules=["json"], models={"m": gone}, program=gone)
+    said = look(interpreter=python, modules=["json"], models={"m": gone}, program=gone)
     assert said["problems"] == [
         f"cannot execute {gone}: it is not there",
         f"cannot read {gone} of m: it is not there",
     ]
     assert (said["imports"], said["files"]) == (None, 0)
-    assert look(modules=["json"])["imports"] is None
-    assert look(interpreter=[])["found"].keys() == {"ninja", "cc", "nvcc"}
-    said = look(interpreter=["/no/such"])
-    assert said["problems"][0].startswith("cannot execute /no/such: ")
+    assert look(interpreter=python, modules=["json"])["imports"] is None
+    said = look(modules=["json"])
+    assert (said["found"].keys(), said["imports"]) == ({"ninja", "cc", "nvcc"}, None)
+    said = look(interpreter=[gone], modules=["json"])
+    (problem,) = said["problems"]
+    assert problem.startswith(f"cannot execute {gone}: [Errno 2] No such file or directory")
     assert said["imports"] is None
     bad = tmp_path / "bad"
     bad.write_text("#!/bin/sh\necho why >&2; exit 1\n")
     bad.chmod(0o755)
     assert look(interpreter=[str(bad)])["problems"] == [f"cannot execute {bad}: why"]
+    bad.write_text("#!/bin/sh\necho no json\n")
+    assert look(interpreter=[str(bad)])["problems"][0].startswith(f"cannot execute {bad}: Expect")
+    (files / "a").chmod(0o640)
+    assert look_as_engine.closed(str(files / "a")) == "its mode is 0o640"

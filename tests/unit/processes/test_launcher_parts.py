@@ -75,6 +75,8 @@ def test_a_program_takes_the_launchers_place(tmp_path: Path) -> None:
         launch = spawn_launcher()
         async with asyncio.timeout(SECONDS):
             await launch.ready.wait()
+        launch._read()  # when there is nothing to read
+        assert not launch._eof.is_set()
         script = "umask; ulimit -c; pwd; echo $A; exit 5"
         spec = spec_of(tmp_path, "/bin/sh", "-c", script, env={"A": "x y"}, cwd="/usr")
         await launch.open(spec, SECONDS, cgroup_root=None, guardian=False)
