@@ -64,6 +64,7 @@ def test_each_line_is_an_entry_of_its_unit(tmp_path: Path) -> None:
         files.on_line = lambda model, line: seen.append((model, line))
         say(out, "INFO one\n")
         files.attach(HANDLE)
+        assert seen == [("m", "INFO one")], "what it said before"
         say(err, "ERROR two\nhalf")
         assert files.tail("m") == ["INFO one", "ERROR two", "half"]
         assert files.tail("m", 2) == ["ERROR two", "half"]

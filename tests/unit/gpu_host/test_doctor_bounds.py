@@ -330,10 +330,17 @@ def test_others_on_the_gpus_are_named_largest_first(
     ],
 )  # fmt: skip
 def test_claims_beside_others(
-    claims: tuple[tuple[int, ...], float], rows: list[list[int]], short: list[str]
+    tmp_path: Path, claims: tuple[tuple[int, ...], float], rows: list[list[int]], short: list[str]
 ) -> None:
     model = ModelConfig("m", "/m", gpus=claims[0], gpu_memory=claims[1])
+    config = Config(models={"m": model})
+    # less than is warned of by itself
+    said = nvml({"0": 0, "1": 0}, [[gpu, pid, GIB // 8] for gpu, pid, _ in rows])
+    host = host_of(tmp_path, run=lambda argv, seconds: said)
+    most = Config(models={"m": replace(model, gpu_memory=0.999)})
+    warned = gpus.check_memory(host, most).level is Level.WARN
+    assert warned is any(row[0] in claims[0] for row in rows)
     totals = {0: 80 * GIB, 1: 80 * GIB}
-    found = gpus._short(Config(models={"m": model}), totals, [(a, b, c) for a, b, c in rows])
+    found = gpus._short(config, totals, [(a, b, c) for a, b, c in rows])
     assert list(found) == short
     assert list(gpus._short(None, totals, [(0, 8, 80 * GIB)])) == []

@@ -55,7 +55,17 @@ def test_the_cgroup_of_a_process_is_the_unified_one() -> None:
 
 
 @pytest.mark.parametrize("how", ["by the kernel", "one by one", "gone"])
-def test_everything_in_a_cgroup_is_killed(tmp_path: pathlib.Path, how: str) -> None:
+def test_everything_in_a_cgroup_is_killed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    killed: list[int] = []
+    real = os.kill
+
+    def kill(pid: int, number: int) -> None:
+        killed.append(pid)
+        real(pid, number)
+
+    monkeypatch.setattr(os, "kill", kill)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
         directory = tmp_path / "a"
         if how != "gone":
@@ -69,8 +79,9 @@ def test_everything_in_a_cgroup_is_killed(tmp_path: pathlib.Path, how: str) -> N
         cgroup.kill_all(str(directory))
         if how == "one by one":
             assert child.wait(SECONDS) == -9
+            assert killed == [NOBODY, child.pid]
         else:
-            assert child.poll() is None
+            assert killed == []
         if how == "by the kernel":
             assert (directory / "cgroup.kill").read_text() == "1"
     if how == "gone":
