@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmux.gateway.control.app import build_app
-from llmux.gateway.http import openapi
+from llmux.gateway.http import openapi, routes
 from llmux.gateway.http.problems import STATUS_LINES
 
 
@@ -96,3 +96,12 @@ def test_all_other_orders_have_none_and_logs_have_their_parameters() -> None:
     assert parameters("/logs")["model"][0] == "query"
     assert parameters("/logs/{model}")["model"][0] == "path"
     assert parameters("/unload") == parameters("/unload", "post") != {}
+
+
+def test_forms_are_described_as_forms_and_all_else_as_json() -> None:
+    for path, match in routes.POSTS.items():
+        described = openapi.document()["paths"][path.decode()]["post"]["requestBody"]["content"]
+        form = match.route.source is routes.Source.FORM
+        assert list(described) == ["multipart/form-data" if form else "application/json"], path
+        (schema,) = (one["schema"] for one in described.values())
+        assert ("file" in schema["properties"], schema["required"]) == (form, ["model"])

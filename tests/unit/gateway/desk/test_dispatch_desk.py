@@ -94,6 +94,31 @@ async def test_an_unknown_name_is_refused(path: str, monkeypatch: pytest.MonkeyP
     assert desk.worker.observer.requests == {("", 404): 1}
 
 
+@in_a_loop
+async def test_a_fallback_is_for_what_a_body_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, fallback_model="beta")
+    desk.link.answer = lambda _verb, _args: {"model": "alpha"}
+    pool = desk.grant()
+    _, exchange = desk.asks(desk.incoming(b"", path="/v1/responses/resp_1", method="GET"))
+    await settle(desk)
+    assert (exchange.model, [sink for _, sink in pool.sent]) == ("alpha", [exchange])
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nelse\r\n--b--\r\n'
+    incoming = desk.incoming(
+        b"", "Content-Type: multipart/form-data; boundary=b", path="/v1/audio/transcriptions"
+    )
+    incoming.begin_form()
+    assert incoming.add_upload(form) == "else"
+    beta = desk.grant("beta", "e2")
+    _, exchange = desk.asks(incoming)
+    assert exchange.model == "beta"
+    body = beta.sent[0][0].body
+    assert not isinstance(body, bytes)
+    whole = b""
+    while piece := body.read(len(whole), 1000):
+        whole += piece
+    assert whole == form.replace(b"else", b"beta")
+
+
 # ---- waiting -------------------------------------------------------------------------------------
 
 

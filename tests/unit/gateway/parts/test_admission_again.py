@@ -137,3 +137,33 @@ def test_an_engine_that_refused_is_tried_again_after_a_while() -> None:
     desk.now += SUSPECT_SECS
     assert desk.admission.tick() == ([], [ticket])
     assert ticket.stage is Stage.IN_FLIGHT
+
+
+def test_each_place_in_the_line_is_known() -> None:
+    desk = Desk(max_in_flight=1)
+    desk.admission.grant("a", "e1", ADDRESS)
+    tickets = [desk.ticket() for _ in range(4)]
+    assert [desk.admission.ahead_of(ticket) for ticket in tickets] == [0, 0, 1, 2]
+    desk.admission.leave(tickets[1])
+    assert [desk.admission.ahead_of(ticket) for ticket in tickets] == [0, 0, 0, 1]
+
+
+def test_how_long_an_engine_lived_with_a_ticket_is_known_and_bounds_its_trial() -> None:
+    desk = Desk(max_in_flight=1)
+    ticket = desk.ticket()
+    for epoch, lived, trial in (("e1", 3.0, 6.0), ("e2", 4.0, 8.0)):
+        desk.admission.grant("a", epoch, ADDRESS)
+        desk.now += lived
+        desk.admission.revoke("a", epoch)
+        ticket.deaths = 0
+        assert desk.admission.wait_again(ticket)
+        assert ticket.lived == lived
+        desk.admission.grant("a", epoch + "'", ADDRESS)
+        (queue,) = desk.admission.queues()
+        assert queue.trial_ends == desk.now + trial
+        desk.admission.answered(ticket)
+        assert (ticket.deaths, queue.trial, ticket.repeatable) == (0, set(), False)
+        ticket.repeatable = True
+        desk.admission.revoke("a", epoch + "'")
+        desk.admission.wait_again(ticket, begun=False)
+        ticket.retried = False
