@@ -58,6 +58,7 @@ class Stage:
         self.notifier, self.made = Notifier(), dict[str, Any]()
         self.stop: asyncio.Event | None = None
         self.restarting = False
+        self.noted: list[Config] = []
         self.drivers = drivers_on(self.world, str(runtime))
         self.problems: tuple[Problem, ...] = ()
 
@@ -70,8 +71,17 @@ class Stage:
             keep=lambda sources: note(("keep", sources)), forget=lambda: note("forget"),
         )  # fmt: skip
         put("LastGood", lambda where, group=None: (note(("last good", where, group)), keeper)[1])
-        put("check_host", lambda *_: [PROBLEM])
-        put("check_gateway_reads", lambda *_: [replace(PROBLEM, path="gateway")])
+
+        def checks(path: str) -> Callable[[Config, Any], list[Problem]]:
+            def check(given: Config, marks: Any) -> list[Problem]:
+                assert (given, marks) == (config, {})
+                return [replace(PROBLEM, path=path)]
+
+            return check
+
+        put("check_host", checks(PROBLEM.path))
+        put("check_gateway_reads", checks("gateway"))
+        put("Notes", lambda: SimpleNamespace(say=lambda read: self.noted.append(read.config)))
         put("check_directories", lambda *_: self.problems)
         put("make_private", lambda path: note(("private", path)))
         put("SdNotifier", lambda: self.notifier)
@@ -86,7 +96,7 @@ class Stage:
         put("announce", self._announce)
         put("watch_pressure", self._work("pressure"))
         put("feed_watchdog", self._work("watchdog"))
-        put("reload_on_hangup", lambda *_: note("reload on hangup"))
+        put("reload_on_hangup", self._hangup)
         put("watchdog_interval", lambda: None)
         put("OwnUnit", lambda: SimpleNamespace(is_restarting=lambda: self.restarting, restart="r"))
         monkeypatch.setattr(gpu_driver, "restart_for_driver", self._work("driver"))
@@ -112,6 +122,10 @@ class Stage:
         made.prepare, made.close = prepared, closed  # type: ignore[method-assign]
         return made
 
+    def _hangup(self, supervisor: Supervisor, notifier: Any) -> None:
+        assert (supervisor, notifier) == (self.made["supervisor"], self.notifier)
+        self.seen.append("reload on hangup")
+
     async def _listen(self, *args: Any) -> None:
         self.seen.append(("listen", *args))
 
@@ -127,6 +141,8 @@ class Stage:
         return work
 
     async def _announce(self, supervisor: Supervisor, notifier: Any, stop: asyncio.Event) -> None:
+        assert (supervisor, notifier) == (self.made["supervisor"], self.notifier)
+        assert stop is self.stop, "signals set it, too"
         self.seen.append("announced")
         await asyncio.sleep(0)
         stop.set()
@@ -152,6 +168,16 @@ async def test_the_daemon_runs_its_works_until_it_is_stopped(tmp_path: Path) -> 
             "closed",
         ]  # fmt: skip
         assert stage.seen[3] == ("alone", module.TAKEOVER_SECS)
+        assert stage.noted == [stage.config]
+        kinds = [type(one).__name__ for one in stage.made["supervisor"].loop.listeners]
+        assert kinds == [
+            "_Catalogue",
+            "Telemetry",
+            "EventLog",
+            "ArrivalLog",
+            "Learned",
+            "StatusLine",
+        ]
         assert stage.notifier.told[-1] == "stopping"
         given = stage.made["given"]
         assert (given["allowed_uids"], given["admins"]) == (frozenset({5}), 72)
@@ -210,9 +236,11 @@ async def test_a_reload_is_checked_noted_and_kept_and_a_dry_run_is_not_kept(tmp_
         monkeypatch.setattr(module, "load_marked", lambda path: marked(new))
         reload = stage.made["given"]["reload"]
         stage.seen.clear()
+        stage.noted.clear()
         assert reload(True) is new
-        assert stage.names() == ["private"]
+        assert (stage.names(), stage.noted) == (["private"], [])
         assert reload(False) is new
+        assert stage.noted == [new]
         assert stage.seen[1:] == [
             ("private", new.checkpoint.images_dir),
             ("keep", ("/etc/y.yaml",)),

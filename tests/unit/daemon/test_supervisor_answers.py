@@ -7,6 +7,7 @@ import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
+from time import time
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmux.core.effects import SwitchFinished
 from llmux.core.events import LoadAsked, WorkerJoined
 from llmux.daemon.supervisor import Supervisor, reload_needs
 from llmux.drivers.engine.output import EngineFiles
-from llmux.errors import ConfigError, Problem, Reason, Refused
+from llmux.errors import ConfigError, Problem, Reason, Refused, StateFileError
 from llmux.protocol import Ask, Catalog
 from llmux.runtime.control.orders import ignore_progress
 from tests.twins.disk import MemoryEvents, MemoryStore
@@ -217,4 +218,69 @@ async def test_lines_of_engines_reach_those_who_watch_and_the_operation(tmp_path
     files.on_line("a", "one")
     files.on_progress("a", "50%")
     assert heard == [("watchers", "a", "one"), ("a", "one"), ("a", "50%")]
+    await supervisor.close()
+
+
+class BadStore(MemoryStore):
+    error: Exception = StateFileError("cannot read the notes: no such device")
+
+    def load(self) -> Any:
+        raise self.error
+
+
+@in_loop
+async def test_each_part_is_given_to_those_who_need_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    former = {"id": 7, "time": time(), "model": "a", "type": "transition", "to": "serving"}
+    events, learned = MemoryEvents(former), MemoryStore()
+    supervisor = supervisor_on(
+        World(), tmp_path, store=BadStore(), events=events, learned=learned,
+        allowed_uids=frozenset({5}), admins=6,
+    )  # fmt: skip
+    await supervisor.start()
+    assert caplog.messages == ["cannot read the notes: no such device; relying on observation"]
+    found = list(supervisor.events.recent)
+    assert (found[0], found[-1]["id"]) == (former, 8)
+    assert (found[-1]["from"], found[-1]["to"]) == ("serving", "stopped")
+    socket = supervisor.control_socket
+    assert (socket._uids, socket._admins, socket._watchers) == (
+        frozenset({5}), 6, supervisor.watchers,
+    )  # fmt: skip
+    kinds = [type(one).__name__ for one in supervisor.loop.listeners]
+    assert kinds == ["_Catalogue", "Telemetry", "EventLog", "ArrivalLog", "Learned"]
+    sent: list[Any] = []
+    socket.send = lambda *message: sent.append(message)  # type: ignore[method-assign]
+    supervisor._send("w", "x")
+    assert sent == [("w", "x")]
+    running = asyncio.create_task(supervisor.loop.run())
+    await supervisor.verbs.answer(Ask(1, "load", {"model": "a", "by": "bob"}))
+    orders = [one["result"] for one in supervisor.events.recent if one["type"] == "order"]
+    assert orders == ["given", "done"]
+    running.cancel()
+    await asyncio.wait([running])
+    await supervisor.close()
+    broken = BadStore()
+    broken.error = RuntimeError("a fault")
+    with pytest.raises(RuntimeError):
+        await supervisor_on(World(), tmp_path, store=broken).start()
+
+
+@in_loop
+async def test_a_fault_of_ours_in_a_reload_is_no_mistake_in_the_file(tmp_path: Path) -> None:
+    def load(_: bool) -> Config:
+        raise RuntimeError("a fault")
+
+    supervisor = supervisor_on(World(), tmp_path, load=load)
+    await supervisor.start()
+    with pytest.raises(RuntimeError):
+        await supervisor.reload()
+    models = dict(CONFIG.models) | {"a": replace(CONFIG.models["a"], aliases=("x",))}
+    supervisor._load = lambda _: replace(CONFIG, models=MappingProxyType(models))
+    running = asyncio.create_task(supervisor.loop.run())
+    await supervisor.verbs.answer(Ask(1, "load", {"model": "a"}))
+    result = await supervisor.reload(dry_run=True)
+    assert (result["changed"], result["restart_models"]) == (["a"], [])
+    running.cancel()
+    await asyncio.wait([running])
     await supervisor.close()
