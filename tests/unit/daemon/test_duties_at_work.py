@@ -162,13 +162,13 @@ async def test_without_a_gateway_it_is_ready_a_little_later_and_says_so() -> Non
 async def test_the_watchdog_is_fed_while_the_loop_turns() -> None:
     notifier, posted = Notifier(), list[Any]()
     loop: Any = SimpleNamespace(turned=0, post=posted.append)
-    feeding = asyncio.create_task(feed_watchdog(loop, notifier, 9.0))
-    await asyncio.sleep(4.0)
+    feeding = asyncio.create_task(feed_watchdog(loop, notifier, 9000.0))
+    await asyncio.sleep(4000.0)
     assert (len(posted), notifier.told) == (2, []), "it did not turn"
     loop.turned += 1
-    await asyncio.sleep(3.0)
+    await asyncio.sleep(3000.0)
     assert (len(posted), notifier.told) == (3, ["watchdog"])
-    await asyncio.sleep(3.0)
+    await asyncio.sleep(3000.0)
     assert (len(posted), notifier.told) == (4, ["watchdog"])
     feeding.cancel()
     await asyncio.wait([feeding])

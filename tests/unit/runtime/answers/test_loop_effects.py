@@ -35,13 +35,15 @@ from llmux.core.plans import stop_plan
 from llmux.core.records import Failed, ModelRecord, Phase, Serving, Starting, State, Stopped
 from llmux.errors import StateFileError
 from llmux.protocol import Address, Cut, Grant, Message, Refuse, Revoke
+from llmux.runtime import loop as loop_module
 from llmux.runtime.engines.executor import Executor
 from llmux.runtime.engines.facts import EngineFacts
 from llmux.runtime.engines.instance import Instance
-from llmux.runtime.loop import SAVE_AGAIN_SECS, Loop, orders_changed, phases_changed
+from llmux.runtime.loop import Loop, orders_changed, phases_changed
 from tests.twins.disk import MemoryStore
 
 CONFIG = model("a")
+AGAIN = 5000.0  # virtual seconds
 
 
 class Hands:
@@ -221,26 +223,27 @@ def test_only_what_a_successor_needs_is_written(
 
 @in_virtual_time
 async def test_notes_that_cannot_be_written_are_tried_again_and_said_once(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(loop_module, "SAVE_AGAIN_SECS", AGAIN)
     bench = Bench()
     bench.store.full = True
     for manual in (True, False):
         bench.enter(replace(bench.loop.state, manual=manual))
     assert bench.store.tried == 2
-    await asyncio.sleep(2.5 * SAVE_AGAIN_SECS)
+    await asyncio.sleep(2.5 * AGAIN)
     assert bench.store.tried == 4, "the second failure has put off the first's next try"
     assert caplog.messages == ["cannot write the notes: no room"]
     bench.store.full = False
-    await asyncio.sleep(10 * SAVE_AGAIN_SECS)
+    await asyncio.sleep(10 * AGAIN)
     assert (bench.store.tried, bench.store.saves) == (5, 1)
     assert caplog.messages[1:] == ["the state file is written again"]
     bench.store.full = True
     bench.enter(replace(bench.loop.state, manual=True))
     bench.store.full = False
     bench.enter(replace(bench.loop.state, pinned="a"))
-    await asyncio.sleep(10 * SAVE_AGAIN_SECS)
+    await asyncio.sleep(10 * AGAIN)
     assert bench.store.tried == 7, "what is written needs no other try"
     assert len(caplog.messages) == 4
 
