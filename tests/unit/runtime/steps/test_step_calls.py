@@ -22,6 +22,7 @@ from llmux.runtime.engines.instance import Instance
 from llmux.runtime.engines.steps import LOOK_SECS, Steps
 
 K = StepKind
+ABOUT = pytest.approx(900.0, 0.5)  # what is left of it
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ K = StepKind
         (Step(K.TERMINATE, 9.0), [("units.terminate", HANDLE, 9.0)]),
         (Step(K.LEAVE_GPU, 900.0, level=2),
          [("freezer.frozen", HANDLE), ("engine.sleep", ADDRESS, 2, 5.0), ("units.pids", HANDLE),
-          ("cuda.check_memory", [77, 78], 0), ("cuda.suspend", [77, 78], pytest.approx(900.0, 0.5))]),
+          ("cuda.check_memory", [77, 78], 0), ("cuda.suspend", [77, 78], ABOUT)]),
         (Step(K.KILL, 9.0),
          [("units.unwatch", HANDLE), ("checkpointer.shm_names", HANDLE),
           ("units.kill", HANDLE, 9.0), ("checkpointer.remove_shm", "a", ("x",)),
@@ -201,9 +202,7 @@ async def test_a_resume_is_of_the_processes_that_were_noted_or_else_of_all(
     bench.instance.facts = EngineFacts(cuda_pids=known, cuda_bytes=5)
     await bench.run(Step(K.CUDA_RESUME, 900.0, if_any=if_any))
     calls = [call for call in bench.seen if call[0] == "cuda.resume"]
-    assert calls == (
-        [] if resumed is None else [("cuda.resume", resumed, pytest.approx(900.0, 0.5))]
-    )
+    assert calls == ([] if resumed is None else [("cuda.resume", resumed, ABOUT)])
     facts = bench.instance.facts
     assert facts.resumed is (resumed is not None)
     assert facts.cuda_pids == (() if resumed is not None else known)
