@@ -188,7 +188,6 @@ def test_who_is_not_answered_in_time_is_told_so_and_a_late_answer_is_nobodys() -
             await ends.link.ask("status", {}, 0.0)
         assert (down.value.reason, down.value.retry_after) == (Reason.SUPERVISOR_UNREACHABLE, 1.0)
         ends.say(Answer(1, ok=True))
-        assert ends.link.up
         staying.cancel()
 
     asyncio.run(run())
@@ -197,23 +196,25 @@ def test_who_is_not_answered_in_time_is_told_so_and_a_late_answer_is_nobodys() -
 def test_changes_of_demand_are_sent_together_and_never_at_once() -> None:
     async def run() -> None:
         ends = Ends()
-        staying = ends.connect()
+        ends.connect()
         await passes()
         ends.wire.take()
-        link = ends.link
-        for _ in range(3):
-            link.demand_changed("a")
-            link.demand_changed("b")
-        assert ends.wire.take() == [], "the caller may be in the middle of a change"
-        handle = link._flush_handle
-        assert handle is not None
-        assert handle.when() == link._flushed_at + COALESCE_SECS
-        await until(lambda: link._flush_handle is None)
-        assert ends.wire.take() == [Demand("a"), Demand("b")]
-        link.demand_changed("b")
-        await until(lambda: link._flush_handle is None)
-        assert ends.wire.take() == [Demand("b")]
-        staying.cancel()
+        link, now = ends.link, asyncio.get_running_loop().time()
+        for flushed, due in ((now + 3600.0, now + 3600.0 + COALESCE_SECS), (-1.0, None)):
+            link._flushed_at = flushed
+            for _ in range(3):
+                link.demand_changed("a")
+                link.demand_changed("b")
+            assert ends.wire.take() == [], "the caller may be in the middle of a change"
+            handle = link._flush_handle
+            assert handle is not None
+            if due is None:
+                await until(lambda: link._flush_handle is None)
+            else:
+                assert handle.when() == due
+                link._flush()
+            assert ends.wire.take() == [Demand("a"), Demand("b")]
+            assert link._flushed_at >= now
 
     asyncio.run(run())
 
