@@ -1,0 +1,235 @@
+"""Units without systemd: what they hold in a cgroup of ours, and what becomes of their ends."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from llmux.drivers.processes import cgroup
+from llmux.drivers.processes.bare import BareUnits, find_cgroup, is_alive
+from llmux.drivers.processes.children import DirectUnits, _Guarded
+from llmux.drivers.processes.launcher import PR_SET_CHILD_SUBREAPER
+from llmux.drivers.processes.process import Process, start_ticks
+from llmux.errors import DriverTimeout, UnitFailed
+from llmux.ports import LaunchSpec, UnitHandle
+from llmux.protocol import Address
+
+SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True)
+def no_sub_reaper() -> Iterator[None]:
+    """What units make of this process for good."""
+    yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def handle_of(process: subprocess.Popen[bytes], path: str | None = None) -> UnitHandle:
+    ticks = start_ticks(process.pid)
+    assert ticks is not None
+    return UnitHandle("m", "llmux-m", process.pid, ticks, path)
+
+
+def test_a_unit_is_what_its_cgroup_holds_and_goes_with_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
+) -> None:
+    (tmp_path / "home").mkdir()
+
+    async def body() -> None:
+        units = BareUnits((str(tmp_path), "/home"))
+        path = units._make_cgroup(child.pid)
+        other = units._make_cgroup(child.pid)
+        assert path == f"/home/llmux-trial-{os.getpid()}-0" and other == path[:-1] + "1"
+        directory = pathlib.Path(f"{tmp_path}{path}")
+        assert (directory / "cgroup.procs").read_text() == str(child.pid)
+        (directory / "engine").mkdir()
+        (directory / "engine" / "cgroup.procs").write_text(f"{os.getpid()}\n")
+        handle = handle_of(child, path)
+        assert await units.pids(handle) == [child.pid, os.getpid()]
+        (directory / "engine" / "cgroup.procs").unlink()
+        await units.reap_restored(handle)
+        killed: list[str] = []
+
+        def kill_all(place: str) -> None:
+            killed.append(place)
+            (directory / "cgroup.procs").unlink()  # as the kernel empties it
+
+        monkeypatch.setattr(cgroup, "kill_all", kill_all)
+        told: asyncio.Queue[tuple[UnitHandle, str]] = asyncio.Queue()
+        units.watch(handle, lambda *words: told.put_nowait(words))
+        assert await units.terminate(handle, SECONDS)
+        assert killed == [str(directory)]
+        assert not os.path.exists(directory)
+        async with asyncio.timeout(SECONDS):
+            assert await told.get() == (handle, "killed by SIGKILL")
+        child.returncode = -9
+        assert units._processes == {}
+        await units.close()
+
+    asyncio.run(body())
+
+
+def test_what_does_not_end_is_said(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
+) -> None:
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)
+
+    async def body() -> None:
+        units = BareUnits(None)
+        with pytest.raises(DriverTimeout, match="1 processes are still there after 0s"):
+            await units.kill(handle_of(child), 0.0)
+        assert is_alive(handle_of(child))
+        assert units._make_cgroup(child.pid) is None
+        units._remove_cgroup("/x")
+        handle = handle_of(child)
+        for other in (
+            UnitHandle("m", "u", handle.pid, handle.start_ticks + 1),
+            UnitHandle("m", "u", 2**22 + 1, 1),
+        ):
+            assert not is_alive(other)
+            assert await units.pids(other) == []
+
+    asyncio.run(body())
+    monkeypatch.undo()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    zombie = handle_of(child)
+    assert not is_alive(zombie)
+    assert asyncio.run(BareUnits(None).pids(zombie)) == []
+
+
+def test_a_cgroup_is_found_where_one_can_be_made(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (
+        "22 1 0:21 / /sys rw - sysfs sysfs rw\n"
+        f"25 22 0:23 / {tmp_path}/none rw - cgroup2 cgroup rw\n"
+        f"26 22 0:23 / {tmp_path} rw - cgroup2 cgroup rw\n"
+    )
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self: rows)
+    own: list[str | None] = ["/a/"]
+    monkeypatch.setattr(cgroup, "cgroup_of", lambda pid: own[0])
+    (tmp_path / "a").mkdir()
+    assert find_cgroup() is None, "a directory without a freezer"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    real = pathlib.Path.mkdir
+
+    def mkdir(self: pathlib.Path, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        (self / "cgroup.freeze").touch()
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", mkdir)
+    monkeypatch.setattr(pathlib.Path, "rmdir", lambda self: shutil.rmtree(self))
+    assert find_cgroup() == (str(tmp_path), "/a")
+    own[0] = None
+    assert find_cgroup() == (str(tmp_path), "")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+# ---- children ------------------------------------------------------------------------------------
+
+
+def spec(directory: pathlib.Path, model: str, *argv: str) -> LaunchSpec:
+    out = str(directory / "out")
+    place = str(directory / model)
+    return LaunchSpec(model, argv, {"PATH": "/usr/bin:/bin"}, None, out, out, place)
+
+
+def note(put: Callable[[str], None], handle: UnitHandle, words: str) -> None:
+    put(words)
+
+
+def test_ends_are_remembered_for_who_comes_late_but_not_for_ever(
+    child: subprocess.Popen[bytes],
+) -> None:
+    async def body() -> None:
+        units = DirectUnits()
+        guardian = Process.open(child.pid)
+        assert guardian is not None
+        for number in range(70):
+            handle = UnitHandle("m", "u", number, 1)
+            read, write = os.pipe()
+            guarded = _Guarded(handle, guardian, write)
+            units._units["u"] = guarded
+            told: list[str] = []
+            units.watch(handle, partial(note, told.append))
+            units._on_end(guarded, f"end {number}")
+            assert told == [f"end {number}"]
+            assert units._units == {}
+            assert os.read(read, 1) == b"", "its lifeline is cut"
+            guarded.cut()
+            os.close(read)
+        assert len(units._ended) == 64
+        for number, words in ((69, "end 69"), (6, "end 6"), (5, "gone")):
+            late: asyncio.Queue[str] = asyncio.Queue()
+            units.watch(UnitHandle("m", "u", number, 1), partial(note, late.put_nowait))
+            assert late.empty(), "never from within the call"
+            assert await late.get() == words
+        gone = UnitHandle("m", "u", 69, 1)
+        seen: list[str] = []
+        units.watch(gone, lambda _, words: seen.append(words))
+        units.unwatch(gone)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert seen == []
+        guardian.close()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("how", ["terminate", "kill", "close"])
+def test_a_unit_of_ours_from_its_start_to_its_end(tmp_path: pathlib.Path, how: str) -> None:
+    async def body() -> None:
+        units = DirectUnits()
+        script = "trap 'exit 7' TERM; echo up; while :; do sleep 1000 & wait; done"
+        handle = await units.start(spec(tmp_path, "m", "/bin/sh", "-c", script), SECONDS)
+        assert (handle.model, handle.unit, handle.cgroup) == ("m", "llmux-m", None)
+        pids = await units.pids(handle)
+        assert pids[0] == handle.pid
+        assert await units.memory_bytes(handle) > 0
+        with pytest.raises(UnitFailed, match=rf"running already \(pid {handle.pid}\)"):
+            await units.start(spec(tmp_path, "m", "/bin/true"), SECONDS)
+        other = UnitHandle("m", "llmux-m", handle.pid, handle.start_ticks + 1)
+        assert await units.pids(other) == []
+        assert await units.terminate(other, SECONDS)
+        await units.kill(other, SECONDS)
+        assert await units.stranger(Address(uds="/x"), None) is None
+        told: asyncio.Queue[str] = asyncio.Queue()
+        units.watch(handle, lambda _, words: told.put_nowait(words))
+        if how == "terminate":
+            while (tmp_path / "out").read_text() != "up\n":  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert await units.terminate(handle, SECONDS)
+            assert await told.get() == "exit status 7"
+        elif how == "kill":
+            await units.kill(handle, SECONDS)
+            assert await told.get() == "killed by SIGKILL"
+        else:
+            await units.close()
+            assert told.empty(), "nobody is told of what we end ourselves"
+        assert await units.pids(handle) == []
+        assert start_ticks(handle.pid) is None
+        assert await units.cpu_seconds(handle) == 0
+        again = await units.start(spec(tmp_path, "m", "/bin/sleep", "1000"), SECONDS)
+        await units.kill(again, SECONDS)
+        with pytest.raises(UnitFailed, match="cannot execute /no/such"):
+            await units.start(spec(tmp_path, "m", "/no/such"), SECONDS)
+        assert units._units == {}
+
+    asyncio.run(body())
