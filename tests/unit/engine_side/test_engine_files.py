@@ -320,7 +320,10 @@ def test_the_driver_and_each_gpu_are_named(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_of_another_host_boot_times_and_the_users_name_do_not_count(venv: Path) -> None:
+def test_of_another_host_boot_times_and_the_users_name_do_not_count(
+    venv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(venv / "bin"))  # ours is not the engine's
     user = EngineUser("llmux-7", 70, 71, "/h", (9, 5))
     env = {"PATH": str(venv / "bin"), "HF_TOKEN": "x"}
     spec = LaunchSpec("m", ("vllm", "serve"), env, user, "/o", "/e", "/r")
@@ -336,6 +339,7 @@ def test_of_another_host_boot_times_and_the_users_name_do_not_count(venv: Path) 
     assert away["env.HF_TOKEN"] == Shown.portable(b"\xab" * 16).hide("x") != here["env.HF_TOKEN"]
     root = LaunchSpec("m", ("vllm",), {}, None, "/o", "/e", "/r")
     assert identity.engine_identity(config, root)["user"] == "root"
+    assert identity.engine_identity(config, root)["program"] == "vllm (not found)"
     found = identity.portable_identity(config, root, "ab" * 16)
     groups = sorted(os.getgrouplist("root", 0))
     assert (found["uid"], found["groups"]) == ("0", " ".join(map(str, groups)))

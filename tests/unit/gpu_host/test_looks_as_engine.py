@@ -97,5 +97,8 @@ def test_what_keeps_an_engine_out_is_said_by_its_program(
     assert look(interpreter=[str(bad)])["problems"] == [f"cannot execute {bad}: why"]
     bad.write_text("#!/bin/sh\necho no json\n")
     assert look(interpreter=[str(bad)])["problems"][0].startswith(f"cannot execute {bad}: Expect")
+    bad.write_text("#!/bin/sh\nexec sleep 1000\n")
+    monkeypatch.setattr(look_as_engine, "ASK_SECS", 0.01)
+    assert "timed out after 0.01 seconds" in look(interpreter=[str(bad)])["problems"][0]
     (files / "a").chmod(0o640)
     assert look_as_engine.closed(str(files / "a")) == "its mode is 0o640"

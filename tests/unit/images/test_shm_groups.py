@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import shutil
@@ -265,6 +266,25 @@ def test_a_new_file_takes_the_place_of_what_holds_its_name_and_of_nothing_else(
     }  # fmt: skip
     assert not held.is_ours("x")
     assert not held.is_ours("nothing")
+
+
+def test_a_name_that_cannot_be_taken_over_leaves_no_other(
+    place: pathlib.Path, held: HeldNames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.dumped("m", ["x"], [])
+    held.settle()
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", full)
+        with pytest.raises(OSError, match="full"):
+            held.make("x")
+    assert os.listdir(place) == ["x"]
+    assert held.is_ours("x")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_without_the_directory_nothing_is_held_and_nothing_breaks(
