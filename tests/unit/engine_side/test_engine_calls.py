@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmux.drivers.engine import http
+from llmux.drivers.engine import http, vllm
 from llmux.drivers.engine.counters import work_counters
 from llmux.drivers.engine.http import Reply, Unreachable, exchange
 from llmux.drivers.engine.vllm import VllmEngine
@@ -225,8 +225,21 @@ def test_a_cache_that_was_not_reset_is_an_error(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+class Clock:
+    """Goes on by ten seconds whenever it is asked: deadlines pass without being waited for."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 10
+        return self.now
+
+
 @pytest.mark.parametrize("want", [True, False])
-def test_an_order_is_done_when_the_engine_says_so(tmp_path: Path, want: bool) -> None:
+def test_an_order_is_done_when_the_engine_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, want: bool
+) -> None:
     async def body() -> None:
         answers = [reply(200)] + [AWAKE if want else SLEEPING] * 3 + [SLEEPING if want else AWAKE]
         async with engine(tmp_path, lambda *_: answers.pop(0)) as (address, asked):
@@ -235,14 +248,15 @@ def test_an_order_is_done_when_the_engine_says_so(tmp_path: Path, want: bool) ->
             else:
                 await VllmEngine().wake(address, (), 5)
             assert len(asked) == 5
-        stuck = AWAKE if want else SLEEPING
-        async with engine(tmp_path, lambda *_: stuck) as (address, _):
+        monkeypatch.setattr(vllm, "time", Clock())
+        stuck: list[bytes | None] = [reply(200), AWAKE if want else SLEEPING, None]
+        async with engine(tmp_path, lambda *_: stuck.pop(0)) as (address, _):
             state = "awake" if want else "asleep"
-            with pytest.raises(DriverTimeout, match=f"still {state} after 0.02s"):
+            with pytest.raises(DriverTimeout, match=f"still {state} after 25s"):
                 if want:
-                    await VllmEngine().sleep(address, 1, 0.02)
+                    await VllmEngine().sleep(address, 1, 25)
                 else:
-                    await VllmEngine().wake(address, (), 0.02)
+                    await VllmEngine().wake(address, (), 25)
 
     asyncio.run(body())
 
@@ -304,7 +318,9 @@ def test_what_an_engine_says_of_itself(tmp_path: Path) -> None:
     assert asyncio.run(look())["max_model_len"] == 1
 
 
-def test_who_waits_for_health_hears_why_it_did_not_come(tmp_path: Path) -> None:
+def test_who_waits_for_health_hears_why_it_did_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body() -> None:
         answers = [b"", reply(503, b"loading"), reply(200)]
         async with engine(tmp_path, lambda *_: answers.pop(0)) as (address, asked):
@@ -317,12 +333,17 @@ def test_who_waits_for_health_hears_why_it_did_not_come(tmp_path: Path) -> None:
             (reply(503, b"loading"), "503 loading"), (b"x", ""), (None, "no answer within"),
         ):  # fmt: skip
             async with engine(tmp_path, lambda *_, answer=answer: answer) as (address, _):
-                with pytest.raises(DriverTimeout, match=rf"within 0.03s \(last: .*{last}"):
-                    await VllmEngine().wait_healthy(address, 0.03)
+                with monkeypatch.context() as patched:
+                    patched.setattr(vllm, "time", Clock())
+                    if answer is None:
+                        patched.setattr(vllm, "PROBE_TIMEOUT", 0.01)
+                    with pytest.raises(DriverTimeout, match=rf"within 25s \(last: .*{last}"):
+                        await VllmEngine().wait_healthy(address, 25)
                 if answer is None:
                     assert not await VllmEngine().healthy(address, 0.01)
         with pytest.raises(DriverTimeout, match=r"cannot wait for the engine at .*No such file"):
-            await VllmEngine().wait_healthy(Address(uds=f"{tmp_path}/none/s"), 0.02)
+            monkeypatch.setattr(vllm, "time", Clock())
+            await VllmEngine().wait_healthy(Address(uds=f"{tmp_path}/none/s"), 25)
 
     asyncio.run(body())
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmux.drivers import memory
-from llmux.drivers.engine import weights
+from llmux.drivers.engine import weights, weights_reader
 from llmux.drivers.processes.run import Completed
 from llmux.errors import DriverError, DriverTimeout
 from llmux.ports import EngineUser
@@ -94,3 +94,63 @@ def test_the_hosts_memory_and_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pressure.write_bytes(b"\xff")
     assert memory.Pressure(str(pressure)).stalled_percent() is None
     assert memory.Pressure(str(tmp_path / "none")).stalled_percent() is None
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "read"),
+    [
+        (["b.safetensors", "a.safetensors", "c.bin"], None, ["a.safetensors", "b.safetensors"]),
+        (["a.bin", "b.pt"], None, ["a.bin"]),
+        (["a.pt", "b.gguf"], None, ["a.pt"]),
+        (["b.gguf", "a.txt"], None, ["b.gguf"]),
+        (["a.txt"], None, []),
+        (["a.bin", "b.safetensors"], '{"weight_map": {"x": "a.bin", "y": "gone"}}', ["a.bin"]),
+        (["a.bin", "b.safetensors"], '{"weight_map": []}', ["b.safetensors"]),
+        (["a.bin", "b.safetensors"], "{", ["b.safetensors"]),
+        (["a.bin", "b.safetensors"], "[]", ["b.safetensors"]),
+        (["a.bin", "b.safetensors"], "{}", ["b.safetensors"]),
+        (["a.bin", "b.safetensors"], '{"weight_map": {"x": []}}', ["b.safetensors"]),
+    ],
+)
+def test_which_files_a_start_reads(
+    tmp_path: Path, names: list[str], index: str | None, read: list[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    if index is not None:
+        (tmp_path / weights_reader.INDEX).write_text(index)
+    assert weights_reader.weights_of(str(tmp_path)) == [str(tmp_path / name) for name in read]
+    assert weights_reader.weights_of(str(tmp_path / "x.gguf")) == [str(tmp_path / "x.gguf")]
+
+
+@pytest.mark.parametrize(
+    ("budget", "done"), [(0, 0), (9, 0), (10, 10), (19, 10), (20, 20), (24, 20), (25, 25), (99, 25)]
+)
+def test_so_much_is_read_as_there_is_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, done: int
+) -> None:
+    monkeypatch.setattr(weights_reader, "WINDOW", 10)
+    (tmp_path / "a.bin").write_bytes(b"x" * 25)
+    before = len(os.listdir("/proc/self/fd"))
+    assert weights_reader.read(str(tmp_path / "a.bin"), budget) == done
+    assert weights_reader.read(os.devnull, budget) == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_reader_says_what_lies_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    became: list[object] = []
+    monkeypatch.setattr(weights_reader, "become", lambda *words: became.append(words))
+    monkeypatch.setattr(os, "nice", became.append)
+    monkeypatch.setattr(weights_reader, "available_bytes", lambda: 60)
+    for name, size in (("a.bin", 20), ("b.bin", 15), ("c.bin", 10)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    weights_reader.main(["7", "8", "5,9", "/no/such", str(tmp_path)])
+    assert became == [(7, 8, [5, 9]), 19]
+    assert capsys.readouterr().out == "30\n", "half of the memory"
+    weights_reader.main(["0", "0", "", str(tmp_path / "b.bin"), str(tmp_path / "c.bin")])
+    assert capsys.readouterr().out == "25\n"
+    assert became[2] == (0, 0, [])
+    monkeypatch.undo()
+    assert 0 < weights_reader.available_bytes() < 1 << 60

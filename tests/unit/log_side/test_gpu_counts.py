@@ -243,7 +243,7 @@ def test_a_start_that_hangs_makes_the_observer_blind_until_it_returns(
     assert "has not returned" in (observer.blind or "")
 
     async def body() -> None:
-        with pytest.raises(DriverError, match="a call has not returned for 0 s") as raised:
+        with pytest.raises(DriverError, match=r"a call has not returned for \d+ s") as raised:
             await observer.gpu_count()
         assert "nvidia-smi" in (raised.value.hint or "")
         free.set()
