@@ -348,6 +348,16 @@ def test_who_waits_for_health_hears_why_it_did_not_come(
     asyncio.run(body())
 
 
+def test_a_probe_that_the_end_cuts_short_is_not_the_reason(tmp_path: Path) -> None:
+    async def body() -> None:
+        answers = [reply(503, b"loading")]
+        async with engine(tmp_path, lambda *_: answers.pop() if answers else None) as (address, _):
+            with pytest.raises(DriverTimeout, match=r"within 1s \(last: 503 loading\)"):
+                await VllmEngine().wait_healthy(address, 1)
+
+    asyncio.run(body())
+
+
 TWO = """vllm:num_requests_running{engine="0"} 1.0
 vllm:num_requests_running{engine="1"} 1
 # vllm:num_requests_running 5
