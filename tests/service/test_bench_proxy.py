@@ -15,6 +15,8 @@ from _bench.proxies import report, subjects  # noqa: E402  # found through the l
 from _bench.proxy import Load  # noqa: E402
 from _lab import host  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 needs_compiler = pytest.mark.skipif(
     shutil.which("gcc") is None or shutil.which("taskset") is None, reason="no gcc or no taskset"
 )

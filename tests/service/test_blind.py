@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_nvml"))
 
 from fake_nvml import FakeNvml
 
+pytestmark = pytest.mark.long
+
 # A look has half a second; on a busy machine the rest takes its time. Before looks had a deadline
 # no signal was ever sent.
 SIGNALS_SECS = 10.0

@@ -12,6 +12,8 @@ from daemon_harness import Daemon
 
 from llmux.cli.main import main
 
+pytestmark = pytest.mark.long
+
 SAYS = "other verbs reach this process with --socket "
 
 

@@ -8,6 +8,8 @@ from daemon_harness import Daemon, Start
 from llmux.cli.main import main
 from tests.failure_texts import FAILURES
 
+pytestmark = pytest.mark.long
+
 NAMES = {f"model-{at}": name for at, name in enumerate(FAILURES)}
 SAYS = "other verbs reach this process with --socket "
 

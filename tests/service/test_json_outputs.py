@@ -13,6 +13,8 @@ from daemon_harness import Daemon
 from llmux.cli.main import main
 from tests.json_shape import faults, schema
 
+pytestmark = pytest.mark.long
+
 OUTPUTS = schema("outputs.schema.json")["$defs"]
 SAYS = "other verbs reach this process with --socket "
 Printed = Callable[..., Any]

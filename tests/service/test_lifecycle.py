@@ -13,6 +13,8 @@ from daemon_harness import SECONDS, Daemon, Start, in_background, wait_gone
 
 from llmux.cli.client import ask
 
+pytestmark = pytest.mark.long
+
 # ---- warm-up ------------------------------------------------------------------------------------
 
 

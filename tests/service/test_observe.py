@@ -13,6 +13,8 @@ from daemon_harness import Daemon, Start, in_background
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+pytestmark = pytest.mark.long
+
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 OFFLOAD = {"weights": "offload", "process": "keep_running"}
 TWO: dict[str, dict[str, Any]] = {

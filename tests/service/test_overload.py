@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from daemon_harness import Answer, Daemon, Start, UnixConnection, chat_body
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 PLACES, WAITING = 4, 16
 LEAVERS = 1000

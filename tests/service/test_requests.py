@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from daemon_harness import AT_ONCE, Daemon, Start, in_background
 
+pytestmark = pytest.mark.long
+
 CHAT = "/v1/chat/completions"
 
 

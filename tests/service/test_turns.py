@@ -7,6 +7,8 @@ import time
 import pytest
 from daemon_harness import AT_ONCE, SECONDS, Answer, Daemon, chat_body, in_background
 
+pytestmark = pytest.mark.long
+
 EVICTIONS = ["retain+stop", "offload+keep_running", "discard+keep_running"]
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from daemon_harness import SECONDS, Daemon, Start, chat_body, in_background
+
+pytestmark = pytest.mark.long
 
 SMALL = {"gpu_memory": 0.3, "extra_args": ["--gpu-memory-utilization", "0.3"]}
 

@@ -9,6 +9,8 @@ from daemon_harness import AT_ONCE, GIB, Daemon
 from fault_models import asleep, with_alpha
 from ledger import find_start_time
 
+pytestmark = pytest.mark.long
+
 FAILED_WAKES = {
     "always an error": {"wake_error": True},
     "too slow": {"slow_wake_secs": 60},

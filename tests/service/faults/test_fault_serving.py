@@ -9,6 +9,8 @@ import pytest
 from daemon_harness import AT_ONCE, SECONDS, Daemon, in_background
 from fault_models import with_alpha
 
+pytestmark = pytest.mark.long
+
 
 def test_an_engine_that_dies_mid_stream_ends_the_stream_with_an_error_event(
     daemon: Daemon,

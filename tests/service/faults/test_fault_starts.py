@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from daemon_harness import AT_ONCE, GIB, SECONDS, Daemon, in_background
 from fault_models import with_alpha
 from ledger import find_start_time
+
+pytestmark = pytest.mark.long
 
 
 def test_a_start_that_dies_is_a_503_with_the_engine_s_last_lines(daemon: Daemon) -> None:

@@ -14,6 +14,8 @@ from control_rig import Rig, control_rig
 
 from tests.seeds import seed_of
 
+pytestmark = pytest.mark.long
+
 SECS = float(os.environ.get("LLMUX_FUZZ_SECS", "0"))
 SHORT_SECS = 4.0
 WARM_UP_SECS = 3.0 if SECS == 0 else min(20.0, SECS)

@@ -20,6 +20,8 @@ from daemon_harness import Daemon, Start
 
 from llmux.config.keyfile import make_key
 
+pytestmark = pytest.mark.long
+
 WHOLE = "LLMUX_FUZZ_SECS" in os.environ
 CONNECTIONS = 500 if WHOLE else 40
 BUDGET = 1 << 30 if WHOLE else 80 << 20

@@ -8,6 +8,9 @@ import subprocess
 from typing import Any
 
 import forked
+import pytest
+
+pytestmark = pytest.mark.long
 
 LOOK = """
 import json, os, random, sys

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from daemon_harness import Daemon
 
+pytestmark = pytest.mark.long
+
 COMPILES = {"STANDIN_SAMPLER_COMPILES": "1"}
 
 

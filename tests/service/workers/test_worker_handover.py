@@ -18,6 +18,8 @@ from workers_rig import (
     streaming,
 )
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("how", ["restart", "crash"])
 @pytest.mark.parametrize("workers", [1, 2])

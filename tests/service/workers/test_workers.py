@@ -18,6 +18,8 @@ from workers_rig import (
 from llmux.core.events import WorkerLeft
 from llmux.gateway.workers import HANG_SECS
 
+pytestmark = pytest.mark.long
+
 
 @in_loop
 async def test_all_workers_are_up_before_ready_and_all_end_with_a_stop() -> None:

@@ -8,6 +8,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import pytest
 from gateway_harness import SECONDS, Client, EngineRequest, StubEngine, in_loop, until
 from workers_rig import (
     front,
@@ -16,6 +17,8 @@ from workers_rig import (
 )
 
 from llmux.config.keyfile import make_key
+
+pytestmark = pytest.mark.long
 
 
 @in_loop
