@@ -194,6 +194,9 @@ class Validation:
             reason = phase.message if isinstance(phase, Failed) else reason
             row.problems.append(f"not parked: {reason or 'a request needs it'}")
             return
+        if isinstance(phase, Parked) and phase.eviction != policy:  # a full disk, too little memory
+            row.problems.append(f"parked by {phase.eviction} instead: {phase.reason}")
+            return
         self._judge_memory(row, policy, await self._allowed(policy))
         image = await self._image() if policy.process is Process.CHECKPOINT else None
         row.image_bytes = image.disk_bytes if image else None
