@@ -50,14 +50,20 @@ class Embedded:
 
         put("load_marked", lambda path: (self.seen.append(path), marked(config))[1])
         put("load_config", lambda path: (self.seen.append(path), config)[1])
-        put("check_embedded", lambda *_: ())
+        put("check_embedded", lambda given, marks: () if (given, marks) == (config, {}) else None)
         put("Secrets", lambda given: secrets)
         put("bind_all", lambda addresses, access=None: list(addresses))
         put("stop_on_signals", lambda stop: setattr(self, "stop", stop))
-        put("embedded_drivers", lambda given, runtime: drivers_on(self.world, runtime))
+        put("embedded_drivers", self._drivers)
+        put("reload_on_hangup", lambda *given: self.seen.append(("hangup", *given)))
         put("SdNotifier", lambda: self.notifier)
         put("serve_gateway", self._front)
         put("warm", self._warm)
+
+    def _drivers(self, config: Config, runtime: str) -> Any:
+        self.seen.append(f"drivers in {os.path.dirname(runtime)}")
+        assert os.path.basename(runtime).startswith("llmux-") and config is self.config
+        return drivers_on(self.world, runtime)
 
     async def _front(self, config: Config, **given: Any) -> None:
         self.front = given
@@ -71,6 +77,8 @@ class Embedded:
 
     async def _warm(self, supervisor: Supervisor, stop: asyncio.Event) -> None:
         self.seen.append(supervisor)
+        assert stop is self.stop, "signals set it, too"
+        assert supervisor.control_socket._path is not None
         await asyncio.sleep(0)
         stop.set()
         await asyncio.Event().wait()
@@ -94,7 +102,12 @@ async def test_one_process_serves_until_it_is_stopped_and_leaves_nothing(
         assert front["metrics_sockets"] == ["127.0.0.1:72"]
         assert (front["keys"], front["tls"], front["notifier"]) == ("keys", "tls", stage.notifier)
         assert front["reload"] == [] and front["drain_limits"].waiters is False
-        assert stage.notifier.told == [], "told by the front end"
+        given = next(one for one in stage.seen if isinstance(one, Supervisor))
+        kinds = [type(one).__name__ for one in given.loop.listeners]
+        assert kinds[-1] == "StatusLine"
+        assert given.loop.listeners[-1]._notifier is stage.notifier  # type: ignore[attr-defined]
+        hangup = ("hangup", given, stage.notifier, front["reload"])
+        assert hangup in stage.seen and f"drivers in {tmp_path}" in stage.seen
         assert os.listdir(tmp_path) == [], "its directory and its socket are gone"
         (supervisor,) = [one for one in stage.seen if isinstance(one, Supervisor)]
         assert supervisor._load(False) is config and stage.seen[-1] == "/x.yaml"
@@ -125,6 +138,15 @@ async def test_what_needs_a_service_is_a_problem_before_anything_is_bound(tmp_pa
         with pytest.raises(ConfigError):
             await serving.serve("/x.yaml")
         assert stage.seen == ["/x.yaml"]
+        made: list[Any] = []
+
+        def own(config: Config, runtime: str) -> Any:
+            made.append(config)
+            return drivers_on(stage.world, runtime)
+
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        await serving.serve("/x.yaml", drivers=own)
+        assert made == [CONFIG], "with drivers of its own every eviction is allowed"
 
 
 @in_loop
