@@ -1,0 +1,93 @@
+"""The control socket's file: who may open it, and what it is made of again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime_harness import in_loop
+
+from llmux.protocol import Catalog
+from llmux.runtime.control import socket as module
+from llmux.runtime.control.socket import ControlSocket
+
+
+def control_of(**settings: Any) -> ControlSocket:
+    async def ask(*_: Any) -> None: ...
+
+    return ControlSocket(post=lambda _: None, ask=ask, catalog=Catalog, **settings)
+
+
+@pytest.mark.parametrize(("group", "mode"), [(None, 0o600), (os.getgid(), 0o660)])
+@in_loop
+async def test_the_file_is_open_to_the_group_that_is_named_or_to_none(
+    tmp_path: Path, group: int | None, mode: int
+) -> None:
+    path = str(tmp_path / "control")
+    (tmp_path / "control").touch()  # a former one is replaced
+    control = control_of()
+    await control.listen(path, group)
+    found = os.stat(path)
+    assert stat.S_ISSOCK(found.st_mode) and stat.S_IMODE(found.st_mode) == mode
+    assert group is None or found.st_gid == group
+    assert control.workers() == []
+    await control.close()
+    assert os.listdir(tmp_path) == []
+    await control.close()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@in_loop
+async def test_admins_are_let_in_by_a_list_and_without_one_root_alone(
+    tmp_path: Path, fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        admitted: list[Any] = []
+
+        def admit(path: str, group: int) -> None:
+            admitted.append((path, group))
+            if fails:
+                raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(module, "admit_group", admit)
+        path = str(tmp_path / "control")
+        control = control_of(admins=7)
+        await control.listen(path, None)
+        assert admitted == [(path, 7)]
+        assert any("only root may give orders" in line for line in caplog.messages) is fails
+        await control.close()
+        control = control_of()
+        await control.listen(path, None)
+        assert len(admitted) == 1
+        await control.close()
+
+
+@in_loop
+async def test_a_socket_that_is_replaced_is_made_again_and_one_that_cannot_be_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        control, bound = control_of(), asyncio.Queue[str]()
+        bind = control._bind
+        failures = [OSError(13, "Permission denied")]
+
+        async def again(path: str, group: int | None) -> None:
+            if caplog.messages and failures:
+                raise failures.pop()
+            await bind(path, group)
+            bound.put_nowait(path)
+
+        monkeypatch.setattr(control, "_bind", again)
+        path = str(tmp_path / "control")
+        await control.listen(path, None, look_secs=0.001)
+        assert await bound.get() == path
+        os.unlink(path)
+        assert await bound.get() == path
+        assert stat.S_ISSOCK(os.stat(path).st_mode)
+        assert sum("was removed or replaced" in line for line in caplog.messages) == 2
+        assert sum("cannot make the control socket" in line for line in caplog.messages) == 1
+        await control.close()
