@@ -197,7 +197,7 @@ class Desk:
         version: str = "1.1",
         keep_alive: bool = True,
     ) -> Incoming:
-        made = Incoming()
+        made = Incoming(self.worker.bodies)
         made.method, made.target, made.body = method.encode(), path.encode(), body
         host = () if any(header.startswith("Host: ") for header in headers) else ("Host: x",)
         named = [header.partition(": ") for header in (*host, "X-Request-Id: r1", *headers)]

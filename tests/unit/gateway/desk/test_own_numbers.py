@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gateway_desk import Desk, a_request, body_of, in_a_loop
+from gateway_desk import Desk, FakePool, a_request, answers, body_of, in_a_loop
 
 from llmux import metrics as m
 from llmux.errors import Reason, Refused
 from llmux.gateway.control import app as app_module
 from llmux.gateway.control.app import _Headers
+from llmux.gateway.engine.connection import EngineFailure
+from llmux.gateway.engine.request import Delivery
+from llmux.gateway.engine_series import MAX_BYTES
 from llmux.metrics import Store
+from llmux.protocol import Revoke
 
 # ---- numbers -------------------------------------------------------------------------------------
 
@@ -114,6 +119,82 @@ async def test_without_a_supervisor_there_are_a_workers_own_numbers(
     desk.link.answer = lambda _verb, _args: KeyError("ours")
     with pytest.raises(KeyError):
         await desk.page.scrape("", "")
+
+
+METRICS = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n"
+RUNNING = b"# TYPE vllm:running gauge\nvllm:running 3\n"
+
+
+async def scraped(desk: Desk, *pieces: bytes, end: str = "end") -> tuple[bytes, int]:
+    """The page, and how many engines were asked for it; the first one is answered here."""
+    before = [len(pool.sent) for pool in FakePool.made]
+    page = asyncio.get_running_loop().create_task(desk.page.scrape("", ""))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    asked = [pool.sent[-1][1] for pool, count in zip(FakePool.made, before, strict=True)
+             if len(pool.sent) > count]  # fmt: skip
+    for sink in asked:
+        answers(sink, pieces[0], until_close=True)
+        for piece in pieces[1:]:
+            sink.response_bytes(piece)
+        if end == "end":
+            sink.response_end()
+        elif end == "failed":
+            sink.response_failed(EngineFailure("it died"))
+        sink.response_failed(EngineFailure("too late"))
+    return (await page)[0], len(asked)
+
+
+@in_a_loop
+async def test_an_engines_own_numbers_are_asked_for_at_intervals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    page, asked = await scraped(desk)
+    assert asked == 0, "no engine is granted"
+    pool = desk.grant()
+    for number, pieces in enumerate(((METRICS + RUNNING,), (METRICS, RUNNING[:9], RUNNING[9:])), 1):
+        page, asked = await scraped(desk, *pieces)
+        assert (b'vllm:running{model="alpha"} 3.0' in page, asked) == (True, 1)
+        request = pool.sent[-1][0]
+        assert request.head.startswith(b"GET /metrics HTTP/1.1\r\n")
+        assert request.delivery is Delivery.UNCHUNKED
+        desk.now += 1.9
+        page, asked = await scraped(desk)
+        assert (b'vllm:running{model="alpha"} 3.0' in page, asked) == (True, 0), number
+        desk.now += 0.1
+    desk.supervisor.on_message(Revoke("alpha", "e1"))
+    page, asked = await scraped(desk)
+    assert (b"vllm:running" in page, asked) == (False, 0)
+    desk.grant(epoch="e2")
+    page, asked = await scraped(desk, METRICS + RUNNING)
+    assert (b"vllm:running" in page, asked) == (True, 1), "another epoch is another engine"
+    lease = desk.worker.admission.held("alpha")
+    assert lease is not None
+    desk.worker.admission.suspect(lease)
+    desk.now += 9.0
+    assert (await scraped(desk))[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "end"),
+    [
+        (METRICS.replace(b"200 OK", b"503 No") + RUNNING, "end"),
+        (METRICS + RUNNING + b"#" * MAX_BYTES, "end"),
+        (METRICS + RUNNING, "failed"),
+        (METRICS + b"junk", "end"),
+    ],
+    ids=["503", "too long", "failed", "junk"],
+)
+@in_a_loop
+async def test_an_engine_without_numbers_costs_its_own_alone(
+    answer: bytes, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(monkeypatch)
+    desk.grant()
+    page, asked = await scraped(desk, answer, end=end)
+    assert (asked, b"vllm:running" in page) == (1, False)
+    assert b"llmux_gateway_workers" in page
 
 
 # ---- headers and errors --------------------------------------------------------------------------
