@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from llmux.config import keys
 from llmux.config.files.documents import MAX_DEPTH, parse_text
 from llmux.config.files.marks import Kind, Mark, ParseError, Parser, Scalar
 from llmux.config.load import load_config, load_marked
+from llmux.config.schema import (
+    CheckpointConfig,
+    Config,
+    GatewayConfig,
+    ModelConfig,
+    PolicyConfig,
+)
 from llmux.errors import ConfigError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
@@ -186,3 +194,36 @@ def test_what_contexts_take_is_left_free_exactly(claim: float, noted: bool, tmp_
     file = tmp_path / "c.yaml"
     file.write_text(f"models: {{a: {model}, b: {model}}}\n")
     assert [note.path for note in load_marked(file).notes] == ["models.b.gpu_memory"] * noted
+
+
+SPECS = {
+    "": (keys.TOP, Config),
+    "policy": (keys.POLICY, PolicyConfig),
+    "checkpoint": (keys.CHECKPOINT, CheckpointConfig),
+    "gateway": (keys.GATEWAY, GatewayConfig),
+    "models.m": (keys.MODEL, ModelConfig),
+}
+
+
+@pytest.mark.parametrize("section", SPECS)
+def test_a_key_without_a_value_is_an_error_where_there_is_a_default(
+    section: str, tmp_path: Path
+) -> None:
+    """And says which."""
+    spec, schema = SPECS[section]
+    defaults = {one.name: one.default for one in fields(schema)}
+    for key in spec.parsers:
+        own = f"{section}.{key}".lstrip(".")
+        text = f"{key}: \n"
+        for step in reversed(section.split(".") if section else []):
+            text = f"{step}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
+        if section == "models.m" and key != "model_path":
+            text += "    model_path: o/m\n"
+        found = [one for one in load(tmp_path, text) if one.startswith(f"{own}: has no value")]
+        default = defaults.get(key, "")
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+        if isinstance(default, bool | int | float | str):
+            told = f" ({shown})" if default != "" else ""
+            assert found == [f"{own}: has no value; remove the key to keep the default{told}"]
+        elif key != "model_path":
+            assert found == [], own

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +50,15 @@ def test_a_file_that_the_gateway_cannot_read_is_named_with_the_remedy(
     assert f"chgrp nobody {keys} && chmod g+rX {keys}" in problem.message
     os.chown(keys, 65534, 0)
     assert host.check_gateway_reads(marked.config, marked.marks) == ()
+    os.chown(keys, 0, pwd.getpwnam("nobody").pw_gid)
+    assert len(host.check_gateway_reads(marked.config, marked.marks)) == 1
+    keys.chmod(0o640)
+    assert host.check_gateway_reads(marked.config, marked.marks) == (), "its own group's"
+    os.chown(keys, 0, 64999)
+    assert len(host.check_gateway_reads(marked.config, marked.marks)) == 1
+    member = SimpleNamespace(gr_gid=64999, gr_mem=["nobody"])
+    monkeypatch.setattr(grp, "getgrall", lambda: [member])
+    assert host.check_gateway_reads(marked.config, marked.marks) == (), "it is a member"
     open_directory.chmod(0o700)
     found = host.check_gateway_reads(marked.config)
     assert [one.path for one in found] == ["", "gateway.keys_file"]
