@@ -131,6 +131,28 @@ async def test_a_front_end_that_ends_by_itself_ends_the_process(tmp_path: Path) 
 
 
 @in_loop
+async def test_a_front_end_that_runs_ends_nothing(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        stage, warmed = Embedded(monkeypatch, CONFIG), asyncio.Event()
+
+        async def idle(*_: Any) -> None:
+            warmed.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(serving, "warm", idle)
+        running = asyncio.create_task(serving.serve("/x.yaml"))
+        await warmed.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not running.done() and "front stopped" not in stage.seen
+        assert stage.stop is not None
+        stage.stop.set()
+        await running
+        assert "front stopped" in stage.seen
+
+
+@in_loop
 async def test_what_needs_a_service_is_a_problem_before_anything_is_bound(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         stage = Embedded(monkeypatch, CONFIG)

@@ -44,6 +44,7 @@ class Found:
         self.shop = Shop(self.world, str(directory))
         self.config = model("a", gpu_memory=0.9, **settings)
         self.eviction = eviction
+        self.strangers: dict[int | str, str] = {}  # that listen when it is looked at
 
     async def observe(
         self, note: Note | None, residue: float | None = None, **notes: Any
@@ -60,6 +61,7 @@ class Found:
         state = State(Config(), 1, "e", models=MappingProxyType({"a": record}))
         after = Shop(self.world, self.shop.drivers.places.runtime)
         self.world.calls.clear()
+        self.world.strangers |= self.strangers
         seen = await reconcile._observe(
             state, after.executor, after.drivers, before.handle, document
         )
@@ -184,6 +186,15 @@ async def test_an_engine_that_cannot_be_looked_at_is_seen_as_not_answering(
     observed, _, _ = await found.observe(Note(ModelState.SERVING))
     assert observed == Observation("a", False, False, None, observed.note)
     assert text in caplog.messages
+
+
+@in_loop
+async def test_an_engine_in_whose_place_another_listens_is_asked_nothing(tmp_path: Path) -> None:
+    found = Found(tmp_path, None)
+    found.strangers[f"{tmp_path}/engines/a/api.sock"] = "process 7 (nc)"
+    observed, _, asked = await found.observe(Note(ModelState.SERVING))
+    expected = Observation("a", False, False, None, observed.note, stranger=True)
+    assert (observed, asked[-1]) == (expected, "units.stranger")
 
 
 @in_loop

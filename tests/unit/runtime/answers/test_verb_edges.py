@@ -8,6 +8,8 @@ import pytest
 from desks import desk
 from runtime_harness import config_of, in_loop, model
 
+from llmux.protocol import MAX_LINE
+
 
 @in_loop
 async def test_a_restart_brings_back_what_served_and_stops_the_rest() -> None:
@@ -58,3 +60,11 @@ async def test_a_pin_that_failed_leaves_the_one_before_it() -> None:
         assert d.life.loop.state.pins == before
         await d.ask("unpin", models=["a"])
         assert "Pinned for 0.5 s: a" in (await d.ask("pin", models=["a"], seconds=0.5))["message"]
+
+
+@pytest.mark.parametrize(("more", "kept"), [(0, 1), (1, 0)])
+@in_loop
+async def test_lines_fill_half_a_message_to_its_last_byte(more: int, kept: int) -> None:
+    async with desk() as d:
+        d.world.output["a"] = ["x" * (MAX_LINE // 2 - 3 + more)]  # two quotes, and what parts it
+        assert len((await d.ask("logs", model="a"))["lines"]) == kept
