@@ -183,6 +183,20 @@ def test_what_does_not_freeze_is_thawed_again(unit: Unit, members: list[int], wo
     asyncio.run(body())
 
 
+def test_one_that_goes_while_it_is_frozen_is_gone(
+    unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (unit.engine / "cgroup.procs").write_text("7\n")
+    monkeypatch.setattr(cgroup, "wait_events", not_in_time)
+    (unit.engine / "cgroup.events").unlink()
+    with pytest.raises(FreezeFailed, match=r"llmux-m\.scope is gone"):
+        asyncio.run(unit.freezer.freeze(unit.handle, 1.0))
+
+
+async def not_in_time(*_: Any) -> bool:
+    return False
+
+
 def test_those_that_hang_in_the_kernel_are_counted(
     unit: Unit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

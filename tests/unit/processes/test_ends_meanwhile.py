@@ -13,6 +13,7 @@ import pytest
 
 from llmux.drivers.criu import known_files, small_files, tree
 from llmux.drivers.processes import cgroup, process
+from llmux.drivers.processes.users import ModelUsers
 
 LOOKS: list[tuple[Callable[[str], Any], Any]] = [
     (lambda proc: process.read_stat(7), None),
@@ -60,6 +61,14 @@ def test_what_cannot_be_looked_at_is_not_gone(
         patched.setattr(os, "listdir", refused)
         with pytest.raises(PermissionError):
             look(str(tmp_path))
+
+
+def test_uids_are_of_processes_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "7").symlink_to("gone")
+    (tmp_path / "8").mkdir()
+    (tmp_path / "self").mkdir()
+    users = ModelUsers("/no/such", lambda model: model, proc=str(tmp_path))
+    assert list(users._look_at_processes()) == [os.geteuid()]
 
 
 @pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])

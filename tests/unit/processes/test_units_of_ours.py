@@ -7,6 +7,7 @@ import ctypes
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -211,6 +212,13 @@ def test_a_unit_of_ours_from_its_start_to_its_end(tmp_path: pathlib.Path, how: s
         assert await units.terminate(other, SECONDS)
         await units.kill(other, SECONDS)
         assert await units.stranger(Address(uds="/x"), None) is None
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            taken = Address(port=listener.getsockname()[1])
+            for known in (None, handle):
+                found = await units.stranger(taken, known)
+                assert (found or "").startswith(f"process {os.getpid()} ")
         told: asyncio.Queue[str] = asyncio.Queue()
         units.watch(handle, lambda _, words: told.put_nowait(words))
         if how == "terminate":
