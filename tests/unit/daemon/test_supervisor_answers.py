@@ -166,7 +166,8 @@ async def test_workers_get_the_catalogue_when_it_has_changed(tmp_path: Path) -> 
     supervisor = supervisor_on(World(), tmp_path)
     await supervisor.start()
     sent: list[Any] = []
-    supervisor.control_socket.broadcast = sent.append  # type: ignore[method-assign]
+    send: Any = supervisor.control_socket
+    send.broadcast = sent.append
     running = asyncio.create_task(supervisor.loop.run())
     supervisor.loop.post(LoadAsked("a"))
     await supervisor.loop.wait_for(lambda state: state.models["a"].state.value == "serving", 20)

@@ -41,11 +41,15 @@ def written(pairs: list[tuple[str, Any]], ascii_only: bool, indent: int) -> byte
     return f"{space}{{{inner}}}{space}\n".encode("utf-8", "surrogatepass")
 
 
+YES: list[Any] = [True, 1, 1.0, "1", "true", "TRUE", "t", "y", "Yes", "on"]
+NO: list[Any] = [False, 0, 2, -1, 0.5, None, "", "0", "off", "tru", [1], {}]
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        *((value, True) for value in (True, 1, 1.0, "1", "true", "TRUE", "t", "y", "Yes", "on")),
-        *((value, False) for value in (False, 0, 2, -1, 0.5, None, "", "0", "off", "tru", [1], {})),
+        *((value, True) for value in YES),
+        *((value, False) for value in NO),
         ("y" * 200, False),
         (10**300, False),
     ],

@@ -48,7 +48,7 @@ class Desk:
             self.world.images.pop(name, None)
             return await find(*args)
 
-        self.life.images.find = found  # type: ignore[method-assign]
+        self.life.images.find = found  # type: ignore[assignment,method-assign]
 
 
 @asynccontextmanager

@@ -154,7 +154,11 @@ def test_models_that_are_gone_are_removed_and_queues_that_waited_have_ended() ->
         {"model": "b", "type": "queue", "waiting": 0},
         {"model": "a", "type": "removed"},
     ]
-    ended = [queue, {"type": "queue", "waiting": 0}, {"type": "queue", "model": "c"}]
+    ended: list[dict[str, Any]] = [
+        queue,
+        {"type": "queue", "waiting": 0},
+        {"type": "queue", "model": "c"},
+    ]
     assert resumed(*ended, found=found) == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,12 +28,11 @@ def one(eviction: Eviction = DISCARD_CHECKPOINT, **settings: Any) -> Config:
 
 
 @pytest.fixture
-def seconds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at the clock is 1.2345 s after the last."""
     ticks = itertools.count()
     monkeypatch.setattr(module, "monotonic", lambda: 100.0 + 1.2345 * next(ticks))
     monkeypatch.setattr(module, "time", lambda: 5000.06)
-    return
 
 
 # ---- making --------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ async def test_an_engine_is_asked_what_it_can_answer_in_the_order_in_which_it_ca
 ) -> None:  # fmt: skip
     found = Found(tmp_path, eviction)
     told = None if note is None else Note(note, eviction=eviction or OFFLOAD, gpus=(0,))
-    observed, facts, calls = await found.observe(told, **({} if told else {"gpus": []}))
+    none: dict[str, Any] = {} if told else {"gpus": []}
+    observed, facts, calls = await found.observe(told, **none)
     expected = Observation("a", False, False, None, observed.note)
     assert observed == replace(expected, **seen)
     assert observed.note.state == note
@@ -204,7 +205,7 @@ async def test_a_fault_of_ours_in_a_note_is_not_taken_for_a_damaged_one(tmp_path
         def broken(_: object) -> EngineFacts:
             raise RuntimeError("a fault")
 
-        monkeypatch.setattr(reconcile.EngineFacts, "from_json", broken)
+        monkeypatch.setattr(EngineFacts, "from_json", broken)
         with pytest.raises(RuntimeError):
             reconcile._facts("a", {})
 

@@ -73,9 +73,9 @@ class Core:
             self.patience.append(seconds)
             return await wait_for(predicate, seconds)
 
-        self.loop.order = order  # type: ignore[assignment,method-assign]
+        self.loop.order = order  # type: ignore[method-assign]
         self.loop.wait_for = waiting  # type: ignore[method-assign]
-        self.loop.post = self.posted.append  # type: ignore[method-assign]
+        self.loop.post = self.posted.append  # type: ignore[assignment,method-assign]
 
     def accept(self) -> None:
         self.accepted += 1
@@ -236,7 +236,7 @@ async def test_a_fault_of_ours_while_an_order_waits_is_no_expired_wait() -> None
     async def broken(*_: Any) -> State:
         raise RuntimeError("a fault")
 
-    core.loop.wait_for = broken  # type: ignore[method-assign]
+    core.loop.wait_for = broken  # type: ignore[assignment,method-assign]
     core.loop.state = state_of(Starting(1, 0.0))
     for begin in (core.up, core.down):
         with pytest.raises(RuntimeError):

@@ -46,7 +46,7 @@ def test_the_engine_is_started_for_all_that_is_tried(
 
 def test_a_row_has_each_figure_and_passes_without_a_problem() -> None:
     row = _Row(OFFLOAD)
-    empty = {
+    empty: dict[str, Any] = {
         "policy": str(OFFLOAD), "sleep_secs": None, "wake_secs": None, "gpu_before_bytes": None,
         "gpu_parked_bytes": None, "gpu_woken_bytes": None, "image_bytes": None, "response": None,
         "passed": True, "problems": [],

@@ -295,7 +295,7 @@ async def test_host_memory_of_a_parked_engine_is_seen_or_unknown() -> None:
         await asyncio.Event().wait()
         return 1
 
-    bench.drivers.units.memory_bytes = hang  # type: ignore[method-assign]
+    bench.drivers.units.memory_bytes = hang  # type: ignore[assignment,method-assign]
     assert await host_bytes(bench.drivers, bench.instance) is None
     bench.instance.handle = None
     assert await host_bytes(bench.drivers, bench.instance) is None

@@ -289,7 +289,7 @@ async def test_engines_of_interrupted_operations_end_and_only_a_restore_is_confi
 
 async def settled() -> None:
     while len(asyncio.all_tasks()) > 1:
-        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})  # type: ignore[arg-type]
+        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
 
 
 @pytest.mark.parametrize("error", [None, LlmuxError("x"), OSError(5, "x")])
@@ -356,21 +356,23 @@ async def test_weights_are_read_until_that_ends_and_a_new_order_replaces_the_las
 def test_a_recipe_is_read_as_it_is_written_and_a_damaged_one_is_none() -> None:
     assert Recipe.from_json(IMAGE.recipe) == Recipe(CHECKPOINT, FACTS)
     assert eviction_of(IMAGE.recipe) == CHECKPOINT
-    for change in (
+    damages: list[dict[str, Any]] = [
         {"eviction": None}, {"port": 0}, {"port": 65536}, {"port": -1}, {"cuda_pids": [0]},
         {"cuda_pids": [-1]}, {"gpus": [-1]}, {"cold_seconds": "x"}, {"resumed": 1},
-    ):  # fmt: skip
-        document = {**IMAGE.recipe, **change}
-        assert eviction_of(document) is None, change
+    ]  # fmt: skip
+    for damage in damages:
+        document = {**IMAGE.recipe, **damage}
+        assert eviction_of(document) is None, damage
         with pytest.raises(BadJson):
             Recipe.from_json(document)
-    for change, facts in (
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"port": 1}, {"address": Address(port=1)}),
         ({"port": 65535}, {"address": Address(port=65535)}),
         ({"uds": "/x"}, {"address": Address(uds="/x")}), ({"port": None}, {"address": None}),
         ({"gpus": [0]}, {"gpus": (0,)}), ({"cuda_pids": [1]}, {"cuda_pids": (1,)}),
         ({"cuda_bytes": -5}, {"cuda_bytes": 0}), ({"cold_seconds": 0.0}, {"cold_seconds": 60.0}),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for change, facts in changes:
         read = EngineFacts.from_json({**IMAGE.recipe, **change})
-        assert read == replace(FACTS, **facts), change  # type: ignore[arg-type]
+        assert read == replace(FACTS, **facts), change
     assert EngineFacts.from_json({}) == EngineFacts()

@@ -105,7 +105,7 @@ def test_a_fault_behind_an_answer_is_looked_for_where_one_was_said(
     kind: PlanKind, status: int | None, tail: list[str], told: str
 ) -> None:
     output: Any = SimpleNamespace(tail=lambda *_: tail)
-    fields = {} if status is None else {"status": status}
+    fields: dict[str, Any] = {} if status is None else {"status": status}
     error = EngineUnhealthy("test", "it", "no", **fields)
     assert behind_answer(output, CONFIG, kind, error) == told
     assert behind_answer(output, CONFIG, kind, LlmuxError("x")) == ""
@@ -264,7 +264,8 @@ def test_an_instance_says_how_far_it_is_and_forgets_its_process() -> None:
     instance.progress = Progress(1.0, 2.0)
     instance.forget()
     assert instance.facts == EngineFacts(gpus=(1,), cold_seconds=5.0)
-    assert (instance.handle, instance.used_before, instance.progress) == (None, {}, None)
+    left: tuple[Any, ...] = (instance.handle, instance.used_before, instance.progress)
+    assert left == (None, {}, None)
 
 
 # ---- restored ahead ------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ async def test_an_engine_leaves_its_gpu_thawed_and_asleep_where_it_can(
 async def test_a_cache_is_kept_where_the_engine_knows_no_other_way(
     status: int | None, lost: bool
 ) -> None:
-    fields = {} if status is None else {"status": status}
+    fields: dict[str, Any] = {} if status is None else {"status": status}
     bench = Bench(engine_discard_cache=EngineUnhealthy("discard", "it", "no", **fields))
     with pytest.raises(EngineUnhealthy):
         await bench.run(Step(K.DISCARD_CACHE, 9.0))

@@ -60,8 +60,9 @@ async def test_what_a_sleep_leaves_and_what_an_engine_holds_awake_are_told() -> 
     await bench.steps.learn_awake(effect, bench.instance)
     assert bench.told == [AwakeSeen("a", 3, 0.03)]
     bench.told.clear()
-    for change in ({"gpu.processes": []}, {"gpu.processes": DriverError("look", "it", "no")}):
-        bench.answers |= change
+    unseen: list[Any] = [[], DriverError("look", "it", "no")]
+    for answer in unseen:
+        bench.answers["gpu.processes"] = answer
         await bench.steps.learn_awake(effect, bench.instance)
     bench.instance.handle = None
     await bench.steps.learn_awake(effect, bench.instance)
