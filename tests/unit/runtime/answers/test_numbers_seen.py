@@ -102,7 +102,7 @@ async def test_memory_is_looked_at_once_for_all_who_ask_within_a_second() -> Non
         gpu.sees = False
         now[0] += FRESH_SECS
         assert await holdings.now() == {"a": Held(None, GIB)}
-        assert holdings.gpus == ()
+        assert len(holdings.gpus) == 0
 
 
 # ---- metrics -------------------------------------------------------------------------------------
