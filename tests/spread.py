@@ -14,7 +14,8 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 ONE_WORKER = "tests/repo/"
-FIRST = "tests/service/fuzz/"  # seconds of waiting each, whatever else runs
+# The one worker's tests, and those that wait for seconds, whatever else runs.
+FIRST = (ONE_WORKER, "tests/service/fuzz/")
 
 # What a worker collects stays until the end: no search for garbage need look at it.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -40,12 +41,17 @@ def test_its_end_is_the_engines_and_nothing_is_left(
     names, how = tmp_path / "names", tmp_path / "how"
     for fifo in (names, how):
         os.mkfifo(fifo)
+    # Open until the end: a reader that opened it for each line lost what was written while it
+    # closed, and waited for ever.
+    reader, writer = (os.open(fifo, os.O_RDWR) for fifo in (names, how))
 
     def read_names() -> list[int]:
-        found: list[int] = []
-        while len(found) < 2:
-            found += [int(line) for line in names.read_text().split()]
-        return found
+        read = b""
+        while read.count(b"\n") < 2:
+            ready, _, _ = select.select([reader], [], [], SECONDS)
+            assert ready, f"of two names there is {read!r}"
+            read += os.read(reader, 4096)
+        return [int(line) for line in read.split()]
 
     async def body() -> None:
         launch = spawn_launcher()
@@ -66,7 +72,7 @@ def test_its_end_is_the_engines_and_nothing_is_left(
                 os.close(gate)
                 gate = -1
             else:
-                await asyncio.to_thread(how.write_text, f"{end}\n")
+                os.write(writer, f"{end}\n".encode())
             assert await guardian.wait(SECONDS), "it waits for ever"
             assert guardian.ended == description
             assert [pid for pid in pids if start_ticks(pid) is not None] == []
@@ -81,4 +87,8 @@ def test_its_end_is_the_engines_and_nothing_is_left(
             await guardian.wait(SECONDS)
             guardian.close()
 
-    asyncio.run(body())
+    try:
+        asyncio.run(body())
+    finally:
+        os.close(reader)
+        os.close(writer)
