@@ -23,7 +23,7 @@ from _gpu_proof.whole import Turn, order
 from _gpu_proof.whole import table as whole_table
 from fake_cuda import COMPILER, FakeCuda
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda")
 
 

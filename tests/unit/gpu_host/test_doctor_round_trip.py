@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "fake_libcuda")]
 from fake_cuda import COMPILER, FakeCuda
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda"),
     pytest.mark.timeout(300),
 ]

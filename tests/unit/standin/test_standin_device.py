@@ -13,6 +13,8 @@ import pytest
 from ledger import GIB, Ledger, find_start_time
 from standin_engines import Engine, Start
 
+pytestmark = pytest.mark.long
+
 CHECKED = ("--standin-device-checks", "--standin-weights-gib", "16")
 Other = Callable[[int], None]
 

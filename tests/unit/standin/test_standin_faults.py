@@ -13,6 +13,8 @@ from ledger import GIB, Ledger, find_start_time
 from standin_engines import Start
 from vllm_standin import faults as fault_orders
 
+pytestmark = pytest.mark.long
+
 
 def test_dies_at_start_with_last_lines(start: Start) -> None:
     order = '{"exit_code": 3, "after_secs": 0.05, "lines": ["ValueError: bad checkpoint"]}'
