@@ -413,6 +413,23 @@ def test_a_silent_busy_engine_is_probed_and_a_failed_probe_kills_it() -> None:
     assert "no answer" in phase.reason
 
 
+def test_models_that_are_not_watched_hide_no_silence_of_those_behind_them() -> None:
+    core = Core(
+        model("a", stall_timeout_secs=0.0, gpu_memory=0.2),  # never
+        *(model(name, stall_timeout_secs=30.0, gpu_memory=0.2) for name in "bcd"),
+    )
+    for name in "abcd":
+        core.serve(name)
+    for name in "ac":  # b is idle
+        core.demand(name, in_flight=1)
+    core.pass_time(5)
+    core.demand("d", in_flight=1)
+    core.pass_time(10)
+    assert [probe.model for probe in core.done(Probe)] == ["c"]
+    core.pass_time(5)  # c is looked at already
+    assert [probe.model for probe in core.done(Probe)] == ["d"]
+
+
 def test_bytes_that_came_during_a_probe_are_life_and_the_limit_begins_with_them() -> None:
     """An engine that stood still for 1.4 s was ended with a limit of 4 s."""
     core = Core(model("a", stall_timeout_secs=30.0))

@@ -83,6 +83,21 @@ def test_the_least_valuable_goes_down_when_the_budget_is_exceeded() -> None:
     assert core.states() == {"a": "stopped", "b": "parked"}
 
 
+def test_one_that_takes_no_host_memory_hides_nobody_behind_it() -> None:
+    core = Core(
+        model("a", eviction=IMAGE, gpu_memory=0.3),
+        *(model(name, ladder=(STOP,), gpu_memory=0.3) for name in "bc"),
+        parked_max_bytes=20 * GIB,
+    )
+    for name in "abc":
+        core.serve(name)
+    park(core, "a", 0)
+    park(core, "b", 15)
+    assert core.states() == {"a": "parked", "b": "parked", "c": "serving"}
+    park(core, "c", 15)
+    assert core.states() == {"a": "parked", "b": "stopping", "c": "parked"}
+
+
 def test_a_higher_priority_keeps_its_place() -> None:
     core = Core(
         model("a", ladder=(STOP,), gpu_memory=0.3, priority=1),

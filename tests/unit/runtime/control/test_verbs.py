@@ -187,6 +187,7 @@ async def test_logs_are_the_engine_s_last_lines_and_reload_is_passed_on() -> Non
     async with desk() as d:
         d.world.output["a"] = ["one", "two", "three"]
         assert await d.ask("logs", model="a", lines=2) == {"lines": ["two", "three"]}
+        assert await d.ask("logs", model="a", lines=1) == {"lines": ["three"]}
         d.world.output["a before"] = ["zero"]
         assert await d.ask("logs", model="a", previous=True) == {"lines": ["zero"]}
         await d.ask("reload")
