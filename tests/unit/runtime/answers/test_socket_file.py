@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from runtime_harness import in_loop
 
-from llmux.protocol import Catalog
+from llmux.protocol import MAX_LINE, Answer, Ask, Catalog, Hello, decode
 from llmux.runtime.control import socket as module
 from llmux.runtime.control.socket import ControlSocket
 
@@ -91,3 +92,26 @@ async def test_a_socket_that_is_replaced_is_made_again_and_one_that_cannot_be_is
         assert sum("was removed or replaced" in line for line in caplog.messages) == 2
         assert sum("cannot make the control socket" in line for line in caplog.messages) == 1
         await control.close()
+
+
+@in_loop
+async def test_one_end_of_a_pair_takes_lines_as_long_as_the_file_does() -> None:
+    """asyncio's own limit is 64 KiB; a gateway's answer about its requests may be longer."""
+    heard: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def ask(asked: Ask, *_: Any) -> int:
+        heard.put_nowait(asked)
+        return len(asked.args["text"])
+
+    control = ControlSocket(post=lambda _: None, ask=ask, catalog=Catalog)
+    ours, theirs = socket.socketpair()
+    await control.join(ours)
+    reader, writer = await asyncio.open_unix_connection(sock=theirs)
+    text = "x" * (MAX_LINE - 1000)
+    writer.write(Hello(role="cli").encode() + Ask(1, "do", {"text": text}).encode())
+    answer = decode(await reader.readline())
+    assert isinstance(answer, Answer)
+    assert answer.result == len(text)
+    assert heard.get_nowait().args["text"] == text
+    writer.close()
+    await control.close()
