@@ -102,7 +102,6 @@ cat > /opt/vllm-carry/bin/vllm <<EOF
 import os, sys
 sys.path.insert(0, "/opt/vllm-carry/site")
 os.environ["PYTHONPATH"] = "/opt/vllm-carry/site"  # its engine is a process of its own
-os.environ.setdefault("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
 from vllm.entrypoints.cli.main import main
 if __name__ == "__main__":
     sys.exit(main())
