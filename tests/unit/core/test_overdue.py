@@ -6,7 +6,7 @@ import pytest
 from core_harness import Core, model
 
 from llmux.core.effects import SendCut
-from llmux.core.events import OperationFinished
+from llmux.core.events import OperationFinished, ParkAsked
 from llmux.core.plans import Outcome
 from llmux.core.records import Draining
 from llmux.core.states import ModelState
@@ -99,3 +99,21 @@ def test_a_victim_of_a_cut_gets_one_turn_without() -> None:
     assert switch("a", "b", cut=False) == 300.0, "else they cut each other for ever"
     assert switch("b", "a", cut=False) == 5.0
     assert switch("a", "b", cut=False) == 5.0
+
+
+def test_an_operator_who_parks_it_waits_no_longer_for_that() -> None:
+    core = Core(model("a"), model("b"), drain_timeout_secs=5.0, request_timeout_secs=300.0)
+    core.serve("a")
+    core.demand("a", in_flight=1)
+    core.demand("b", waiting=1)
+    core.pass_time(5)
+    core.park("a")
+    core.finish("b")
+    core.demand("b")
+    core.demand("a", waiting=1)
+    core.park("b")
+    core.finish("a")
+    core.demand("a", in_flight=1)
+    assert core.record("a").cut
+    core.happen(ParkAsked("a"))
+    assert drain_limit(core, "a") == 5.0
