@@ -312,8 +312,11 @@ def main(argv: list[str] | None = None) -> int:
         print(proof.whole_problem or "a whole llmux: every answer as before")
     if asked.json:
         report.write_json(asked.json, proof.rows, proof.facts)
-    failed = proof.whole_problem.startswith("failed")
-    return 1 if failed else report.exit_status(proof.rows) if proof.rows else 0
+    if proof.whole_problem.startswith("failed"):
+        return 1
+    if proof.turns and not proof.rows:
+        return 0
+    return report.exit_status(proof.rows)
 
 
 def _work_parent() -> str:

@@ -18,9 +18,12 @@ from llmux.drivers.criu.driver import Criu
 from llmux.drivers.images.store import ImageStore
 from llmux.drivers.processes.bare import BareUnits, find_cgroup
 from llmux.drivers.processes.freezer import CgroupFreezer
+from llmux.errors import DriverError
 from llmux.image_ports import DumpSpec, Image, Progress
 from llmux.ports import UnitHandle
 from llmux.runtime.host import Drivers
+
+log = logging.getLogger("llmux")
 
 END_SECS = 10.0
 
@@ -38,7 +41,10 @@ class Units(BareUnits):
 
     async def close(self) -> None:
         for handle in self._followed.values():
-            await self.kill(handle, END_SECS)
+            try:
+                await self.kill(handle, END_SECS)
+            except DriverError as error:  # the others end all the same
+                log.error("%s", error)
 
 
 class ReapingCriu(Criu):

@@ -18,11 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from _gpu_proof.client import ProofError
+from llmux.drivers.processes.bare import find_cgroup
+from llmux.drivers.processes.cgroup import kill_all
 
 EVICTIONS: Final = {
     "suspended": "discard+cuda_suspend",
@@ -233,20 +236,26 @@ class Whole:
             if (more := log.count(f"Starting {name} cold") - 1) > 0:
                 raise ProofError(f"{name} was started cold {more} times more: see llmux.log")
 
-    def _end(self, server: subprocess.Popen[bytes]) -> None:
-        """Engines are stopped by llmux itself first: a restored one has to leave the GPU."""
-        if server.poll() is None:
-            argv = [sys.executable, "-m", "llmux", "unload", "--all", "--socket"]
-            subprocess.run(
-                [*argv, str(self._socket)],
-                timeout=END_SECS,
-                check=False,
-                capture_output=True,
-                env=self._place.environment,
-            )
-            server.send_signal(signal.SIGTERM)
+    def _end(self, server: subprocess.Popen[bytes], patience: float = END_SECS) -> None:
+        """Engines are stopped by llmux itself first: a restored one has to leave the GPU. What a
+        llmux that does not end leaves is killed, and told."""
         try:
-            server.wait(END_SECS)
+            if server.poll() is None:
+                self._unload(patience)
+                server.send_signal(signal.SIGTERM)
+            server.wait(patience)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+            place = find_cgroup()
+            home = Path(place[0] + place[1]) if place else None
+            left = list(home.glob(f"llmux-trial-{server.pid}-*")) if home else []
+            for unit in left:
+                kill_all(str(unit))
+            text = f"llmux did not end within {patience:g} s and was killed"
+            raise ProofError(f"{text}, and so were {len(left)} engines") from None
+
+    def _unload(self, patience: float) -> None:
+        argv = [sys.executable, "-m", "llmux", "unload", "--all", "--socket", str(self._socket)]
+        with suppress(subprocess.TimeoutExpired):  # then SIGTERM has to do
+            subprocess.run(argv, timeout=patience, capture_output=True, env=self._place.environment)

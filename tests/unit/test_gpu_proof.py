@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "fake_libcuda")]
 
 # ruff: noqa: E402  # the two folders have to be on the path first
-from _gpu_proof.client import same
+from _gpu_proof.client import ProofError, same
 from _gpu_proof.matrix import ROWS, Row
 from _gpu_proof.report import exit_status, table
-from _gpu_proof.whole import Turn, order
+from _gpu_proof.whole import Place, Turn, Whole, order
 from _gpu_proof.whole import table as whole_table
 from fake_cuda import COMPILER, FakeCuda
 
@@ -122,6 +126,33 @@ def test_a_whole_llmux_is_asked_in_turn(tmp_path: Path) -> None:
     assert said.count("Spawning vLLM process") == 2
     assert said.count("stopping → stopped (an operator asked)") >= 1
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["it had ended", "it heeds nothing"])
+def test_a_llmux_that_answers_no_order_is_ended_all_the_same(tmp_path: Path, gone: bool) -> None:
+    """Before, an order that took too long left it and its engines running."""
+    run = Whole(Place(tmp_path, tmp_path, "v", "m", (), "criu"), tmp_path / "log")
+    script = "trap '' TERM; echo; while :; do sleep 1000; done"
+    with (
+        socket.socket(socket.AF_UNIX) as deaf,
+        subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, process_group=0) as server,
+    ):
+        deaf.bind(str(tmp_path / "control.sock"))
+        deaf.listen()
+        assert server.stdout is not None
+        server.stdout.readline()  # it ignores SIGTERM from here on
+        try:
+            if gone:
+                server.kill()
+                server.wait()
+                run._end(server, 0.5)
+            else:
+                with pytest.raises(ProofError, match=r"did not end within 0\.5 s and was killed"):
+                    run._end(server, 0.5)
+            assert server.poll() == -signal.SIGKILL
+        finally:
+            with suppress(ProcessLookupError):  # its sleep
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 TURNS = [

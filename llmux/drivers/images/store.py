@@ -285,7 +285,7 @@ class ImageStore:
         prefix = f"{_QUARANTINE}{stamp}-"
         names = os.listdir(home) if os.path.isdir(home) else []
         ends = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        number = max((int(end) for end in ends if end.isdigit()), default=-1) + 1
+        number = max((int(end) for end in ends if end.isdecimal()), default=-1) + 1
         path = os.path.join(home, f"{prefix}{number:03}")
         try:
             os.rename(image.path, path)
