@@ -11,7 +11,7 @@ import os
 import pwd
 import shutil
 import stat
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -35,12 +35,12 @@ def _file_faults(draft: Draft) -> Iterator[Fault]:
         path: KeyPath = ("models", name)
         own: KeyPath = (*path, "model_path")
         if model.model_path.startswith("/") and draft.sound(own):
-            problem = _missing(model.model_path)
+            problem = _unfit(model.model_path)
             if problem:
                 yield draft.marks.fault(own, f"cannot find the model: {problem}")
         images: KeyPath = (*path, "checkpoint_path")
         if model.checkpoint_path and draft.sound(images):
-            problem = _missing(model.checkpoint_path, directory=True)
+            problem = _unfit(model.checkpoint_path, stat.S_ISDIR, "a directory")
             if problem:
                 message = (
                     f"cannot find the checkpoint: {problem} "
@@ -53,32 +53,24 @@ def _file_faults(draft: Draft) -> Iterator[Fault]:
 
 def _program_faults(draft: Draft, path: KeyPath, words: tuple[str, ...]) -> Iterator[Fault]:
     if words[0].startswith("/") and draft.sound(path):
-        problem = _not_executable(words[0])
+        problem = _unfit(words[0], _runnable, "an executable file (chmod +x?)")
         if problem:
             yield draft.marks.fault(path, f"cannot run vLLM: {problem}")
 
 
-def _missing(path: str, *, directory: bool = False) -> str | None:
+def _unfit(path: str, fits: Callable[[int], object] = bool, wanted: str = "") -> str | None:
     try:
         mode = os.stat(path).st_mode
     except PermissionError:
         return None
     except OSError as error:
         return f"{path}: {str(error.strerror).lower()}"
-    return f"{path} is not a directory" if directory and not stat.S_ISDIR(mode) else None
+    return None if fits(mode) else f"{path} is not {wanted}"
 
 
-def _not_executable(path: str) -> str | None:
-    problem = _missing(path)
-    if problem:
-        return problem
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return None
+def _runnable(mode: int) -> bool:
     # Mode bits, not access(2): the engine runs as another user than this process.
-    runnable = stat.S_ISREG(mode) and mode & 0o111
-    return None if runnable else f"{path} is not an executable file (chmod +x?)"
+    return stat.S_ISREG(mode) and bool(mode & 0o111)
 
 
 def check_host(config: Config, marks: Marks = NO_MARKS) -> tuple[Problem, ...]:

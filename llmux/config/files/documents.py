@@ -45,8 +45,9 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
+        read = error.object  # without the byte order mark, as its positions are
+        line = read.count(b"\n", 0, error.start) + 1
+        column = error.start - read.rfind(b"\n", 0, error.start)
         mark = Mark(str(path), line, column)
         raise ParseError(Fault(mark, (), "cannot decode the file: it is not UTF-8 text")) from None
 
@@ -173,31 +174,30 @@ class _YamlComposer:
         self.active: set[int] = set()
 
     def compose(self, text: str) -> tuple[Node | None, tuple[Fault, ...]]:
-        loader: yaml.SafeLoader | None = None
         try:
             loader = yaml.SafeLoader(text)
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            column = error.position - text.rfind("\n", 0, error.position)
+            bad = f"cannot parse: the character U+{error.character:04X} is not allowed in YAML"
+            raise ParseError(Fault(Mark(self.file, line, column), (), bad)) from None
+        try:
             root = loader.get_single_node()
         except yaml.MarkedYAMLError as error:
             raise ParseError(self.syntax_fault(error)) from None
-        except yaml.reader.ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
-            bad = f"cannot parse: the character U+{error.character:04X} is not allowed in YAML"
-            raise ParseError(Fault(Mark(self.file, line, column), (), bad)) from None
         except RecursionError:
             deep = "cannot parse: the values are nested too deeply"
             raise ParseError(Fault(Mark(self.file), (), deep)) from None
         except (ValueError, OverflowError):
             # PyYAML lets Python's own errors through, for example for "\UFFFFFFFF" in a string.
-            place = self.place(loader.get_mark()) if loader else Mark(self.file)
             bad = "cannot parse: an escape or a number here is out of range"
-            raise ParseError(Fault(place, (), bad)) from None
+            raise ParseError(Fault(self.place(loader.get_mark()), (), bad)) from None
         node = None if root is None else self.convert(root, ())
         return node, tuple(self.faults)
 
     def syntax_fault(self, error: yaml.MarkedYAMLError) -> Fault:
-        start, mark = error.context_mark, error.problem_mark or error.context_mark
-        text = " ".join((error.problem or error.context or "not YAML").split())
+        start, mark = error.context_mark, error.problem_mark
+        text = " ".join((error.problem or "").split())
         if text.startswith("but ") and error.context:
             text = f"{error.context}, {text}"
         elif error.context and start and mark and start.line != mark.line:
