@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Final
 
-from llmux.config.schema import KeyRole, PolicyType
+from llmux.config.choices import KeyRole, PolicyType
 
 KEY_VARIABLE: Final = "LLMUX_API_KEY"
 # Comments come every 15 s until an answer begins, and an engine that stands still for 120 s is

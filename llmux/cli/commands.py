@@ -150,6 +150,12 @@ def doctor(args: argparse.Namespace) -> int:
     return show(checks, as_json=args.json)
 
 
+def config(args: argparse.Namespace) -> None:
+    from llmux.cli.effective import config as show
+
+    show(args)
+
+
 def key(args: argparse.Namespace) -> None:
     from llmux.cli.key import key as work
 

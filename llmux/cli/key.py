@@ -11,9 +11,10 @@ from contextlib import suppress
 from typing import Any
 
 from llmux.cli.output import print_json, print_table
+from llmux.config.choices import KeyRole
 from llmux.config.keyfile import load_keys, make_key, without_key
 from llmux.config.load import load_config
-from llmux.config.schema import Key, KeyRole
+from llmux.config.schema import Key
 from llmux.errors import LlmuxError
 
 GATEWAY_GROUP = "llmux"

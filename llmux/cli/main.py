@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmux import __version__
-from llmux.cli import arguments, commands, effective, ps, watch
+from llmux.cli import arguments, commands, ps, watch
 from llmux.cli.images import checkpoints, keeping, transfer
 from llmux.cli.output import failure, print_json
 from llmux.errors import ConfigError, ControlError, LlmuxError, OrderTimeout, Reason, Refused
@@ -205,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     reload = client("reload", commands.reload, "apply the configuration file")
     reload.add_argument("--dry-run", action="store_true", help="print what would change, only")
-    local("config", effective.config, "print the values in force with their sources")
+    local("config", commands.config, "print the values in force with their sources")
     _add_checkpoints(client)
     images = verbs.group("images", "list and remove checkpoint images, move them between hosts")
     keeping.add_arguments(images.client)

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmux.config.choices import PolicyType
 from llmux.config.files.documents import cause_of
 from llmux.config.load import load_config
-from llmux.config.schema import Config, PolicyType
+from llmux.config.schema import Config
 from llmux.errors import LlmuxError
 from llmux.sim.bound import describe, lower_bound
 from llmux.sim.costs import Costs, ModelCosts, costs_from

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import yaml
 
-from llmux.config.schema import Key, KeyRole
+from llmux.config.choices import KeyRole
+from llmux.config.schema import Key
 from llmux.errors import ConfigError, Problem
 from llmux.small_files import read_small
 

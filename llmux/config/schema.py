@@ -12,6 +12,8 @@ from enum import StrEnum
 from functools import reduce
 from types import MappingProxyType
 
+from llmux.config.choices import KeyRole as KeyRole
+from llmux.config.choices import PolicyType as PolicyType
 from llmux.engines import DEFAULT_ENGINE, ENGINE_TYPES
 from llmux.engines.engine_type import EngineType
 from llmux.engines.options import find_option
@@ -26,13 +28,6 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 DEFAULT_GPU_MEMORY = 0.9
 ENGINES = "llmux-engine"  # the user whose groups every engine of the service has
 GPU_RESIDUE = 0.03  # CUDA context and graphs that sleep leaves behind: "~97 % freed" (guide)
-
-
-class PolicyType(StrEnum):
-    FAIR = "fair"
-    FIFO = "fifo"
-    COST_AWARE = "cost_aware"
-    TIME_SLICE = "time_slice"
 
 
 LOCALHOST: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
@@ -180,11 +175,6 @@ class GatewayConfig:
     metrics_listen: tuple[str, ...] = ()  # empty = 127.0.0.1:metrics_port
     ui: bool = True  # the page at /ui
     fallback_model: str | None = None  # answers requests for names that no model has
-
-
-class KeyRole(StrEnum):
-    USE = "use"
-    ADMIN = "admin"  # the control endpoints as well
 
 
 @dataclass(frozen=True, slots=True)

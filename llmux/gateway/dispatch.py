@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Final, TypeGuard
 
-from llmux.config.schema import KeyRole
+from llmux.config.choices import KeyRole
 from llmux.errors import Reason, Refused
 from llmux.gateway.admission.key_limits import KeyUse
 from llmux.gateway.admission.keys import begin_use

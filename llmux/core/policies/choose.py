@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from llmux.config.schema import PolicyConfig, PolicyType
+from llmux.config.choices import PolicyType
+from llmux.config.schema import PolicyConfig
 from llmux.core.policies.base import Policy, PolicyOf
 from llmux.core.policies.cost_aware import CostAware
 from llmux.core.policies.fair import Fair

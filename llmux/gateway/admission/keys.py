@@ -15,7 +15,8 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmux.config.schema import Key, KeyRole
+from llmux.config.choices import KeyRole
+from llmux.config.schema import Key
 from llmux.errors import LlmuxError, Reason, Refused
 from llmux.gateway.admission.key_limits import KeyUse
 
