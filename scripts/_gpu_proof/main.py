@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from _gpu_proof import report, whole
 from _gpu_proof.bench import Bench, Budget, Engine, OutOfBudgetError, environment
@@ -259,6 +261,7 @@ class Proof:
             self.whole_problem = f"failed: {str(error) or 'the time was up'}"
         finally:
             self.turns = run.turns
+            self._evidence.results(self.document())
             self._evidence.keep_logs("whole", [self._work])
 
     async def _run(self, bench: Bench, rows: Sequence[tuple[str, str]]) -> None:
@@ -287,7 +290,13 @@ class Proof:
 
     def _add(self, rows: list[Row]) -> None:
         self.rows += rows
-        self._evidence.results(report.document(self.rows, self.facts))
+        self._evidence.results(self.document())
+
+    def document(self) -> dict[str, Any]:
+        measured = report.document(self.rows, self.facts)
+        if self._asked.serve:
+            measured["whole"] = whole.document(self.turns, self.whole_problem)
+        return measured
 
     @staticmethod
     def _say(text: str) -> None:
@@ -311,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{whole.table(proof.turns)}")
         print(proof.whole_problem or "a whole llmux: every answer as before")
     if asked.json:
-        report.write_json(asked.json, proof.rows, proof.facts)
+        asked.json.write_text(json.dumps(proof.document(), indent=2) + "\n")
     if proof.whole_problem.startswith("failed"):
         return 1
     if proof.turns and not proof.rows:

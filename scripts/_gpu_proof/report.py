@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from _gpu_proof.matrix import Row
@@ -68,10 +66,6 @@ def remarks(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
 
 def document(rows: Sequence[Row], facts: Mapping[str, str]) -> dict[str, Any]:
     return {"facts": dict(facts), "rows": [row.as_json() for row in rows]}
-
-
-def write_json(path: Path, rows: Sequence[Row], facts: Mapping[str, str]) -> None:
-    path.write_text(json.dumps(document(rows, facts), indent=2) + "\n")
 
 
 def exit_status(rows: Sequence[Row]) -> int:

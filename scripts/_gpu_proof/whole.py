@@ -175,6 +175,20 @@ def table(turns: list[Turn]) -> str:
     return "\n".join(lines)
 
 
+def document(turns: list[Turn], problem: str) -> dict[str, Any]:
+    """``first_token_secs``: until the first token; ``cold``: the model was started for it."""
+    seen = [
+        {
+            "model": turn.model,
+            "parked_by": EVICTIONS[turn.model],
+            "first_token_secs": round(turn.first, 3),
+            "cold": turn.cold,
+        }
+        for turn in turns
+    ]
+    return {"turns": seen, "problem": problem}
+
+
 class Whole:
     """``turns``: what was seen so far, also when a later one raises."""
 

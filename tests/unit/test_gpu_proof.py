@@ -126,6 +126,13 @@ def test_a_whole_llmux_is_asked_in_turn(tmp_path: Path) -> None:
     assert said.count("Spawning vLLM process") == 2
     assert said.count("stopping → stopped (an operator asked)") >= 1
     assert "Traceback" not in said
+    found = json.loads((out / "results.json").read_text())["whole"]
+    assert found["problem"].startswith("not measured: discard+checkpoint")
+    assert [turn["cold"] for turn in found["turns"]] == [True, True, False, False]
+    assert {turn["parked_by"] for turn in found["turns"]} == {
+        "discard+cuda_suspend", "offload+keep_running"
+    }  # fmt: skip
+    assert all(turn["first_token_secs"] > 0 for turn in found["turns"])
 
 
 @pytest.mark.parametrize("gone", [True, False], ids=["it had ended", "it heeds nothing"])
