@@ -6,7 +6,7 @@ import asyncio
 import fcntl
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -29,7 +29,7 @@ from llmux.daemon.duties import (
 )
 from llmux.daemon.engine_environment import engine_environment
 from llmux.daemon.engine_users import engine_users
-from llmux.daemon.places import LAST_GOOD, RUNTIME, SOCKET
+from llmux.daemon.places import FILES, RUNTIME, Files
 from llmux.daemon.process import run
 from llmux.daemon.supervisor import GATEWAY_USER, TAKEOVER_SECS, Supervisor
 from llmux.drivers.criu.driver import Criu
@@ -59,16 +59,21 @@ from llmux.trusted import make_private
 
 log = logging.getLogger("llmux")
 
-EVENTS = f"{RUNTIME}/events.jsonl"
-LEARNED = "/var/lib/llmux/learned.json"
-DRIVER_MARK = f"{RUNTIME}/restarted-for-driver"
 LOGS = "/var/log/llmux"  # engines' output: on a disk of its own when images fill theirs
 
 
-async def supervise(path: str) -> None:
-    """Run the root daemon under systemd until SIGTERM; engines stay for the next one."""
+async def supervise(
+    path: str,
+    *,
+    files: Files = FILES,
+    drivers: Callable[[Config], Drivers] | None = None,
+    unit: OwnUnit | None = None,
+    restart_for_driver: Callable[..., Coroutine[Any, Any, None]] = gpu_driver.restart_for_driver,
+) -> None:
+    """Run the root daemon under systemd until SIGTERM; engines stay for the next one. ``drivers``
+    makes others than those for engines in systemd scopes."""
     group = gid_of(GATEWAY_USER)
-    last_good = LastGood(LAST_GOOD, group)
+    last_good = LastGood(files.last_good, group)
     marked = last_good.load(path)
     config = marked.config
     _require_own_directories(marked)
@@ -80,26 +85,27 @@ async def supervise(path: str) -> None:
     ):
         log.warning("%s", problem)
     notifier = SdNotifier()
-    drivers = _system_drivers(config)
+    unit = unit or OwnUnit()
+    made = (drivers or system_drivers)(config)
     supervisor = Supervisor(
         config,
-        drivers,
-        FileStateStore(f"{RUNTIME}/state.json"),
+        made,
+        FileStateStore(files.notes),
         reload=lambda dry_run: _load(path) if dry_run else _reload(path, last_good, notes),
         allowed_uids=uids_of(GATEWAY_USER),
         admins=gid_of(ADMINS),
-        events=EventFile(EVENTS),
-        learned=FileStateStore(LEARNED),
+        events=EventFile(files.events),
+        learned=FileStateStore(files.learned),
     )
     stop = asyncio.Event()
     stop_on_signals(stop)
-    lock = await _alone(patience=TAKEOVER_SECS)
+    lock = await _alone(files, patience=TAKEOVER_SECS)
     await supervisor.start()
     # Beside everything else: only the start of an engine waits for it.
-    cuda = asyncio.ensure_future(drivers.cuda_started()) if drivers.cuda_started else None
+    cuda = asyncio.ensure_future(made.cuda_started()) if made.cuda_started else None
     try:
         supervisor.loop.listeners.append(StatusLine(notifier))
-        await supervisor.control_socket.listen(SOCKET, group)
+        await supervisor.control_socket.listen(files.socket, group)
         last_good.keep(config.sources)
         reload_on_hangup(supervisor, notifier)
         works = [
@@ -109,15 +115,13 @@ async def supervise(path: str) -> None:
         ]
         if (interval := watchdog_interval()) is not None:
             works.append(feed_watchdog(supervisor.loop, notifier, interval))
-        if not drivers.gpu.available:
-            loaded = drivers.cuda_started is not None
-            works.append(
-                gpu_driver.restart_for_driver(OwnUnit().restart, DRIVER_MARK, loaded=loaded)
-            )
+        if not made.gpu.available:
+            loaded = made.cuda_started is not None
+            works.append(restart_for_driver(unit.restart, files.driver_mark, loaded=loaded))
         log.info("llmux %s supervises %d models", __version__, len(config.models))
         await until(stop, *works)
         notifier.stopping()
-        if not await asyncio.to_thread(OwnUnit().is_restarting):
+        if not await asyncio.to_thread(unit.is_restarting):
             last_good.forget()
             await supervisor.tell_what_goes_on()
         await supervisor.thaw_if_ending()
@@ -125,6 +129,7 @@ async def supervise(path: str) -> None:
         if cuda is not None:
             cuda.cancel()
         await supervisor.close()
+        notifier.close()
         os.close(lock)
 
 
@@ -154,7 +159,7 @@ def _require_own_directories(marked: MarkedConfig) -> None:
         raise ConfigError(problems)
 
 
-def _system_drivers(config: Config) -> Drivers:
+def system_drivers(config: Config) -> Drivers:
     """The drivers for engines in systemd scopes."""
     from llmux.drivers.systemd.units import (
         SystemdUnits,  # needs pystemd, which embedded mode does not
@@ -182,10 +187,10 @@ def _system_drivers(config: Config) -> Drivers:
     )
 
 
-async def _alone(*, patience: float) -> int:
+async def _alone(files: Files, *, patience: float) -> int:
     """Take the lock of this machine's one supervisor; the kernel releases it with the process."""
     try:
-        fd = os.open(f"{RUNTIME}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(files.lock, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise LlmuxError(
             f"cannot supervise engines: {error.filename}: {error.strerror}",
@@ -209,31 +214,43 @@ async def _alone(*, patience: float) -> int:
             return fd
 
 
-def order(path: str, verb: str, args: dict[str, Any], report: ProgressCallback) -> Any:
+def order(
+    path: str,
+    verb: str,
+    args: dict[str, Any],
+    report: ProgressCallback,
+    *,
+    files: Files = FILES,
+    drivers: Callable[[Config], Drivers] | None = None,
+) -> Any:
     """Run one of the supervisor's verbs here, while no supervisor runs; engines stay."""
     answers: list[Any] = []
 
     async def body() -> None:
-        answers.append(await _order(_load(path), Ask(1, verb, args), report))
+        config = _load(path)
+        if os.geteuid() != 0:
+            raise LlmuxError("cannot work without the supervisor: not root", hint="use sudo")
+        made = (drivers or system_drivers)(config)
+        answers.append(await _order(config, made, files, Ask(1, verb, args), report))
 
     run(body())
     return answers[0]
 
 
-async def _order(config: Config, ask: Ask, report: ProgressCallback) -> Any:
-    if os.geteuid() != 0:
-        raise LlmuxError("cannot work without the supervisor: not root", hint="use sudo")
+async def _order(
+    config: Config, drivers: Drivers, files: Files, ask: Ask, report: ProgressCallback
+) -> Any:
     supervisor = Supervisor(
         config,
-        _system_drivers(config),
-        FileStateStore(f"{RUNTIME}/state.json"),
+        drivers,
+        FileStateStore(files.notes),
         lambda _: config,
-        events=EventFile(EVENTS),
+        events=EventFile(files.events),
     )
     if ask.verb in ("images", "image_here"):
         await supervisor.prepare()
         return await supervisor.verbs.answer(ask)
-    lock = await _alone(patience=0.0)
+    lock = await _alone(files, patience=0.0)
     try:
         return await carry_out(supervisor, ask, report)
     finally:

@@ -164,7 +164,7 @@ class ControlSocket:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._path is not None:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # what else is there is not ours
                 os.unlink(self._path)
 
     # ---- sending --------------------------------------------------------------------------------
