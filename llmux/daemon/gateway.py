@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import llmux
 from llmux.config.files.last_good import LastGood
@@ -38,31 +39,37 @@ def gateway(
     up, for ``orphan_secs`` at most. This process is the workers' parent and imports little: their
     modules are imported in each, or before the fork where several share them."""
     config = LastGood(last_good).load(path, check_files=False).config
-    notifier = SdNotifier()
     secrets = Secrets(config)
     secrets.check()
-    sockets, metrics_sockets = _kept_sockets(config, notifier)
-
-    def work(told: WorkerNotifier) -> None:
-        from llmux.daemon import gateway_worker
-
-        gateway_worker.work(
-            config,
-            told,
-            link=link,
-            sockets=sockets,
-            metrics_sockets=metrics_sockets,
-            keys=secrets.keys,
-            tls=secrets.tls,
-            hang_secs=hang_secs,
-            orphan_secs=orphan_secs,
-        )
-
+    notifier = SdNotifier()
+    sockets, metrics_sockets = sockets_of(config, notifier, listen_fds())
+    work = functools.partial(
+        _work,
+        config,
+        link=link,
+        sockets=sockets,
+        metrics_sockets=metrics_sockets,
+        keys=secrets.keys,
+        tls=secrets.tls,
+        hang_secs=hang_secs,
+        orphan_secs=orphan_secs,
+    )
     if config.gateway.workers > 1:
         importlib.import_module("llmux.daemon.gateway_worker")  # once: workers share its memory
     parent = Parent(config.gateway.workers, work, notifier, unit or OwnUnit(), hang_secs)
     parent.outdated = Installed(code).is_replaced
-    parent.run()
+    try:
+        parent.run()
+    finally:
+        for listener in (*sockets, *metrics_sockets):
+            listener.close()
+        notifier.close()
+
+
+def _work(config: Config, told: WorkerNotifier, **given: Any) -> None:
+    from llmux.daemon import gateway_worker
+
+    gateway_worker.work(config, told, **given)
 
 
 class Secrets:
@@ -109,12 +116,12 @@ class Installed:
         return found.st_ino, found.st_mtime_ns
 
 
-def _kept_sockets(
-    config: Config, notifier: SdNotifier
+def sockets_of(
+    config: Config, notifier: SdNotifier, kept: dict[str, list[socket.socket]]
 ) -> tuple[list[socket.socket], list[socket.socket]]:
     """Return one listening socket per address for clients, and those for metrics: from the fd store
-    if kept there, else bound and stored. Sockets of addresses no longer configured are dropped."""
-    kept = listen_fds()
+    if ``kept`` there, else bound and stored. Those of addresses no longer configured are
+    dropped."""
 
     def sockets_for(addresses: Sequence[str], purpose: str) -> list[socket.socket]:
         sockets = []

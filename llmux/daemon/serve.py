@@ -66,6 +66,8 @@ async def serve(
         made = (drivers or embedded_drivers)(config, runtime)
         await _serve_in(runtime, path, config, made, sockets, stop, control)
     finally:
+        for listener in sockets:
+            listener.close()
         shutil.rmtree(runtime, ignore_errors=True)
 
 
@@ -86,10 +88,10 @@ async def _serve_in(
         reload=lambda _: load_config(path),
     )
     await supervisor.start()
-    ours, theirs = socket.socketpair()
     try:
-        await supervisor.control_socket.join(ours)
         await _open_control(supervisor, control, f"{runtime}/control.sock")
+        ours, theirs = socket.socketpair()
+        await supervisor.control_socket.join(ours)
         supervisor.loop.listeners.append(StatusLine(notifier))
         secrets = Secrets(config)
         reload: list[Callable[[], None]] = []
@@ -117,6 +119,7 @@ async def _serve_in(
                 await front
     finally:
         await supervisor.close()
+        notifier.close()
 
 
 def embedded_drivers(config: Config, runtime: str) -> Drivers:

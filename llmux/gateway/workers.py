@@ -131,6 +131,8 @@ class Parent:
             for number, handler in former.items():
                 signal.signal(number, handler)
             self._selector.close()
+            for worker in self._workers.values():
+                worker.sock.close()
             signals.close()
             wakeup.close()
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from llmux.cli import client
+from llmux.config.keyfile import hash_key
 from llmux.daemon.places import Files
 from llmux.protocol import Drained, Hello, Revoke, decode
 from tests.twins.world import World
@@ -125,3 +127,30 @@ class Host(logging.Handler):
             await asyncio.wait([answering])
             writer.close()
             await writer.wait_closed()
+
+
+# ---- what gateways are given --------------------------------------------------------------------
+
+
+def certificate(top: Path) -> tuple[str, str]:
+    made, key = str(top / "cert.pem"), str(top / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=x", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", key, "-out", made],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return made, key
+
+
+def allow(host: Host, *keys: str) -> str:
+    file = host.top / "keys.yaml"
+    entries = [{"name": key, "sha256": hash_key(key).hex()} for key in keys]
+    file.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    return str(file)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
