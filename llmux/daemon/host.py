@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from llmux.config.schema import Config
 from llmux.daemon.claims import planned_claims
@@ -18,9 +19,10 @@ def look_at_host(
     tell: Callable[[str], None],
     deep: bool = False,
     cuda_round_trip: bool = False,
+    machine: Host | None = None,
 ) -> Sequence[Check]:
-    """``tell`` hears what is being looked at."""
-    host = Host(starts=planned_starts, claims=planned_claims, tell=tell)
+    """``tell`` hears what is being looked at; ``machine``: another than this one."""
+    host = replace(machine or Host(), starts=planned_starts, claims=planned_claims, tell=tell)
     return run_checks(config, host, deep=deep, cuda_round_trip=cuda_round_trip)
 
 

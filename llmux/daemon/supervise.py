@@ -313,21 +313,25 @@ def _plugin_dir(config: Config) -> str | None:
 
 def cuda_driver(config: Config) -> DeviceCheckpointer | None:
     """None without an NVIDIA driver, or where CRIU's plugin does the work: never both."""
-    if _plugin_dir(config) is not None:
+    library = _libcuda()
+    if library is None or _plugin_dir(config) is not None:
         return None
     tool = config.checkpoint.cuda_checkpoint_path
-    library = os.environ.get("LLMUX_LIBCUDA")  # a library of another name or place
-    if not os.path.exists(gpu_driver.VERSION) and library is None:
-        return None
     if tool is not None and os.path.exists(tool):
         return CudaCheckpointTool(tool)
-    return CudaDriver(library) if library else CudaDriver()
+    return CudaDriver(library)
 
 
 def cuda_start(cuda: DeviceCheckpointer | None) -> gpu_driver.CudaStart | None:
     """None without an NVIDIA driver. Also where a tool or CRIU's plugin saves CUDA state."""
-    library = os.environ.get("LLMUX_LIBCUDA")
-    if not os.path.exists(gpu_driver.VERSION) and library is None:
+    library = _libcuda()
+    if library is None:
         return None
-    own = cuda if isinstance(cuda, CudaDriver) else CudaDriver(library or LIBRARY)
+    own = cuda if isinstance(cuda, CudaDriver) else CudaDriver(library)
     return gpu_driver.CudaStart(own)
+
+
+def _libcuda() -> str | None:
+    """The driver's library, which may have another name or place; None without a driver."""
+    named = os.environ.get("LLMUX_LIBCUDA")
+    return LIBRARY if named is None and os.path.exists(gpu_driver.VERSION) else named

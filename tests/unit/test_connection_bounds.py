@@ -248,3 +248,39 @@ async def test_a_gateway_that_ends_leaves_no_connection(tmp_path: Path) -> None:
         await asyncio.gather(link, return_exceptions=True)
         await ended.wait()
         assert not made.up
+
+
+def test_connections_are_counted_by_user_and_of_all_and_each_refusal_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    open_ones = Connections(of_user=2, of_others=3)
+    assert [open_ones.admit(0) for _ in range(9)] == [None] * 9
+    assert [open_ones.admit(5) is None for _ in range(4)] == [True, True, False, False]
+    assert len(caplog.messages) == 1
+    assert [open_ones.admit(6) is None for _ in range(2)] == [True, False]
+    assert len(caplog.messages) == 2
+    open_ones.left(5)
+    assert open_ones.admit(5) is None and open_ones.admit(5) is not None
+    assert len(caplog.messages) == 3, "half had ended"
+    open_ones.left(99)
+    for _ in range(2):
+        open_ones.left(5)
+    assert [open_ones.admit(6) is None for _ in range(2)] == [True, False]
+
+
+def test_complaints_are_bounded_in_a_window_and_the_rest_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = [100.0]
+    complaints = Complaints(lambda: now[0])
+    for _ in range(COMPLAINTS + 3):
+        complaints.warn("%s", "x")
+    now[0] += WINDOW_SECS - 0.1
+    complaints.warn("%s", "x")
+    assert caplog.messages == ["x"] * COMPLAINTS
+    now[0] += 0.1
+    complaints.warn("%s", "y")
+    assert caplog.messages[COMPLAINTS:] == ["4 more complaints of control connections", "y"]
+    now[0] += WINDOW_SECS
+    complaints.warn("%s", "z")
+    assert caplog.messages[COMPLAINTS + 2 :] == ["z"]

@@ -128,7 +128,7 @@ def test_one_worker_serves_on_all_addresses_with_keys_and_tls(host: Host) -> Non
         "listen": [f"unix:{unix}", f"127.0.0.1:{port}"], "metrics_listen": [f"unix:{metrics}"],
         "keys_file": allow(host, "sk-one"), "tls_certificate": made, "tls_key": key, "workers": 1,
     }  # fmt: skip
-    host.write(gateway=settings)
+    host.write(gateway=settings, vllm_command=["/of/the/supervisors/host"])
 
     def act(other: Other) -> Any:
         other.worker()

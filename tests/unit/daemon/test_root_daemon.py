@@ -198,8 +198,8 @@ async def test_a_restart_leaves_the_configuration_in_force_and_says_nothing(
     async with supervising(host, Unit(successor=True), units=units, cuda_started=start_cuda):
         host.write(policy=host.document["policy"] | {"eviction": "retain+freeze"})
         await host.ask("reload")
-        await host.ask("load", model="a", wait=False)
     assert cancelled.is_set()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
     assert kept(host) == {"a"}
     assert "stopped;" not in caplog.text
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runtime_harness import config_of, in_loop, model
 
-from llmux.config.schema import AfterReboot, CheckpointConfig, Config
+from llmux.config.schema import (
+    AfterReboot,
+    CheckpointConfig,
+    Config,
+    Eviction,
+    Process,
+    Weights,
+)
 from llmux.daemon.gpu_driver import VERSION, CudaStart
+from llmux.daemon.host import look_as_engines, look_at_host
 from llmux.daemon.supervise import cuda_driver, cuda_start, system_drivers
 from llmux.drivers.criu.driver import Criu
 from llmux.drivers.cuda.driver import LIBRARY, CudaDriver
 from llmux.drivers.cuda.tool import CudaCheckpointTool
+from llmux.drivers.doctor.facts import GIB, Host, Ran
 from llmux.drivers.engine.identity import engine_identity, portable_identity
 from llmux.drivers.engine.output import EngineFiles
 from llmux.drivers.engine.vllm import VllmEngine
@@ -24,6 +34,7 @@ from llmux.drivers.memory import available_bytes
 from llmux.drivers.processes.freezer import CgroupFreezer
 from llmux.drivers.processes.users import ModelUsers
 from llmux.drivers.systemd.units import SystemdUnits
+from llmux.ports import LaunchSpec
 from llmux.runtime.host import Drivers
 
 DRIVER = os.path.exists(VERSION)  # this host has one of NVIDIA's
@@ -130,3 +141,48 @@ def test_cuda_is_the_library_or_a_tool_that_is_there_where_there_is_a_driver(
         assert isinstance(cuda, CudaDriver)
         assert start._driver is cuda, "one helper process for both"
         assert calls_of(cuda)._library == named
+
+
+# ---- the doctor ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("round_trip", [True, False])
+def test_the_doctor_looks_at_what_was_asked_and_at_the_services_engines(
+    tmp_path: Path, deep: bool, round_trip: bool
+) -> None:
+    ran: list[LaunchSpec] = []
+
+    def as_engine(spec: LaunchSpec, seconds: float) -> Ran:
+        ran.append(spec)
+        return Ran(None, "cannot")
+
+    machine = Host(
+        root=tmp_path, run=lambda *_: Ran(None, "cannot"), which=lambda program: program,
+        as_engine=as_engine, memory=lambda: (GIB, 0), euid=0,
+    )  # fmt: skip
+    freezes = model(
+        "a", eviction=Eviction(Weights.OFFLOAD, Process.FREEZE), vllm_command=("/v/vllm",)
+    )
+    config = replace(config_of(freezes), engine_user="root")
+    told: list[str] = []
+    asked = {"deep": True} if deep else {}
+    asked |= {"cuda_round_trip": True} if round_trip else {}
+    checks = look_at_host(config, tell=told.append, machine=machine, **asked)
+    assert ("looking at CUDA per GPU" in told) is deep
+    assert ("looking at CUDA round trip" in told) is round_trip
+    assert [spec.model for spec in ran] == ["a"]
+    memory = next(check for check in checks if check.name == "memory")
+    assert "what else a may ask for is not known here" in memory.seen
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
+def test_engines_access_is_looked_at_as_their_user(tmp_path: Path) -> None:
+    config = replace(
+        config_of(replace(model("a"), model_path=str(tmp_path))), engine_user="nobody",
+        vllm_command=("/bin/true",),
+    )  # fmt: skip
+    told: list[str] = []
+    checks = look_as_engines(config, told.append)
+    assert told == ["looking at /bin/true as nobody"]
+    assert checks[0].name == "engine access" and "nobody cannot read" in checks[0].seen

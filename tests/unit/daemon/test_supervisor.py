@@ -100,6 +100,20 @@ async def test_an_order_that_fails_leaves_nothing_at_work(tmp_path: Path) -> Non
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+class Faulty(MemoryStore):
+    def save(self, document: Mapping[str, Any]) -> None:
+        raise RuntimeError("a fault of ours")
+
+
+@in_loop
+async def test_an_order_ends_with_the_loops_fault_if_it_has_one(tmp_path: Path) -> None:
+    world = World()
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        await order(supervisor_on(world, tmp_path, Faulty()), "load", model="a")
+    assert "units.close" in world.names()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 @in_loop
 async def test_an_embedded_supervisor_lacks_only_what_needs_systemd(tmp_path: Path) -> None:
     config = config_of(model("a"))

@@ -95,6 +95,25 @@ async def test_a_socket_that_is_replaced_is_made_again_and_one_that_cannot_be_is
 
 
 @in_loop
+async def test_it_is_looked_for_again_and_again(tmp_path: Path) -> None:
+    path, looks, stat_of = str(tmp_path / "control"), asyncio.Queue[str](), os.stat
+
+    def look(file: Any, **settings: Any) -> os.stat_result:
+        found = stat_of(file, **settings)
+        if file == path:
+            looks.put_nowait(file)
+        return found
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "stat", look)
+        control = control_of()
+        await control.listen(path, None, look_secs=0.001)
+        for _ in range(4):
+            await looks.get()
+        await control.close()
+
+
+@in_loop
 async def test_one_end_of_a_pair_takes_lines_as_long_as_the_file_does() -> None:
     """asyncio's own limit is 64 KiB; a gateway's answer about its requests may be longer."""
     heard: asyncio.Queue[Any] = asyncio.Queue()

@@ -124,3 +124,21 @@ async def test_a_model_beside_which_it_has_no_room_is_named_and_nothing_is_moved
     assert (life.state_of("a"), life.state_of("b")) == (before, "serving")
     assert (await life.validation("c").run([OFFLOAD]))["passed"], "it fits beside"
     await life.drop()
+
+
+@pytest.mark.parametrize("gpus", [(1,), (0,)])
+@in_loop
+async def test_only_models_on_the_same_gpu_are_in_the_way(
+    tmp_path: Path, gpus: tuple[int, ...]
+) -> None:
+    world = World((80 * GIB, 80 * GIB))
+    config = config_of(model("a", gpus=(0,)), model("b", gpus=gpus))
+    life = await begin_life(replace(config, gpu_count=2), world, str(tmp_path), MemoryStore())
+    life.loop.post(LoadAsked("b"))
+    await life.until_state("b", "serving")
+    if gpus == (1,):
+        assert (await life.validation("a").run([OFFLOAD]))["passed"]
+    else:
+        with pytest.raises(Refused, match="GPU 0 has no room for it beside b"):
+            await life.validation("a").run([OFFLOAD])
+    await life.drop()

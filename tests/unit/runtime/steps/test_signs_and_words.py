@@ -18,7 +18,6 @@ from llmux.core.records import ModelRecord, Serving
 from llmux.errors import EngineUnhealthy, LlmuxError
 from llmux.image_ports import Image, NoImage
 from llmux.ports import Canary, Vitals
-from llmux.runtime.connections import COMPLAINTS, WINDOW_SECS, Complaints, Connections
 from llmux.runtime.engines.canary import compare, same_answer
 from llmux.runtime.engines.deaths import TAIL_LINES, behind_answer, with_cause
 from llmux.runtime.engines.executor import Executor
@@ -340,40 +339,41 @@ async def test_what_is_not_taken_in_time_is_ended() -> None:
     assert bench.names().count("units.kill") == 1
 
 
-# ---- connections ---------------------------------------------------------------------------------
+@in_loop
+async def test_a_wake_that_is_given_up_ends_the_restore_and_sees_its_end() -> None:
+    bench, began, undone = Ahead(), asyncio.Event(), list[str]()
+
+    class SlowToUndo:
+        """As a restore of CRIU's, which kills what there is of the tree."""
+
+        async def find(self, *_: Any) -> Image:
+            return IMAGE
+
+        async def restore(self, *_: Any) -> None:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _turn in range(5):
+                    await asyncio.sleep(0)
+                undone.append("a")
+
+    checkpointer: Any = SlowToUndo()
+    restorer = AheadRestorer(replace(bench.drivers, checkpointer=checkpointer), bench.images)
+    restorer.begin(bench.order, [])
+    taking = asyncio.create_task(restorer.take(IMAGE, bench.images.spec(CONFIG, (0,))))
+    await began.wait()
+    taking.cancel()
+    await asyncio.wait([taking])
+    assert taking.cancelled() and undone == ["a"]
 
 
-def test_connections_are_counted_by_user_and_of_all_and_each_refusal_said_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    open_ones = Connections(of_user=2, of_others=3)
-    assert [open_ones.admit(0) for _ in range(9)] == [None] * 9
-    assert [open_ones.admit(5) is None for _ in range(4)] == [True, True, False, False]
-    assert len(caplog.messages) == 1
-    assert [open_ones.admit(6) is None for _ in range(2)] == [True, False]
-    assert len(caplog.messages) == 2
-    open_ones.left(5)
-    assert open_ones.admit(5) is None and open_ones.admit(5) is not None
-    assert len(caplog.messages) == 3, "half had ended"
-    open_ones.left(99)
-    for _ in range(2):
-        open_ones.left(5)
-    assert [open_ones.admit(6) is None for _ in range(2)] == [True, False]
-
-
-def test_complaints_are_bounded_in_a_window_and_the_rest_counted(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    now = [100.0]
-    complaints = Complaints(lambda: now[0])
-    for _ in range(COMPLAINTS + 3):
-        complaints.warn("%s", "x")
-    now[0] += WINDOW_SECS - 0.1
-    complaints.warn("%s", "x")
-    assert caplog.messages == ["x"] * COMPLAINTS
-    now[0] += 0.1
-    complaints.warn("%s", "y")
-    assert caplog.messages[COMPLAINTS:] == ["4 more complaints of control connections", "y"]
-    now[0] += WINDOW_SECS
-    complaints.warn("%s", "z")
-    assert caplog.messages[COMPLAINTS + 2 :] == ["z"]
+@in_loop
+async def test_what_is_dropped_as_it_comes_up_is_nobodys() -> None:
+    bench = Ahead()
+    bench.restorer.begin(bench.order, [])
+    task = bench.restorer._engines["a"].task
+    assert task is not None
+    task.add_done_callback(lambda _: bench.restorer.drop("a"))
+    assert await bench.restorer.take(IMAGE, bench.images.spec(CONFIG, (0,))) is None
+    assert bench.names().count("units.kill") == 1
