@@ -101,10 +101,9 @@ class Room:
         for gpu in new.gpus:
             self._now[gpu] = self._now.get(gpu, 0.0) + new.now
             self._after[gpu] = self._after.get(gpu, 0.0) + new.after
-            if new.now > ROUNDING or new.after > ROUNDING:
-                self._on.setdefault(gpu, set()).add(name)
-            else:
-                self._on.setdefault(gpu, set())
+            on = self._on.setdefault(gpu, set())
+            if new.now > ROUNDING:  # after, it holds no more
+                on.add(name)
         self._held[name] = new
 
     def _own(self, name: str) -> _Held:
@@ -259,9 +258,7 @@ class Room:
             add(load, record.gpus, -gains[victim])
         if not fits(load) or not rivals <= gains.keys():
             return {}
-        for victim in [
-            one for one in gains if one not in rivals
-        ]:  # one that turned out not to be needed stays
+        for victim in [one for one in gains if one not in rivals]:  # who is not needed stays
             again = dict(load)
             add(again, self._models[victim].gpus, gains[victim])
             if fits(again):

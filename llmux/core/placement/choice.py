@@ -130,12 +130,9 @@ class Choice:
         return worth_of(usage.rate_at(self._tx.now), self._back(record))
 
     def _back(self, record: ModelRecord) -> float:
-        """Seconds that the model takes to come back, from where it is or would be parked."""
-        if isinstance(record.phase, (Stopped, Parked, Failed)):
-            back = self._tx.way_back(record.config.name)
-        else:
-            back = None if record.eviction.process is Process.STOP else record.eviction
-        return self._tx.cost(record.config.name, coming(back))
+        """Seconds that the model takes to come back from where it is."""
+        name = record.config.name
+        return self._tx.cost(name, coming(self._tx.way_back(name)))
 
 
 def _may_live_on(record: ModelRecord, gpu: int) -> bool:
