@@ -237,12 +237,12 @@ def crash(tx: Transaction, name: str, reason: str, *, hung: bool = False) -> Non
 
 
 def fail(tx: Transaction, name: str, message: str, *, held: bool = False) -> None:
-    """Back off, longer each time; requests that wait are refused now."""
+    """Back off, longer with each of its failures, this one counted; requests that wait are refused
+    now."""
     record = tx.models[name]
-    failures = max(1, record.failures)
-    tx.put(replace(record, failures=failures, park_request=None))
-    policy = tx.config.policy
-    delay = min(policy.backoff_secs * 2 ** min(failures - 1, 20), policy.backoff_max_secs)
+    tx.put(replace(record, park_request=None))
+    policy, longer = tx.config.policy, min(record.failures - 1, 20)
+    delay = min(policy.backoff_secs * 2**longer, policy.backoff_max_secs)
     share = share_now(record) if held else 0.0
     was_parked = held and not is_resident(record)
     tx.move(name, Failed(tx.now, tx.now + delay, message, held, share, was_parked))

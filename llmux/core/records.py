@@ -239,9 +239,15 @@ class State:
 
     def oldest_since(self, model: str) -> float | None:
         """When the oldest waiter for the model (operators included) began to wait."""
-        demand = self.demands.get(model, NO_DEMAND)
-        times = (demand.oldest_since if demand.waiting else None, self.wants.get(model))
-        return min((time for time in times if time is not None), default=None)
+        return oldest_of(self.demands.get(model, NO_DEMAND), self.wants.get(model))
+
+
+def oldest_of(demand: WorkerDemand, wanted: float | None) -> float | None:
+    """When the oldest waiter began to wait, requests and operators together."""
+    oldest = demand.oldest_since if demand.waiting else None
+    if oldest is None or wanted is None:
+        return wanted if oldest is None else oldest
+    return min(oldest, wanted)
 
 
 def coming(eviction: Eviction | None) -> str:

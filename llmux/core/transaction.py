@@ -43,6 +43,7 @@ from llmux.core.records import (
     Reservation,
     State,
     Stopped,
+    oldest_of,
 )
 from llmux.core.states import MOVING, TRANSITIONS, ModelState
 from llmux.errors import InvariantError, Reason
@@ -187,9 +188,6 @@ class Transaction:
         phase = self.models[name].phase
         return isinstance(phase, Stopped) or (isinstance(phase, Failed) and not phase.held)
 
-    def state_of(self, name: str) -> ModelState:
-        return self.models[name].state
-
     def way_back(self, name: str) -> Eviction | None:
         """How the model is parked, in memory or on disk; None = only a cold start is left."""
         record = self.models[name]
@@ -327,11 +325,7 @@ class Transaction:
 
     def oldest_since(self, name: str) -> float | None:
         """When the oldest waiter for the model (operators included) began to wait."""
-        demand, wanted = self.demand(name), self.wants.get(name)
-        oldest = demand.oldest_since if demand.waiting else None
-        if oldest is None or wanted is None:
-            return wanted if oldest is None else oldest
-        return min(oldest, wanted)
+        return oldest_of(self.demand(name), self.wants.get(name))
 
     def set_worker(self, worker_name: str, worker: Worker) -> None:
         self._workers[worker_name] = worker

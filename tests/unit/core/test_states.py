@@ -57,11 +57,11 @@ def test_a_step_is_legal_or_an_invariant_error(old: ModelState, new: ModelState)
     tx = transaction_in(old)
     if new is old or new in TRANSITIONS[old]:
         tx.move("a", PHASES[new])
-        assert tx.state_of("a") is new
+        assert tx.models["a"].state is new
     else:
         with pytest.raises(InvariantError, match=f"a cannot go {old} → {new}"):
             tx.move("a", PHASES[new])
-        assert tx.state_of("a") is old
+        assert tx.models["a"].state is old
 
 
 def test_every_state_can_be_reached_and_left_for_stopped_again() -> None:
