@@ -163,7 +163,7 @@ def advance_drain(tx: Transaction, name: str, *, may_move: bool) -> None:
         draining = replace(draining, cut_at=tx.now)
         record = replace(record, phase=draining)
         tx.put(record)
-    if working and draining.cut_at is not None and tx.now >= draining.cut_at + CUT_GRACE_SECS:
+    if draining.cut_at is not None and tx.now >= draining.cut_at + CUT_GRACE_SECS:
         tx.release_holds(name)
         working = []
     if working:
@@ -244,7 +244,7 @@ def fail(tx: Transaction, name: str, message: str, *, held: bool = False) -> Non
     policy, longer = tx.config.policy, min(record.failures - 1, 20)
     delay = min(policy.backoff_secs * 2**longer, policy.backoff_max_secs)
     share = share_now(record) if held else 0.0
-    was_parked = held and not is_resident(record)
+    was_parked = not is_resident(record)
     tx.move(name, Failed(tx.now, tx.now + delay, message, held, share, was_parked))
     tx.unwant(name, Reason.START_FAILED, message)
     tx.forget_reservation(name)

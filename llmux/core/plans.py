@@ -266,7 +266,7 @@ def resume_park_plan(
     done = 0
     if suspended and StepKind.CUDA_SUSPEND in kinds:
         done = kinds.index(StepKind.CUDA_SUSPEND)
-    elif asleep and kinds[0] is StepKind.SLEEP:
+    elif asleep and kinds[:1] == [StepKind.SLEEP]:
         done = 1
     return replace(plan, steps=plan.steps[done:])
 

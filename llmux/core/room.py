@@ -194,10 +194,9 @@ class Room:
         def cost(gpu: int) -> tuple[float, ...]:
             others = self._after.get(gpu, 0.0) - (own.after if gpu in own.gpus else 0.0)
             load = others + self._reserved.get(gpu, 0.0)
-            has_room = load + share <= 1.0 + ROUNDING
             if prices is None:
-                return 0.0 if has_room else 1.0, load, gpu
-            if has_room:
+                return load, gpu
+            if load + share <= 1.0 + ROUNDING:
                 lost = prices.displaced(record, gpu, 1.0 - load)
                 return 0.0, lost, round(load, 6), -prices.last_used(gpu), gpu
             return 1.0, prices.making_room(gpu), prices.last_used(gpu), load, gpu
@@ -269,7 +268,7 @@ class Room:
 
 def add(load: Load, gpus: GPUs, share: float) -> None:
     for gpu in gpus:
-        load[gpu] = load.get(gpu, 0.0) + share
+        load[gpu] += share
 
 
 def own_way(record: ModelRecord) -> Eviction:
