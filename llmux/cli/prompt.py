@@ -121,7 +121,7 @@ def _answer(
         raise LlmuxError(f"cannot run {body['model']}: odd event in the answer: {cause}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise LlmuxError(
-            f"cannot talk to the gateway: {error or type(error).__name__}",
+            f"cannot talk to the gateway: {str(error) or type(error).__name__}",
             hint="systemctl status llmux-gateway; --url names another",
         ) from error
 

@@ -44,7 +44,7 @@ class Client:
             answer = connection.getresponse()
             text = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise ProofError(f"{method} {path}: {error or type(error).__name__}") from error
+            raise ProofError(f"{method} {path}: {str(error) or type(error).__name__}") from error
         finally:
             connection.close()
         if answer.status != 200:

@@ -142,7 +142,7 @@ def ask(port: int, model: str, *, cold: bool) -> Turn:
                 first = first or time.monotonic() - begun
                 text += _text(model, json.loads(line[6:]))
     except (OSError, http.client.HTTPException) as error:
-        raise ProofError(f"{model}: {error or type(error).__name__}") from error
+        raise ProofError(f"{model}: {str(error) or type(error).__name__}") from error
     finally:
         connection.close()
     if first is None:

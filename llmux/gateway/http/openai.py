@@ -30,7 +30,7 @@ def read_body(body: bytes) -> JsonBody:
         parsed = _parse(body)
     except (ValueError, RecursionError) as error:
         raise Refused(
-            Reason.BAD_REQUEST, f"cannot read the request body: not JSON: {error or 'too deep'}"
+            Reason.BAD_REQUEST, f"cannot read the request body: not JSON: {error}"
         ) from None
     if not isinstance(parsed, dict):
         raise Refused(

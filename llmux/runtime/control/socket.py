@@ -376,7 +376,7 @@ class ControlSocket:
             answer = Answer(ask.id, False, None, Reason.INTERNAL.value, str(error))
         except Exception as error:
             log.exception("cannot answer %s", ask.verb)
-            text = f"cannot {ask.verb}: internal error: {error or type(error).__name__}"
+            text = f"cannot {ask.verb}: internal error: {str(error) or type(error).__name__}"
             answer = Answer(ask.id, False, None, Reason.INTERNAL.value, text)
         self._write(writer, answer)
 

@@ -215,7 +215,7 @@ class Executor:
                 exc_info=not _expected(error),
                 extra={"model": effect.model, "reason": str(error)},
             )
-            return _Ended(Outcome.STUCK, f"{detail}; then {error or type(error).__name__}")
+            return _Ended(Outcome.STUCK, f"{detail}; then {str(error) or type(error).__name__}")
         return _Ended(Outcome.DOWN, detail)
 
     async def _see_that_it_listens(self, instance: Instance) -> None:

@@ -13,12 +13,13 @@ from transfer_site import Site, quiet
 
 from llmux.cli.images import transfer
 from llmux.cli.main import main
+from llmux.daemon import images
 from llmux.daemon.images import ExportedImage, import_image
 from llmux.drivers.images.files import SEGMENT
-from llmux.drivers.images.manifest import load_manifest
+from llmux.drivers.images.manifest import NAME, load_manifest
 from llmux.drivers.transfer.header import BadStream, Header
 from llmux.drivers.transfer.stream import Import, receive_header, segments
-from llmux.errors import LlmuxError
+from llmux.errors import LlmuxError, Refused
 from tests.json_shape import faults, schema
 
 OUTPUTS = schema("outputs.schema.json")["$defs"]
@@ -124,3 +125,76 @@ def test_what_the_verbs_print_is_as_described(
     imported = printed(here, "import", exported["to"])
     assert faults(OUTPUTS["images_import"], imported) == []
     assert imported["path"] == f"{here.store.directory('m')}/images"
+
+
+# ---- to another host at once ---------------------------------------------------------------------
+
+
+SSH = """#!/bin/sh
+case "$*" in
+  *"images received m") cat {received} ;;
+  *"images import") cat > {stream} ;;
+  *) exit 9 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("arrived", ["nothing", "a part", "of another image"])
+def test_the_other_host_gets_what_it_lacks(
+    sites: tuple[Site, Site], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, arrived: str
+) -> None:
+    there, here = sites
+    received, stream = tmp_path / "received", tmp_path / "stream"
+    program = tmp_path / "ssh"
+    program.write_text(SSH.format(received=received, stream=stream))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    whole, told = there.export(), "-"
+    if arrived == "a part":
+        with pytest.raises(BadStream):
+            here.take(whole[: len(whole) // 2])
+        known = Import(here.store.directory("m")).received()
+        assert known is not None
+        told = f"{known[0]}:{known[1]}"
+        assert images.received(here.config, "m") == told
+    elif arrived == "of another image":
+        told = "0123:1"
+    received.write_text(told)
+    ExportedImage("m", there.ask, quiet).to_host("other")
+    sent = stream.read_bytes()
+    assert (len(sent) < len(whole)) is (arrived == "a part")
+    assert here.take(sent)["path"]
+    assert images.received(here.config, "m") == "-"
+
+
+def test_an_image_that_is_damaged_or_gone_is_not_exported(sites: tuple[Site, Site]) -> None:
+    there, _ = sites
+    home = pathlib.Path(there.store.directory("m"), "images")
+    answer = there.ask("image_here", {"model": "m", "salt": "0" * 64})
+    assert answer["image"] == str(home)
+
+    def ask(*_: Any) -> Any:
+        return answer
+
+    (home / NAME).write_text("{")
+    with pytest.raises(LlmuxError, match=f"cannot export {home}: "):
+        ExportedImage("m", ask, quiet)
+    (home / NAME).unlink()
+    with pytest.raises(LlmuxError, match=f"cannot export {home}: "):
+        ExportedImage("m", ask, quiet)
+
+
+def test_one_import_of_a_model_runs_at_a_time(sites: tuple[Site, Site]) -> None:
+    there, here = sites
+    stream = there.export()
+
+    def ask(verb: str, values: dict[str, Any]) -> Any:
+        if verb == "image_adopt":
+            with pytest.raises(Refused, match="cannot import the image of m: another import runs"):
+                import_image(here.config, io.BytesIO(stream), here.ask, quiet)
+            raise OSError(5, "Input/output error")  # of ours: no other import is named
+        return here.ask(verb, values)
+
+    with pytest.raises(OSError, match="Input/output"):
+        import_image(here.config, io.BytesIO(stream), ask, quiet)
+    assert here.take(stream)["path"]

@@ -91,8 +91,10 @@ async def test_a_last_rung_that_raises_anything_ends_as_stuck(world: World, tmp_
     shop = Shop(world, str(tmp_path))
     await shop.run(MODEL, START)
     world.fail("engine.sleep", RuntimeError("can't start new thread"))
-    world.fail("units.kill", RuntimeError("can't start new thread"))
-    assert (await shop.run(MODEL, park_plan(MODEL, OFFLOAD))).outcome is Outcome.STUCK
+    world.fail("units.kill", AssertionError())
+    ended = await shop.run(MODEL, park_plan(MODEL, OFFLOAD))
+    assert ended.outcome is Outcome.STUCK
+    assert ended.detail.endswith("can't start new thread; then AssertionError")
 
 
 @in_loop

@@ -6,13 +6,16 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from runtime_harness import OFFLOAD, Shop, drivers_on, in_loop, model
 
-from llmux.config.schema import Eviction, Process, Weights
+from llmux.config.schema import Eviction, Limits, Process, Weights
 from llmux.core.plans import Outcome, start_plan
 from llmux.drivers.images.identity import model_files_are_here
+from llmux.ports import EngineUser
 from llmux.protocol import Address
 from llmux.runtime.engines.launch import launch_digest, launch_spec
 from tests.twins.world import World
@@ -78,6 +81,20 @@ def test_a_model_for_images_does_not_ask_the_hub(
     assert ("HF_HUB_OFFLINE" in spec.env) is (here and eviction is CHECKPOINT)
     other = replace(drivers, files_are_here=lambda *_: not here)
     assert launch_digest(config, (0,), drivers.places) == launch_digest(config, (0,), other.places)
+
+
+def test_each_field_of_a_launch_is_of_the_model_and_its_places(tmp_path: Path) -> None:
+    drivers = drivers_on(World(), str(tmp_path))
+    config = model("a", limits=Limits(tasks_max=77))
+    spec = launch_spec(config, Address(uds="/x"), (3,), drivers)
+    assert (spec.model, spec.user, spec.argv[1:3]) == ("a", None, ("serve", "models/a"))
+    assert (spec.stdout, spec.stderr) == ("/images/a/stdout.log", "/images/a/stderr.log")
+    assert spec.runtime_dir == f"{tmp_path}/engines/a"
+    assert (spec.properties["TasksMax"], spec.env["CUDA_VISIBLE_DEVICES"]) == (77, "3")
+    whose = EngineUser("a-user", 5, 6, "/home/a")
+    users: Any = SimpleNamespace(find={"a": whose}.__getitem__)
+    others = replace(drivers, places=replace(drivers.places, users=users))
+    assert launch_spec(config, Address(uds="/x"), (3,), others).user is whose
 
 
 def test_a_model_whose_ladder_ends_in_an_image_does_not_either(tmp_path: Path) -> None:

@@ -52,6 +52,21 @@ async def test_one_that_answers_in_the_engines_place_is_not_asked_to_infer(
     assert not world.engines
 
 
+@in_loop
+async def test_one_that_comes_while_the_engine_infers_is_granted_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    shop = Shop(world, str(tmp_path))
+    answer = world.hold("engine.canary")
+    shop.begin(MODEL, start_plan(MODEL, 60.0))
+    await answer.reached.wait()
+    world.strangers[PORT] = "process 7 (nc)"
+    answer.release()
+    ended = await shop.ended()
+    assert ended.outcome is Outcome.DOWN
+    assert HELD in ended.detail
+
+
 @pytest.mark.parametrize("port", [PORT, None])
 @in_loop
 async def test_a_wake_is_not_granted_while_another_process_listens(

@@ -63,14 +63,18 @@ class Stopped:
         return Vitals(None)
 
 
+@pytest.mark.parametrize(("seconds", "takes"), [(6.0, 6.0), (3.0, 4.0), (0.5, 1.0)])
 @in_virtual_time
-async def test_the_watch_ends_in_its_time_although_each_question_takes_its_own() -> None:
+async def test_the_watch_ends_in_its_time_although_each_question_takes_its_own(
+    seconds: float, takes: float
+) -> None:
+    """What moves is seen by a second question, also where the first took all of the time."""
     drivers = cast("Drivers", SimpleNamespace(engine=Stopped(), units=None))
     watch = Watch(drivers, "a", Address(port=1), None, stalled=True, progress=None)
     began = asyncio.get_running_loop().time()
-    with pytest.raises(EngineUnhealthy, match="no answer and no computing for 6 s"):
-        await watch.run(6.0)
-    assert asyncio.get_running_loop().time() - began == pytest.approx(6.0, abs=0.06)
+    with pytest.raises(EngineUnhealthy, match=f"no answer and no computing for {seconds:g} s"):
+        await watch.run(seconds)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(takes, abs=0.06)
 
 
 @in_virtual_time
@@ -150,10 +154,14 @@ async def test_an_engine_whose_health_says_no_is_given_time_and_then_replaced(
     assert "/health says 503" in ended.error
 
 
+@pytest.mark.parametrize(("call", "nth"), [("units.cpu_seconds", 1), ("engine.canary", 2)])
 @in_virtual_time
-async def test_whatever_a_look_raises_is_no_sign_of_life(tmp_path: Path) -> None:
+async def test_whatever_a_look_raises_is_no_sign_of_life(
+    tmp_path: Path, call: str, nth: int
+) -> None:
     world = World()
-    world.fail("units.cpu_seconds", RuntimeError("can't start new thread"))
+    world.vitals["a"] = Vitals(200, running=0, progress=1000.0)
+    world.fail(call, RuntimeError("can't start new thread"), nth=nth)
     ended = await probe(world, tmp_path)
     assert ended.error == "can't start new thread"
 

@@ -106,6 +106,16 @@ async def test_an_engine_is_asked_what_it_can_answer_in_the_order_in_which_it_ca
     assert (bool(facts.cuda_pids), facts.resumed) == (suspended, note in (None, "waking"))
 
 
+@pytest.mark.parametrize("before", [True, False])
+@in_loop
+async def test_what_was_resumed_stays_so_in_a_parking_that_was_cut_short(
+    tmp_path: Path, before: bool
+) -> None:
+    parking = Note(ModelState.PARKING, eviction=OFFLOAD)
+    _, facts, _ = await Found(tmp_path, None).observe(parking, resumed=before)
+    assert facts.resumed is before
+
+
 @pytest.mark.parametrize("apart", [True, False])
 @in_loop
 async def test_a_cache_may_be_lost_where_it_can_be_discarded_and_the_state_is_away(

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from runtime_harness import in_loop
 
-from llmux.protocol import MAX_LINE, Answer, Ask, Catalog, Hello, decode
+from llmux.errors import LlmuxError, Reason, Refused
+from llmux.protocol import MAX_LINE, Answer, Ask, Catalog, Hello, Progress, decode
 from llmux.runtime.control import socket as module
 from llmux.runtime.control.socket import ControlSocket
 
@@ -132,5 +133,44 @@ async def test_one_end_of_a_pair_takes_lines_as_long_as_the_file_does() -> None:
     assert isinstance(answer, Answer)
     assert answer.result == len(text)
     assert heard.get_nowait().args["text"] == text
+    writer.close()
+    await control.close()
+
+
+@in_loop
+async def test_every_end_of_an_ask_is_told_and_its_progress_before(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ends: dict[str, Exception] = {
+        "refused": Refused(Reason.NOT_FOUND, "there is none", retry_after=2.5),
+        "failed": LlmuxError("cannot do it", hint="ask again"),
+        "broken": RuntimeError("can't start new thread"),
+        "mute": ValueError(),
+    }
+
+    async def ask(asked: Ask, report: Any) -> str:
+        report("sleep", 1.5, 2, 3)
+        if asked.verb in ends:
+            raise ends[asked.verb]
+        return "done"
+
+    control = ControlSocket(post=lambda _: None, ask=ask, catalog=Catalog)
+    ours, theirs = socket.socketpair()
+    await control.join(ours)
+    reader, writer = await asyncio.open_unix_connection(sock=theirs)
+    writer.write(Hello(role="cli").encode())
+    words: list[tuple[Any, ...]] = [
+        ("well", True, "done", None, None, None),
+        ("refused", False, None, "not_found", "there is none", 2.5),
+        ("failed", False, None, "internal_error", "cannot do it (ask again)", None),
+        ("broken", False, None, "internal_error",
+         "cannot broken: internal error: can't start new thread", None),
+        ("mute", False, None, "internal_error", "cannot mute: internal error: ValueError", None),
+    ]  # fmt: skip
+    for number, (verb, *answer) in enumerate(words, 7):
+        writer.write(Ask(number, verb).encode())
+        assert decode(await reader.readline()) == Progress(number, "sleep", 1.5, 2, 3)
+        assert decode(await reader.readline()) == Answer(number, *answer)
+    assert caplog.messages == ["cannot answer broken", "cannot answer mute"]
     writer.close()
     await control.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from llmux.core.effects import SwitchFinished
 from llmux.core.records import ModelRecord, Starting, State, Stopped
 from llmux.errors import CheckpointFailed, Reason, TreeState
 from llmux.ports import Canary
+from llmux.runtime.control import validation as module
 from llmux.runtime.control.orders import ignore_progress
 from llmux.runtime.control.validation import Validation, _Row
 from llmux.runtime.engines.gpu_memory import SLACK_BYTES
@@ -126,6 +128,16 @@ async def test_each_policy_is_tried_in_turn_and_the_model_is_left_as_it_was_foun
         await d.ask("validate", model="a", policies=[str(OFFLOAD)])
         await d.life.settled()
         assert d.life.state_of("a") == "serving"
+
+
+@in_loop
+async def test_a_parking_and_a_wake_are_measured_by_themselves() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ticks = itertools.count()
+        monkeypatch.setattr(module, "monotonic", lambda: 100.0 + 1.2345 * next(ticks))
+        async with desk(config_of(model("a"))) as d:
+            (row,) = (await d.ask("validate", model="a", policies=[str(OFFLOAD)]))["policies"]
+            assert [row["sleep_secs"], row["wake_secs"]] == pytest.approx([1.2345] * 2, abs=0.001)
 
 
 @in_loop

@@ -10,7 +10,7 @@ from runtime_harness import OFFLOAD, config_of, in_loop, model
 from test_verbs import Desk, desk
 
 from llmux.config.schema import Config, Eviction, Process, Weights
-from llmux.errors import Blame, CheckpointFailed, Reason
+from llmux.errors import Blame, CheckpointFailed, EngineUnhealthy, Reason
 from tests.twins.disk import MemoryCheckpointer
 
 CHECKPOINT = Eviction(Weights.DISCARD, Process.CHECKPOINT)
@@ -162,3 +162,32 @@ async def test_a_fault_of_ours_in_a_restore_blames_no_image(
         assert "a" in d.world.images
         assert d.life.quarantined == []
         assert [line for line in caplog.messages if "can't start new thread" in line]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@in_loop
+async def test_an_image_whose_engine_does_not_answer_as_before_is_put_away(
+    fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with desk(two()) as d:
+        await parked(d, "a")
+        d.world.fail("engine.canary", EngineUnhealthy("test", "a", "it says Rome"))
+        if fails:
+            d.world.fail("checkpointer.quarantine", OSError(28, "No space left on device"))
+        await d.ask("load", model="a")
+        (put_away,) = [c for c in d.world.calls if c.operation == "checkpointer.quarantine"]
+        assert "it says Rome" in put_away.args[0]
+        assert d.life.quarantined == ([] if fails else ["a"])
+        said = "cannot quarantine the image of a: [Errno 28] No space left on device"
+        assert (said in caplog.messages) is fails
+        assert d.life.state_of("a") == "serving", "cold"
+
+
+@in_loop
+async def test_a_host_that_is_at_fault_after_the_restore_costs_no_image() -> None:
+    async with desk(two()) as d:
+        await parked(d, "a")
+        no_room = CheckpointFailed("resume", "a", "the GPU has no room", blame=Blame.HOST)
+        d.world.fail("cuda.resume", no_room)
+        await d.ask("load", model="a")
+        assert "a" in d.world.images and d.life.quarantined == []

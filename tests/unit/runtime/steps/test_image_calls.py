@@ -141,6 +141,7 @@ async def test_a_dump_is_given_all_that_is_known_and_what_made_room_is_told(fail
     checkpointer: Any = bench.drivers.checkpointer
     checkpointer.take_removed = lambda: ["b", "c"]
     bench.instance.facts = FACTS
+    bench.images._why_cold["a"] = "its image was removed"
     try:
         await bench.images.dump(bench.instance, CHECKPOINT, 900.0)
     except CheckpointFailed:
@@ -159,6 +160,7 @@ async def test_a_dump_is_given_all_that_is_known_and_what_made_room_is_told(fail
     made = [ImageKnown("a", CHECKPOINT, 5)]
     assert bench.told == gone + ([] if fails else made)
     assert "removed to make room" in bench.images.why_cold(replace(CONFIG, name="b"))
+    assert bench.images.why_cold(CONFIG) == ("its image was removed" if fails else NONE_MADE)
     ended = [("units.unwatch", HANDLE), ("output.detach", "a")]
     assert [call for call in bench.seen if call in ended] == ([] if fails else ended)
     assert (bench.instance.handle is None) is not fails

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -17,6 +18,7 @@ from llmux.engines import ENGINE_TYPES
 from llmux.errors import CheckpointFailed, EngineUnhealthy, LlmuxError, Unsupported
 from llmux.ports import GpuProcess, UnitHandle
 from llmux.protocol import Address
+from llmux.runtime.engines import cuda as module
 from llmux.runtime.engines.facts import EngineFacts
 from llmux.runtime.engines.instance import Instance
 from llmux.runtime.engines.steps import LOOK_SECS, Steps
@@ -266,3 +268,15 @@ async def test_a_cache_is_kept_where_the_engine_knows_no_other_way(
     bench.instance.facts = replace(bench.instance.facts, cache_discarded=True)
     await bench.run(Step(K.RETURN_CACHE, 9.0))
     assert bench.instance.facts.cache_discarded is False
+
+
+@in_loop
+async def test_what_leaves_the_gpu_has_what_is_left_of_its_time() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ticks = itertools.count(100.0, 2.5)
+        monkeypatch.setattr(module, "monotonic", lambda: next(ticks))
+        for deadline, left in ((9.0, 6.5), (1.0, 0.0)):
+            bench = Bench()
+            bench.instance.facts = replace(bench.instance.facts, resumed=True)
+            seen = await bench.run(Step(K.LEAVE_GPU, deadline, level=2))
+            assert seen[-1] == ("cuda.suspend", [77, 78], left)
