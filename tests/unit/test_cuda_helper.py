@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fake_libcuda"))
 
 from fake_cuda import COMPILER, FakeCuda
 
-from llmux.drivers.cuda.calls import CudaCallTimeout
+from llmux.drivers.cuda import driver
+from llmux.drivers.cuda.calls import CudaCallError, CudaCallTimeout
 from llmux.drivers.cuda.cuda_helper import Library
 from llmux.drivers.cuda.driver import HELPER, Helper, HelperCalls, greeting_problem
+from llmux.errors import Unsupported
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the fake libcuda.so.1")
 
@@ -191,3 +193,55 @@ def test_a_library_that_is_not_there_is_the_problem_and_not_each_of_its_function
     assert library.problem is not None
     assert library.problem.startswith("cannot load libnothing.so.1: ")
     assert (library.missing, library.driver_version) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("", "the CUDA helper ended without a word"),
+        ("print('no json', flush=True)", "the CUDA helper ended without a word"),
+        ("import sys; sys.stdin.read()", "the CUDA helper said nothing for 0 s"),
+    ],
+)
+def test_a_helper_without_a_greeting_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
+) -> None:
+    (tmp_path / "helper.py").write_text(script)
+    monkeypatch.setattr(driver, "HELPER", tmp_path / "helper.py")
+    if "nothing" in said:
+        monkeypatch.setattr(driver, "START_SECS", 0.01)
+
+    async def main() -> None:
+        calls = HelperCalls("libcuda.so.1", close_secs=60.0)
+        with pytest.raises(Unsupported, match=said):
+            await calls.ready()
+        with pytest.raises(CudaCallError, match=said) as raised:
+            await calls.call("lock", 101, 1.0, on_late=lambda: None)
+        assert (raised.value.operation, raised.value.pid, raised.value.code) == ("lock", 101, None)
+        await calls.close()
+
+    asyncio.run(main())
+
+
+def test_a_helper_that_ended_takes_no_call_and_is_replaced(fake: FakeCuda) -> None:
+    async def main() -> None:
+        helper = await Helper.start(str(fake.library), {})
+        assert (await helper.send("state", 101, 0))["value"] == 0
+        os.kill(helper.pid, signal.SIGKILL)
+        with pytest.raises(EOFError, match="the CUDA helper ended"):
+            await helper.send("state", 101, 0)
+        assert await helper.leave(60.0)
+        assert (helper.alive, helper.ended) == (False, True)
+        with pytest.raises(EOFError, match="the CUDA helper has ended"):
+            await helper.send("state", 101, 0)
+        calls = HelperCalls(str(fake.library), close_secs=60.0)
+        await calls.ready()
+        first = calls._current
+        assert first is not None
+        os.kill(first.pid, signal.SIGKILL)
+        assert await first.leave(60.0)
+        assert await calls.call("state", 101, 60.0, on_late=lambda: None) == 0
+        assert calls._current is not first
+        await calls.close()
+
+    asyncio.run(main())

@@ -239,3 +239,14 @@ def test_an_engine_becomes_its_user_for_good_and_that_user_needs_no_right_to_sta
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     said = "(65534, 65534, 65534) (65533, 65533, 65533) [65532]\n"
     assert done.stdout == said * 2 + "{'0000000000000000'}\n", done.stderr
+
+
+def test_a_call_that_was_given_up_is_not_made_and_hides_no_other() -> None:
+    caller, free, made = _Caller("the GPUs"), threading.Event(), list[int]()
+    caller.submit(free.wait)
+    given_up, other = (caller.submit(lambda: made.append(1)) for _ in range(2))
+    assert given_up.cancel()
+    free.set()
+    other.result(20)
+    assert made == [1]
+    caller.end()

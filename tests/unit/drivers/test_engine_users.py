@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import logging
 import os
 import pwd
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,28 @@ def test_one_user_for_all_has_its_own_home() -> None:
     assert (user.name, user.uid, user.gid) == (ME, entry.pw_uid, entry.pw_gid)
     assert (user.home, user.temporary) == (entry.pw_dir, None)
     assert SharedUser(ME, entry.pw_dir).find("poet").home == f"{entry.pw_dir}/{ME}"
+
+
+def test_a_uid_or_gid_that_has_a_name_is_not_given_out(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another program's, from a directory service."""
+    free = FIRST + 2
+
+    def known(*numbers: int) -> Callable[[int], object]:
+        def look(number: int) -> object:
+            if number not in numbers:
+                raise KeyError(number)
+            return object()
+
+        return look
+
+    monkeypatch.setattr(pwd, "getpwuid", known(FIRST))
+    monkeypatch.setattr(grp, "getgrgid", known(FIRST + 1))
+    proc = place / "proc"
+    proc.mkdir()
+    few = users(place, uids=(FIRST, free), proc=str(proc))
+    assert few.find("poet").uid == free
+    (place / "cache" / "poet").mkdir()
+    with pytest.raises(LlmuxError, match="all 3 are in use"):
+        few.find("critic")

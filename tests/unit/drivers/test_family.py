@@ -103,3 +103,27 @@ def test_another_process_by_the_same_pid_is_not_touched(tree: tuple[UnitHandle, 
     handle, _, _ = tree
     other = UnitHandle("m", handle.unit, handle.pid, handle.start_ticks + 1, "/m")
     assert Families().note(other, []) == []
+
+
+def test_a_unit_that_is_forgotten_is_seen_anew(
+    tree: tuple[UnitHandle, int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    handle, child, _ = tree
+    families = Families()
+    families.forget(handle)  # never seen
+    for _ in range(2):
+        assert families.note(handle, [handle.pid, child]) == []
+        assert families.note(handle, [handle.pid]) == [child]
+        families.forget(handle)
+        assert families.note(handle, [handle.pid]) == []
+        families.forget(handle)
+    left = [f"process {child} of" in record.getMessage() for record in caplog.records]
+    assert left == [True, True], "said again of what is known again"
+
+
+def test_where_nothing_left_nothing_is_killed(tree: tuple[UnitHandle, int, int]) -> None:
+    handle, child, below = tree
+    members = [handle.pid, child, below]
+    families = Families()
+    assert asyncio.run(families.kill_outside(handle, lambda: members, time.monotonic() + 10)) == []
+    assert all(process_state(pid) not in "ZX" for pid in members)

@@ -77,3 +77,14 @@ def test_a_port_is_asked_by_its_number() -> None:
         address = Address(port=server.getsockname()[1])
         assert find_stranger(address, [os.getpid()]) is None
         assert find_stranger(address, [1]) is not None
+
+
+def test_a_socket_that_no_process_shows_is_held_by_one_that_cannot_be_seen(tmp_path: Path) -> None:
+    net = tmp_path / "self" / "net"
+    net.mkdir(parents=True)
+    row = "0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 1000 0 4242 1"
+    (net / "tcp").write_text(f"sl local_address\n{row}\n")
+    (tmp_path / "77" / "fd").mkdir(parents=True)
+    (tmp_path / "77" / "fd" / "3").symlink_to("socket:[4243]")
+    assert find_on_port(8080, [], str(tmp_path)) == "a process of another user or container"
+    assert find_on_port(8081, [], str(tmp_path)) is None

@@ -343,3 +343,26 @@ def test_of_another_host_boot_times_and_the_users_name_do_not_count(
     found = identity.portable_identity(config, root, "ab" * 16)
     groups = sorted(os.getgrouplist("root", 0))
     assert (found["uid"], found["groups"]) == ("0", " ".join(map(str, groups)))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_far_behind_is_left_out_and_counted_for_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """Whole lines of it; without a journal nobody is told."""
+    monkeypatch.setattr(output, "MOST_BEHIND", 100)
+    monkeypatch.setattr(output, "CHUNK", 60)
+
+    def body(files: EngineFiles, heard: Heard, out: str, err: str) -> None:
+        files.attach(HANDLE if own else UnitHandle("m", "m", HANDLE.pid, HANDLE.start_ticks))
+        say(out, "".join(f"line {number:04}\n" for number in range(20)))
+        assert files.tail("m")[-1] == "line 0019"
+        model = files._models["m"]
+        left = 20 - len(files.tail("m"))
+        assert left >= 6
+        assert files.tail("m") == [f"line {number:04}" for number in range(left, 20)]
+        assert (model.rate.left_out, model.report is not None) == (
+            (left, True) if own else (0, False)
+        )
+
+    following(tmp_path, body)

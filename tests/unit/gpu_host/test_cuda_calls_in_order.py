@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.cuda.calls import Code, CudaCallError, CudaState, ProcessTable
+from llmux.drivers.cuda.calls import Code, CudaCallError, CudaCallTimeout, CudaState, ProcessTable
 from llmux.drivers.cuda.host_memory import HostMemory
 from llmux.drivers.cuda.sequence import CudaSequence
 from llmux.errors import Blame, CheckpointFailed, DriverTimeout, TreeState
@@ -29,6 +29,8 @@ class Driver:
         self.left: list[float] = []
         self.closed = False
         self.not_ready = False
+        self.late: set[tuple[str, int]] = set()  # of those in ``codes``: they do not answer
+        self.after: dict[tuple[str, int], int] = {}  # codes once anything was done
 
     async def ready(self) -> None:
         if self.not_ready:
@@ -45,6 +47,10 @@ class Driver:
     ) -> int:
         self.calls.append((operation, pid, lock_ms))
         self.left.append(timeout)
+        if len(self.made()) > 0:
+            self.codes |= self.after
+        if (operation, pid) in self.codes and (operation, pid) in self.late:
+            raise CudaCallTimeout(operation, pid)
         if (operation, pid) in self.codes:
             raise CudaCallError(operation, pid, self.codes[operation, pid], "words")
         if operation == "restore_tid":
@@ -244,3 +250,29 @@ def test_memory_is_asked_for_before() -> None:
     assert "gpu-memory-utilization" in (raised.value.hint or "")
     plenty = sequence(Driver(), memory=HostMemory(Path("/no"), available=lambda: 1 << 60))
     asyncio.run(plenty.check_memory([7], 1))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_cannot_be_put_back_or_looked_at_is_said(late: bool) -> None:
+    """Beside what failed first: of each process by itself."""
+    driver = Driver(p7=RUNNING, p8=RUNNING, p9=RUNNING)
+    driver.codes["checkpoint", 8] = Code.NOT_READY
+    driver.codes["unlock", 7] = Code.OPERATING_SYSTEM
+    said = "process 7: words"
+    if late:
+        driver.late.add(("unlock", 7))
+        said = "process 7 has not ended"
+    with pytest.raises(CheckpointFailed) as raised:
+        asyncio.run(sequence(driver).suspend([7, 8, 9], 5))
+    assert f"and could not be put back: unlock of {said}" in str(raised.value)
+    assert raised.value.tree is TreeState.BROKEN
+    assert (driver.states[8], driver.states[9]) == (RUNNING, RUNNING)
+    driver = Driver(p7=CHECKPOINTED, p8=CHECKPOINTED, p9=CHECKPOINTED)
+    driver.codes["restore", 9] = Code.NOT_READY
+    driver.after = {("state", 7): Code.OPERATING_SYSTEM}
+    if late:
+        driver.late.add(("state", 7))
+    with pytest.raises(CheckpointFailed) as raised:
+        asyncio.run(sequence(driver).resume([7, 8, 9], 5))
+    assert f"state of {said}; process 8 is now locked" in str(raised.value)
+    assert "process 9 is now checkpointed" in str(raised.value)

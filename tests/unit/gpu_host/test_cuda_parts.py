@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from llmux.drivers.cuda.calls import (
 from llmux.drivers.cuda.driver import greeting_problem
 from llmux.drivers.cuda.failures import raise_failure
 from llmux.drivers.cuda.host_memory import GIB, HostMemory, required_host_bytes
-from llmux.errors import Blame, CheckpointFailed, DriverTimeout, TreeState
+from llmux.errors import Blame, CheckpointFailed, DriverTimeout, TreeState, Unsupported
 
 
 @pytest.mark.parametrize(
@@ -265,3 +267,50 @@ def test_memory_that_is_just_enough_is_enough_in_every_cgroup_above(tmp_path: Pa
     for text in ("", "1:name=x:/a\n"):
         (proc / "7" / "cgroup").write_text(text)
         assert host.headroom(7) is None
+
+
+def a_tool(place: Path, script: str) -> tool.ToolCalls:
+    path = place / "tool"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return tool.ToolCalls(str(path))
+
+
+def test_a_run_of_the_tool_and_what_becomes_of_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        late: list[str] = []
+
+        def called(runs: tool.ToolCalls, operation: str = "state") -> Coroutine[Any, Any, int]:
+            return runs.call(operation, 7, 20.0, on_late=lambda: late.append(operation))
+
+        answers = a_tool(tmp_path, 'echo "$@" >&2; echo locked')
+        await answers.ready()
+        with pytest.raises(CudaCallError, match="unknown state '--get-state --pid 7 locked'"):
+            await called(answers)
+        assert await called(a_tool(tmp_path, "echo locked")) == CudaState.LOCKED
+        with pytest.raises(CudaCallError, match="was killed by signal 9 in mid-operation"):
+            await called(a_tool(tmp_path, "kill -9 $$"))
+        absent = tool.ToolCalls(f"{tmp_path}/absent")
+        with pytest.raises(CudaCallError, match=f"cannot run {tmp_path}/absent: .*No such file"):
+            await called(absent)
+        with pytest.raises(Unsupported, match="no such program, or not executable"):
+            await absent.ready()
+        assert late == []
+        # Whoever asked is gone: the run goes on, and its end is told.
+        running = a_tool(tmp_path, "read x <pipe; exit 1")
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "tool").write_text(f"#!/bin/sh\nread x <{tmp_path}/pipe; exit 1\n")
+        task = asyncio.create_task(called(running, "lock"))
+        pipe = await asyncio.to_thread(open, tmp_path / "pipe", "wb")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert late == []
+        pipe.close()
+        async with asyncio.timeout(20):
+            while not late:  # noqa: ASYNC110  # a process of others: no event
+                await asyncio.sleep(0.001)
+        assert late == ["lock"]
+        await running.close()
+
+    asyncio.run(body())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmux.drivers.doctor import as_engine, look_as_engine
+from llmux.drivers.doctor import as_engine, facts, look_as_engine
 from llmux.ports import EngineUser, LaunchSpec
 
 
@@ -102,3 +103,23 @@ def test_what_keeps_an_engine_out_is_said_by_its_program(
     assert "timed out after 0.01 seconds" in look(interpreter=[str(bad)])["problems"][0]
     (files / "a").chmod(0o640)
     assert look_as_engine.closed(str(files / "a")) == "its mode is 0o640"
+
+
+def test_without_a_place_for_the_look_there_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", f"{tmp_path}/gone")
+    spec = LaunchSpec("m", ("/bin/true",), {}, None, "", "", str(tmp_path))
+    status, said = as_engine.run_as_engine(spec, 20.0)
+    assert status is None
+    assert said.startswith(f"{tmp_path}/gone/llmux-doctor-")
+    assert said.endswith(": No such file or directory")
+
+
+def test_users_and_their_groups_are_those_of_the_host() -> None:
+    me = pwd.getpwuid(os.geteuid())
+    assert facts.user_exists(me.pw_name)
+    assert not facts.user_exists("no-such-user")
+    assert facts.groups_of(me.pw_name) == frozenset(os.getgrouplist(me.pw_name, me.pw_gid))
+    with pytest.raises(KeyError):
+        facts.groups_of("no-such-user")

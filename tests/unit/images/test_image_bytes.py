@@ -270,3 +270,35 @@ def test_an_image_is_checked_beside_its_restore(
         assert reports[-1] == (DumpPhase.PACK, 123, 123)
     else:
         assert found is not None and re.fullmatch(said, found)
+
+
+def test_a_hole_at_the_end_is_zeros_as_well(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    os.truncate(tmp_path / "f", 2 * SEGMENT + 1)
+    (one,) = digest(tmp_path, "f")
+    assert one.sums[0] != 0
+    assert one.sums[1:] == (0, 0)
+    with (tmp_path / "f").open("rb") as source, (tmp_path / "to").open("wb") as target:
+        files.copy_sparse(source.fileno(), target.fileno(), 2 * SEGMENT + 1)
+    copy = (tmp_path / "to").stat()
+    assert (copy.st_size, copy.st_blocks * 512 <= PIECE) == (2 * SEGMENT + 1, True)
+    assert digest(tmp_path, "to")[0].sums == one.sums
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_hole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+
+    def fails(*_: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "lseek", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            digest(tmp_path, "f")
+        with pytest.raises(OSError, match="Input/output error"):
+            files.copy_sparse(0, os.open(tmp_path / "f", os.O_RDWR), 1)
+    with (tmp_path / "f").open("r+b") as file, pytest.raises(OSError, match="shorter than it was"):
+        monkeypatch.setattr(os, "sendfile", lambda *_: 0)
+        files.copy_sparse(file.fileno(), file.fileno(), 1)

@@ -259,3 +259,13 @@ def test_a_damaged_note_is_none(tmp_path: pathlib.Path, text: str) -> None:
     assert notes.read_note(path) == {}
     os.unlink(path)
     assert notes.read_note(path) == {}
+
+
+def test_a_machine_without_an_id_hides_them_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", absent)
+        hidden = identity.hide("a")
+    assert hidden == identity.hide("a", b"llmux")

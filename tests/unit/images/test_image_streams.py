@@ -223,6 +223,7 @@ def test_a_file_is_complete_under_its_name_alone(sent: Sent, home: pathlib.Path)
         (whole[: start + 100], 0, False),
         (whole[: start + 512 + SEGMENT], 1, False),
         (whole[: start + 512 + SEGMENT + 3], 1, False),
+        (whole[: start + 512 + SEGMENT] + entry("x", 0) + whole[start:], 1, False),
         (whole[: start - 1], 0, True),
         (b"", 0, True),
         (entry("x", 0), 0, True),

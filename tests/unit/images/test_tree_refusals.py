@@ -321,3 +321,25 @@ def test_the_kernels_answer_is_read_to_its_end() -> None:
     failing: socket.socket = Kernel(message(2, struct.pack("=i", -2)))  # type: ignore[assignment]
     with pytest.raises(FileNotFoundError):
         list(unix_diag._answers(failing))
+
+
+@pytest.mark.parametrize("namespace", ["own", "another", "unseen"])
+def test_a_stream_that_leaves_the_engine_is_refused_where_it_can_be_seen(
+    proc: Proc, namespace: str
+) -> None:
+    """Of another network namespace the kernel shows us nothing: CRIU finds out."""
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with one, other:
+        ours, theirs = (os.fstat(each.fileno()).st_ino for each in (one, other))
+        proc.add(7, 1, f"socket:[{ours}]")
+        proc.add(9, 1, f"socket:[{theirs}]")
+        (proc.root / "9" / "comm").write_text("client\n")
+        if namespace != "unseen":
+            (proc.root / "7" / "ns").mkdir()
+            own = os.readlink("/proc/self/ns/net")
+            (proc.root / "7" / "ns" / "net").symlink_to(own if namespace == "own" else "net:[1]")
+        leaves = (
+            "process 7 (p7) has a unix stream connection that leaves the engine: fd 0, to"
+            " process 9 (client)"
+        )
+        assert proc.problems() == [leaves] * (namespace == "own")

@@ -150,6 +150,20 @@ def test_a_launcher_that_ends_or_hangs_is_named(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_none_is_made_any_more_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawn, "READY_DELAY", 0.0)
+
+    async def body() -> None:
+        held = Launchers()
+        launch = held.take()
+        await held.close()
+        launch.close()
+        assert await launch.process.wait(SECONDS)
+        assert held._ready is None
+
+    asyncio.run(body())
+
+
 def test_without_an_interpreter_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         before = len(os.listdir("/proc/self/fd"))

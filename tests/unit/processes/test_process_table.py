@@ -189,3 +189,42 @@ def test_who_stops_looking_leaves_the_process_alone() -> None:
             assert told == []
 
     asyncio.run(body())
+
+
+def test_who_was_reaped_by_another_takes_no_signal() -> None:
+    async def body() -> None:
+        with cat() as child:
+            held = Process.open(child.pid)
+            assert held is not None
+            child.kill()
+            child.wait()
+            assert not held.signal(signal.SIGTERM)
+            assert await held.wait(SECONDS)
+            assert (held.ended, held.code) == ("gone", None)
+
+    asyncio.run(body())
+
+
+def test_a_child_that_its_tracer_still_holds_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pidfd is readable, and there is nothing to reap yet."""
+    asked: list[int] = []
+    reap = os.waitid
+
+    def waitid(*words: int) -> os.waitid_result | None:
+        asked.append(words[0])
+        return None if len(asked) < 3 else reap(*words)
+
+    async def body() -> None:
+        wrong: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: wrong.append(what))
+        with cat() as child:
+            held = Process.open(child.pid)
+            assert held is not None
+            monkeypatch.setattr(os, "waitid", waitid)
+            child.kill()
+            assert await held.wait(SECONDS)
+            assert (held.ended, len(asked)) == ("killed by SIGKILL", 3)
+            assert wrong == []
+            child.returncode = -9
+
+    asyncio.run(body())
