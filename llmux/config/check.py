@@ -211,7 +211,7 @@ def _models(draft: Draft, *keys: str) -> Iterator[tuple[KeyPath, ModelConfig]]:
 def _rank_argument(model: ModelConfig) -> int:
     """Index of the first kind of argument that spreads the engine over several GPUs."""
     found = (find_option(model.extra_args, names) for names in model.engine_type.rank_options)
-    return next((option.index for option in found if option and (option.number or 1) > 1), 0)
+    return next((option.index for option in found if option and option.number != 1), 0)
 
 
 def _gpu_numbers(draft: Draft) -> Iterator[Fault]:

@@ -74,7 +74,7 @@ def listed(words: type[StrEnum]) -> str:
 
 
 def unknown_word(word: str, words: type[StrEnum]) -> str:
-    near = get_close_matches(word.lower(), list(words), n=1)
+    near = get_close_matches(word.lower(), list(words))
     hint = f" (did you mean {quote(near[0])}?)" if near else ""
     return f"unknown word {quote(word)}; allowed: {listed(words)}{hint}"
 

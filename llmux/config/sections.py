@@ -114,7 +114,7 @@ def _unknown_key(entry: Entry, spec: Spec, homes: Mapping[str, str]) -> str:
         return spec.gone[key](entry.value)
     if key in homes:
         return f"unknown key {quote(key)} here; it belongs {homes[key]}"
-    near = get_close_matches(key, list(spec.parsers), n=1)
+    near = get_close_matches(key, list(spec.parsers))
     if near:
         return f"unknown key {quote(key)}; did you mean {quote(near[0])}?"
     return f"unknown key {quote(key)}; known here: {', '.join(spec.parsers)}"

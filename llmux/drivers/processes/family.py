@@ -85,8 +85,6 @@ class Families:
                     if (process := Process.open(*key)) is not None:
                         held[key] = process
                         process.signal(signal.SIGSTOP)
-                if not held.keys() & set(new):
-                    break  # all of them gone meanwhile
             for process in held.values():
                 process.signal(signal.SIGKILL)
             for process in held.values():

@@ -265,6 +265,10 @@ def test_what_the_gateways_user_may_not_read(
     assert refused() == all_four[3:], "that list is not the file's"
     reader.access_lists.append(f"{folder}/key")
     assert refused() == []
+    (folder / "key").chmod(0o651)
+    reader.access_lists = [str(folder)]
+    assert refused() == all_four[3:], "to run it is not to read it"
+    (folder / "key").chmod(0o640)
     reader.access_lists = []
     for mode, groups, paths in (
         (0o710, [os.getgid()], [*all_four[:3]]),

@@ -23,6 +23,7 @@ YAML = [
     ("x: y\na: \x01", "2:4", "the character U+0001 is not allowed in YAML"),
     ("\x01", "1:1", "the character U+0001 is not allowed in YAML"),
     ('a: "\\UFFFFFFFF"', "1:7", "an escape or a number here is out of range"),
+    ('a: "\\U00110000"', "1:7", "an escape or a number here is out of range"),
     ("a: 1\n---\nb: 2", "2:1", ("expected a single document in the stream, but found another"
      " document")),
     ("[" * 700, "1:1", DEEP),
@@ -129,7 +130,14 @@ def test_what_has_no_meaning_is_named_and_the_rest_is_read() -> None:
     assert values(tree) == {**read, "e": one}
 
 
+def test_a_number_may_have_more_digits_than_python_takes() -> None:
+    many = "1" * 5000
+    tree, faults = parse_text(f'{{"port": {many}}}', "c.json")
+    assert (values(tree), faults) == ({"port": ("NUMBER", many)}, ())
+
+
 def test_depth_is_bounded_exactly() -> None:
+    assert MAX_DEPTH == 32
     whole = "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1)
     assert parse_text(whole, "c.yaml")[1] == ()
     _, (fault,) = parse_text(f"[{whole}]", "c.yaml")
@@ -155,6 +163,24 @@ def test_a_file_and_a_pipe_are_read_up_to_a_bound(
     (fault,) = caught.value.faults
     assert str(fault.mark) == f"{path}:1:1"
     assert fault.message == f"cannot read the file: larger than {MAX_FILE_BYTES} bytes"
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "/dev/stdin"])
+def test_what_a_program_writes_is_read_from_its_pipe(name: str, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b"port: 1")
+    os.close(write)
+    stdin = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        assert read_text(Path(name.format(read))) == "port: 1"
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(read)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ParseError, match="not a plain file"):
+        read_text(tmp_path / "fifo")
 
 
 @pytest.mark.parametrize(
@@ -276,6 +302,8 @@ def test_where_drop_ins_are_looked_for(main: Path) -> None:
         f"{main.parent}/absent:1:1 (): cannot list the folder: no such file or directory"
     ]
     assert values(absent.root) == {"port": ("NUMBER", "5")}
+    (message,) = messages(read_sources(other, Path("a\0b")))
+    assert message.endswith("cannot list the folder: embedded null byte")
     for drop_in in (main.parent / "conf.d").iterdir():
         drop_in.unlink()
     (main.parent / "conf.d").rmdir()

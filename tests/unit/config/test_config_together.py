@@ -50,6 +50,13 @@ def test_problems_come_in_the_order_of_files_and_lines(tmp_path: Path) -> None:
         "0.yaml:2:1", "a.yaml:1:10", "a.yaml:2:13", "a.yaml:2:16",
     ]  # fmt: skip
     assert "already in" in caught.value.problems[-1].message
+    (tmp_path / "alone.yaml").write_text("port: x\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "alone.yaml", conf_d=tmp_path / "absent")
+    assert [Path(problem.file).name for problem in caught.value.problems] == [
+        "alone.yaml",
+        "absent",
+    ]
 
 
 def test_what_is_half_read_is_not_judged_together(tmp_path: Path) -> None:
@@ -129,6 +136,7 @@ def test_what_follows_from_a_models_settings() -> None:
     assert last.rungs == (Eviction(), image, Eviction(process=Process.STOP))
     assert last.makes_images
     assert plain.ranks == 1
+    assert ModelConfig("a", "o/a", extra_args=("-tp", "x", "-pp=2")).ranks == 2
     args = ("-tp", "2", "--pipeline-parallel-size=3", "--lora-modules", "x=/p", "y=/q")
     wide = ModelConfig("a", "o/a", extra_args=args)
     assert (wide.ranks, wide.adapters) == (6, ("x", "y"))

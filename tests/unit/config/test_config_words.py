@@ -20,6 +20,7 @@ from llmux.config.files.marks import (
     dotted,
     quote,
 )
+from llmux.config.schema import Limits
 
 LABEL = "a" * 63
 LONG_HOST = ".".join([LABEL] * 3) + "." + "b" * 61  # 253 characters
@@ -45,7 +46,7 @@ SECRET, ALIAS, MODE, HOST = parse.secret_path, parse.alias, parse.file_mode, add
 FRACTION = quantities.number(-0.5, 2)
 WHOLE = quantities.integer(-(10**60), 10**60)
 TEN = quantities.duration("s", 0, 10)
-ENGINE = keys.MODEL.parsers["engine"]
+ENGINE, LIMITS = keys.MODEL.parsers["engine"], sections.limits
 
 TAKEN: list[tuple[Any, str, Any]] = [
     *((LISTEN, text, text) for text in (
@@ -84,6 +85,10 @@ TAKEN: list[tuple[Any, str, Any]] = [
     (parse.gpus, "2", 2),
     (parse.gpus, "[3, 0]", (3, 0)),
     (ENGINE, "vllm", "vllm"),
+    (LIMITS, "{memory_max: 64MiB}", Limits(memory_max=64 * 1024**2)),
+    (LIMITS, "{memory_max: 1024TiB}", Limits(memory_max=1024**5)),
+    (LIMITS, "{memory_max_share: 1, tasks_max: 16}", Limits(memory_max_share=1, tasks_max=16)),
+    (LIMITS, "{tasks_max: 4194304}", Limits(tasks_max=4194304)),
     (FRACTION, "-0.5", -0.5), (FRACTION, ".5", 0.5), (FRACTION, "+1.", 1.0),
     (FRACTION, "20e-1", 2.0),
     (WHOLE, "9" * 40, int("9" * 40)), (WHOLE, "-1", -1), (WHOLE, "+0", 0),
@@ -191,7 +196,13 @@ REFUSED = [
     (sections.ladder, "[]", "expected {weights: ..., process: ...} or text such as…"),
     (sections.ladder, "[retain+freeze, discard+freeze]",
      "discard+freeze takes the processes no further than retain+freeze; the order is …"),
-    (sections.limits, "7", "expected a mapping such as {memory_max: 64GiB, …"),
+    (LIMITS, "{memory_max: 67108863}", "memory_max: expected a size from 64MiB to 1024TiB,…"),
+    (LIMITS, "{memory_max: 1125899906842625}", "memory_max: expected a size from 64MiB to…"),
+    (LIMITS, "{memory_max_share: 0}", "memory_max_share: expected a number above 0 and up to 1…"),
+    (LIMITS, "{memory_max_share: 1.01}", "memory_max_share: expected a number above 0 and…"),
+    (LIMITS, "{tasks_max: 15}", "tasks_max: expected a whole number from 16 to 4194304, got 15"),
+    (LIMITS, "{tasks_max: 4194305}", "tasks_max: expected a whole number from 16 to 4194304, g…"),
+    (LIMITS, "7", "expected a mapping such as {memory_max: 64GiB, …"),
 ]  # fmt: skip
 
 

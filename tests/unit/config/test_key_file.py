@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from llmux.config.keyfile import MAX_BYTES, PREFIX, hash_key, load_keys, make_key, without_key
+from llmux.config.keyfile import PREFIX, hash_key, load_keys, make_key, without_key
 from llmux.config.schema import Key, KeyRole
 from llmux.errors import ConfigError
 
+MAX_BYTES = 8 * 1024**2
 DIGEST = hash_key("x").hex()
 NO_LIMITS: list[Any] = [0, -1, True, 1_000_000_000, "1", []]
 GOOD: dict[str, Any] = {"name": "a", "sha256": DIGEST}

@@ -79,6 +79,7 @@ def test_the_copy_is_for_its_group_and_nobody_else(tmp_path: Path) -> None:
         found = {path: path.stat() for path in (top, *top.rglob("*"))}
         assert len(found) == 4
         assert {status.st_gid for status in found.values()} == {os.getgid()}
+        assert {status.st_uid for status in found.values()} == {os.getuid()}
         for path, status in found.items():
             assert status.st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
@@ -138,3 +139,6 @@ def test_files_that_are_missing_do_not_make_it_bad_unless_they_may_be_looked_for
     config.write_text("models: {a: {model_path: /no/such}}\n")
     assert len(last_good.load(str(config)).notes) == 1
     assert last_good.load(str(config), check_files=False).notes == ()
+    last_good.keep(last_good.load(str(config)).config.sources)
+    config.write_text(BAD)
+    assert list(last_good.load(str(config)).config.models) == ["a", "b"], "nor is the copy bad"

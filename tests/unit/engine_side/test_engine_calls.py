@@ -354,6 +354,9 @@ def test_a_probe_that_the_end_cuts_short_is_not_the_reason(tmp_path: Path) -> No
         async with engine(tmp_path, lambda *_: answers.pop() if answers else None) as (address, _):
             with pytest.raises(DriverTimeout, match=r"within 1s \(last: 503 loading\)"):
                 await VllmEngine().wait_healthy(address, 1)
+        async with engine(tmp_path, lambda *_: None) as (address, _):
+            with pytest.raises(DriverTimeout, match=r"\(last: no answer within 0\.0"):
+                await VllmEngine().wait_healthy(address, 0.05)
 
     asyncio.run(body())
 

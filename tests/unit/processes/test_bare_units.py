@@ -59,7 +59,9 @@ class Exits:
 def test_a_unit_ends_as_a_whole_and_who_watches_is_told(tmp_path: Path, how: str) -> None:
     async def body() -> None:
         units = BareUnits(None)
+        before = len(os.listdir("/proc/self/fd"))
         handle = await units.start(spec(tmp_path, "/bin/sleep", "1000"), SECONDS)
+        assert len(os.listdir("/proc/self/fd")) == before + 1, "what holds the process"
         assert (handle.model, handle.cgroup) == ("m", None)
         assert start_ticks(handle.pid) == handle.start_ticks
         pids = await units.pids(handle)
