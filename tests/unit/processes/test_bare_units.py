@@ -132,6 +132,7 @@ def test_what_cannot_be_started_leaves_nothing(tmp_path: Path) -> None:
 
 def test_children_of_ours_are_stopped_by_nobody_else() -> None:
     assert asyncio.run(DirectUnits().ending()) is False
+    assert asyncio.run(BareUnits(None).ending()) is False
 
 
 def test_rows_of_the_dead_hide_nobody_in_a_ledger(tmp_path: Path) -> None:
