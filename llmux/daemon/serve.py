@@ -115,8 +115,7 @@ async def _serve_in(
             await until(stop, supervisor.loop.run(), _ended_early(front), warm(supervisor, stop))
         finally:
             gateway_stop.set()
-            with contextlib.suppress(asyncio.CancelledError):
-                await front
+            await front
     finally:
         await supervisor.close()
         notifier.close()

@@ -110,7 +110,7 @@ async def test_one_process_serves_with_keys_tls_metrics_and_a_control_socket(hos
         assert status == 200 and b"llmux_" in text
 
         await asyncio.to_thread(client.ask, control, "load", {"model": "a"}, timeout=20)
-        await host.told("STATUS=")
+        await host.told("STATUS=serving a")
         assert "a" in host.world.engines
         host.write(models=host.document["models"] | {"b": {"model_path": "b"}})
         allow(host, "sk-two")

@@ -3,6 +3,7 @@ engine dies under it."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,22 @@ async def test_an_engine_that_does_not_listen_is_killed(world: World, tmp_path: 
     world.fail("units.terminate")
     assert (await shop.run(MODEL, park_plan(MODEL, STOP))).outcome is Outcome.DOWN
     assert world.engines == {}
+
+
+@in_loop
+async def test_an_engine_that_dies_behind_its_last_step_is_known_to_have_died(
+    world: World, tmp_path: Path
+) -> None:
+    shop = Shop(world, str(tmp_path))
+    looked = world.hold("units.stranger", nth=3)  # before the spawn, when it is healthy, at the end
+    shop.begin(MODEL, START)
+    await looked.reached.wait()
+    world.exit("a", "killed by SIGSEGV")
+    await asyncio.sleep(0)
+    looked.release()
+    assert (await shop.ended()).outcome is Outcome.UP
+    died = await shop.posted.get()
+    assert isinstance(died, EngineExited) and "SIGSEGV" in died.description
 
 
 @pytest.mark.parametrize("plan", [park_plan(MODEL, OFFLOAD), STOPPING], ids=lambda p: p.kind)

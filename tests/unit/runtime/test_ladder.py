@@ -18,7 +18,7 @@ from runtime_harness import (
 
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.plans import Outcome, Plan, park_plan, start_plan, wake_plan
-from llmux.errors import Blame, CheckpointFailed, LlmuxError, TreeState
+from llmux.errors import Blame, CheckpointFailed, DriverError, LlmuxError, TreeState
 from llmux.protocol import Ask
 from tests.twins.disk import MemoryStore
 from tests.twins.world import World
@@ -133,6 +133,22 @@ async def test_a_dump_that_harmed_nothing_leaves_the_engine_in_host_memory(
     assert (await shop.run(MODEL, wake_plan(MODEL, kept))).outcome is Outcome.UP
     assert world.engines["a"].handle.pid == pid
     assert world.violations == []
+
+
+@pytest.mark.parametrize("error", [DriverError("freeze", "a", "it is odd"), RuntimeError("odd")])
+@in_loop
+async def test_one_that_cannot_stay_there_either_ends(
+    world: World, tmp_path: Path, error: Exception
+) -> None:
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, START)
+    world.fail("checkpointer.dump", unharmed())
+    world.fail("freezer.freeze", error)
+    ended = await shop.run(MODEL, park_plan(MODEL, CHECKPOINT))
+    assert (ended.outcome, ended.eviction) == (Outcome.DOWN, None)
+    assert "a socket of vLLM's hub is open" in ended.detail
+    assert "; then " in ended.detail and "odd" in ended.detail
+    assert world.engines == {}
 
 
 @pytest.mark.parametrize("tree", [TreeState.BROKEN, TreeState.GONE])

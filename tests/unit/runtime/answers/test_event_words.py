@@ -27,6 +27,7 @@ from llmux.core.records import (
     Waking,
 )
 from llmux.errors import StateFileError
+from llmux.protocol import News, Watch
 from llmux.runtime.control import event_log
 from llmux.runtime.control.event_log import KEEP_SECS, TAIL_EVENTS, EventLog
 from llmux.runtime.control.order_book import Order
@@ -186,6 +187,44 @@ def test_a_queue_that_says_nothing_new_holds_up_no_other(silent: str, clock: lis
     assert lengths(log) == [(silent, 1), (other, 5)]
     log.published(queued(**{silent: 2, other: 5}), queued(**{silent: 1, other: 0}))
     assert lengths(log)[2:] == [(other, 0)]
+
+
+def watched(log: Watchers) -> list[News]:
+    heard: list[News] = []
+    for topic in ("events", "timeline", "logs"):
+        log.watch("peer", Watch(topic, "a" if topic == "logs" else ""), heard.append)
+    return heard
+
+
+def test_who_watches_hears_of_its_topic_and_model_alone() -> None:
+    watchers = Watchers()
+    heard = watched(watchers)
+    log = EventLog(watchers)
+    watchers.line("a", "loading")
+    watchers.line("b", "loading")
+    log.published(queued(), queued(a=1))
+    log.ordered(Order(1, "load", ("a",), "bob"), "given")
+    assert [(news.topic, news.model) for news in heard] == [
+        ("logs", "a"), ("timeline", ""), ("timeline", ""), ("events", ""),
+    ]  # fmt: skip
+    assert heard[0].item == "loading"
+    watchers.watch("peer", Watch("logs", "a", on=False), heard.append)
+    watchers.line("a", "more")
+    watchers.left("peer")
+    log.ordered(Order(1, "load", ("a",), "bob"), "done")
+    assert len(heard) == 4
+
+
+@pytest.mark.parametrize("moved", ["u", "v", "w"])
+def test_a_worker_without_news_hides_no_other(moved: str, clock: list[float]) -> None:
+    log = EventLog(Watchers())
+    before = {name: Worker(demands=MappingProxyType({})) for name in "uvw"}
+    demands = MappingProxyType({"a": WorkerDemand(waiting=2)})
+    after = before | {moved: Worker(demands=demands)}
+    models = (record(Stopped()),)
+    now = state_of(*models, workers=after, demands=demands)
+    log.published(state_of(*models, workers=before), now)
+    assert [event["type"] for event in log.recent] == ["queue"]
 
 
 def test_a_length_is_held_back_for_a_second_and_not_for_longer(clock: list[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from desks import desk
 from runtime_harness import OFFLOAD, config_of, in_loop, model
 
 from llmux.config.schema import Config, Eviction, Process, Weights
-from llmux.core.events import ImageKnown
+from llmux.core.events import ConfigChanged, ImageKnown
 from llmux.errors import LlmuxError, Reason
 from llmux.image_ports import Image
 from llmux.runtime.control import checkpoints as module
@@ -272,6 +273,38 @@ async def test_without_scopes_there_are_no_images_and_each_verb_says_so() -> Non
         await Checkpoints(*args).check_room("a", DISCARD_CHECKPOINT)
         refused = await d.refusal("sleep", model="a", eviction=str(DISCARD_CHECKPOINT))
         assert "images need llmux as a service" in str(refused)
+
+
+@in_loop
+async def test_where_nothing_can_be_checked_nothing_is_refused_ahead() -> None:
+    async with desk(one(), checkpointer=None) as d:
+        args = (
+            d.life.loop,
+            d.life.executor,
+            d.life.images,
+            replace(d.life.drivers, checkpointer=None),
+        )
+        await Checkpoints(*args).check_room("a", DISCARD_CHECKPOINT)
+        await d.ask("load", model="a")
+        await Checkpoints(*args).check_room("a", DISCARD_CHECKPOINT)
+        await Checkpoints(*args)._check_means("a")
+    async with desk(one()) as d:  # it has no engine yet
+        args = (d.life.loop, d.life.executor, d.life.images, d.life.drivers)
+        await Checkpoints(*args).check_room("a", DISCARD_CHECKPOINT)
+        assert d.world.names("checkpointer.check_room", "units.memory_bytes") == []
+
+
+@in_loop
+async def test_a_model_that_is_removed_meanwhile_has_no_image() -> None:
+    async with desk(config_of(model("a", eviction=DISCARD_CHECKPOINT), model("b"))) as d:
+        await d.ask("load", model="a")
+        dump = d.world.hold("checkpointer.dump")
+        making = asyncio.create_task(d.ask("checkpoint", model="a"))
+        await dump.reached.wait()
+        d.life.loop.post(ConfigChanged(config_of(model("b"))))
+        dump.release()
+        with pytest.raises(LlmuxError, match="cannot checkpoint a: it is not configured any more"):
+            await making
 
 
 # ---- to and from other hosts ---------------------------------------------------------------------

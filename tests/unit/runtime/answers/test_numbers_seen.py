@@ -59,6 +59,12 @@ SUSPEND = Eviction(Weights.RETAIN, Process.CUDA_SUSPEND)
 class Counted(MemoryGpu):
     looks = 0
     sees = True
+    error: Exception | None = None
+
+    async def totals(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return await super().totals()
 
     @property
     def available(self) -> bool:
@@ -99,6 +105,13 @@ async def test_memory_is_looked_at_once_for_all_who_ask_within_a_second() -> Non
         assert gpu.looks == 3, "the one that hangs goes on by itself"
         hold.release()
         await holdings.now()
+        now[0] += FRESH_SECS
+        for error in (LlmuxError("NVML is lost"), OSError(5, "Input/output error")):
+            gpu.error = error
+            assert await holdings.now() == {"a": Held(held, GIB)}
+            assert holdings.gpus == ()
+            now[0] += FRESH_SECS
+        gpu.error = None
         gpu.sees = False
         now[0] += FRESH_SECS
         assert await holdings.now() == {"a": Held(None, GIB)}

@@ -45,6 +45,7 @@ class Found:
         self.config = model("a", gpu_memory=0.9, **settings)
         self.eviction = eviction
         self.strangers: dict[int | str, str] = {}  # that listen when it is looked at
+        self.unready: set[str] = set()  # then, too
 
     async def observe(
         self, note: Note | None, residue: float | None = None, **notes: Any
@@ -62,6 +63,7 @@ class Found:
         after = Shop(self.world, self.shop.drivers.places.runtime)
         self.world.calls.clear()
         self.world.strangers |= self.strangers
+        self.world.unready |= self.unready
         seen = await reconcile._observe(
             state, after.executor, after.drivers, before.handle, document
         )
@@ -197,6 +199,15 @@ async def test_an_engine_that_cannot_be_looked_at_is_seen_as_not_answering(
     observed, _, _ = await found.observe(Note(ModelState.SERVING))
     assert observed == Observation("a", False, False, None, observed.note)
     assert text in caplog.messages
+
+
+@in_loop
+async def test_one_that_is_not_healthy_is_asked_no_more(tmp_path: Path) -> None:
+    found = Found(tmp_path, None)
+    found.unready = {"a"}
+    observed, _, asked = await found.observe(Note(ModelState.SERVING))
+    assert observed == Observation("a", False, False, None, observed.note)
+    assert asked[-1] == "engine.healthy"
 
 
 @in_loop

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 from runtime_harness import (
@@ -23,8 +27,10 @@ from llmux.core.events import ParkAsked
 from llmux.core.plans import Outcome, park_plan, start_plan, wake_plan
 from llmux.core.records import share_now
 from llmux.core.reducer import initial
+from llmux.errors import StateFileError
 from llmux.runtime.engines.gpu_memory import residue_share
 from llmux.runtime.engines.launch import launch_digest
+from llmux.runtime.host import Places
 from llmux.runtime.learned import Learned
 from tests.twins.disk import MemoryStore
 from tests.twins.gpu import MemoryGpu
@@ -255,3 +261,22 @@ async def test_what_a_sleep_leaves_is_learned_where_the_way_of_parking_leaves_so
     assert await residue_share(MemoryGpu(World()), effect, held) == share
     nowhere = RunPlan("a", 1, park_plan(config, eviction), config, (5,))
     assert await residue_share(MemoryGpu(World()), nowhere, held) is None
+
+
+@pytest.mark.parametrize("error", [StateFileError("the disk is full"), RuntimeError("a fault")])
+def test_what_cannot_be_kept_is_said_and_a_fault_of_ours_is_not_hidden(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(MemoryStore):
+        def save(self, document: Mapping[str, Any]) -> None:
+            raise error
+
+    state = initial(config_of(model("a")), gpu_count=1, epoch_prefix="n")
+    models = MappingProxyType({"a": replace(state.models["a"], residue=0.5)})
+    learned = Learned(Full(), Places())
+    if isinstance(error, StateFileError):
+        learned.published(state, replace(state, models=models))
+        assert caplog.messages == ["the disk is full"]
+    else:
+        with pytest.raises(RuntimeError):
+            learned.published(state, replace(state, models=models))
