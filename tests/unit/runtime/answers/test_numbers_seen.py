@@ -109,7 +109,8 @@ async def test_memory_is_looked_at_once_for_all_who_ask_within_a_second() -> Non
         for error in (LlmuxError("NVML is lost"), OSError(5, "Input/output error")):
             gpu.error = error
             assert await holdings.now() == {"a": Held(held, GIB)}
-            assert len(holdings.gpus) == 0
+            gpus: Any = holdings.gpus
+            assert gpus == ()
             now[0] += FRESH_SECS
         gpu.error = None
         gpu.sees = False
