@@ -173,7 +173,10 @@ def test_it_reads_as_the_engines_user_and_nothing_that_this_one_may_not() -> Non
             (place / file).write_bytes(b"w" * 1000)
             os.chown(place / file, 0, 64009)
             (place / file).chmod(mode)
-        paths = [str(place / file) for file in ("closed", "group", "missing", "open")]
+        (place / "roots").write_bytes(b"w" * 1000)  # of root's group as well
+        (place / "roots").chmod(0o640)
+        names = ("closed", "group", "roots", "missing", "open")
+        paths = [str(place / file) for file in names]
 
         def read_by(uid: int, groups: str) -> int:
             argv = [sys.executable, "-I", weights_reader.__file__, str(uid), str(uid), groups]
@@ -182,4 +185,4 @@ def test_it_reads_as_the_engines_user_and_nothing_that_this_one_may_not() -> Non
 
         assert read_by(64008, "") == 1000
         assert read_by(64008, "64009,64010") == 2000
-        assert read_by(0, "") == 3000
+        assert read_by(0, "") == 4000

@@ -63,8 +63,18 @@ def ssh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
 
 def test_the_other_host_says_what_has_arrived(ssh: Callable[[str], list[str]]) -> None:
-    ssh("echo ' abc:7 '; echo noise >&2; cat")  # ends: its input is closed
-    assert remote.received_there("h", "org/a b") == "abc:7"
+    ssh("echo ' abc:7 '; echo noise >&2; cat")
+    read, write = os.pipe()
+    os.write(write, b"what was typed is not for it")
+    os.close(write)
+    stdin = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        assert remote.received_there("h", "org/a b") == "abc:7"
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(read)
     asked = ssh("exit 3")
     assert asked == ["-o", "BatchMode=yes", "--", "h", "llmux images received 'org/a b'"]
     with pytest.raises(LlmuxError, match="cannot export to h: ssh ended with status 3") as raised:

@@ -336,3 +336,16 @@ def test_nothing_is_believed_where_others_could_put_something(home: pathlib.Path
     finally:
         home.chmod(0o700)
     assert len(images.images()) == 1
+
+
+def test_what_cannot_be_removed_stays_and_stops_nothing(home: pathlib.Path) -> None:
+    """A file where we have directories only: somebody else put it there."""
+    images = store_of(home, keep_quarantined=1)
+    image = publish(images)
+    for name in (".old-1", "quarantine-0", "quarantine-1"):
+        (home / "m" / name).write_text("x")
+    path = pathlib.Path(images.quarantine(image, "it broke"))
+    assert (path / "reason").read_text() == "it broke\n"
+    assert images.sweep() == []
+    left = {".old-1", "quarantine-0", "quarantine-1", path.name}
+    assert set(os.listdir(home / "m")) == left
