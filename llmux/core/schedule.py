@@ -80,10 +80,8 @@ def schedule(tx: Transaction) -> None:
     full = False
     for name in _in_order(tx, away):
         full = full or room.is_reserved(least)
-        reservation = tx.reservations.get(name) if full else None
-        if reservation is not None and not isinstance(tx.models[name].phase, Failed):
-            if reservation.ahead:  # 7, as for all behind it, which may be hundreds
-                tx.drop_ahead(name)
+        if full and name in tx.reservations:  # 7, as for all behind it, which may be hundreds
+            tx.drop_ahead(name)
         else:
             _consider(tx, waiting[name], away, choice)
     _let_leave(tx, room)
