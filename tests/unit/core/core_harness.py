@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -127,6 +128,11 @@ class Core:
         """From draining to rest."""
         self.drained(name)
         self.finish(name)
+
+    def put(self, name: str, **facts: Any) -> None:
+        """From now on the model's record has these facts, however they came about."""
+        models = {**self.state.models, name: replace(self.record(name), **facts)}
+        self.state = replace(self.state, models=models)
 
     # ---- what can be seen -----------------------------------------------------------------------
 

@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 
 from llmux.config.schema import PolicyConfig, PolicyType
-from llmux.core.demand.usage import Usage
-from llmux.core.policies.base import Policy, Resident, Waiting, turn_of
+from llmux.core.demand.usage import UNUSED, Usage
+from llmux.core.policies.base import (
+    EULER,
+    Policy,
+    Resident,
+    Waiting,
+    drain_of,
+    drained_in,
+    turn_of,
+)
 from llmux.core.policies.choose import policy_for
-from llmux.core.policies.fair import cycle_of
+from llmux.core.policies.cost_aware import CostAware
+from llmux.core.policies.fair import DRAINS, OVERHEAD, TURN, Fair, cycle_of
+from llmux.core.policies.fifo import Fifo
 from llmux.core.policies.plain import Plain
+from llmux.core.policies.time_slice import TimeSlice
 
 NOW = 100.0
 
@@ -159,11 +170,17 @@ def test_a_models_pace_is_its_answers_over_its_switch_and_its_turn() -> None:
     assert replace(quick, waiting=0).pace == 0
 
 
-@pytest.mark.parametrize("kind", list(PolicyType))
-def test_the_model_waited_for_longest_is_first(kind: PolicyType) -> None:
-    policy = policy_for(config(kind))
+@pytest.mark.parametrize(
+    "policy",
+    [*map(policy_for, map(config, PolicyType)), Plain(config(PolicyType.FAIR))],
+    ids=lambda one: type(one).__name__,
+)
+def test_the_model_waited_for_longest_is_first(policy: Policy) -> None:
     waiting = [Waiting("late", 9, 7.0), Waiting("early", 1, 3.0)]
     assert policy.order(waiting, 10.0) == ["early", "late"]
+    assert policy.order(waiting[::-1], 10.0) == ["early", "late"]
+    ties = [Waiting(name, 1, 3.0) for name in "ba"]
+    assert policy.order(ties, 10.0) == ["a", "b"]
 
 
 def test_of_those_that_were_away_all_the_time_fair_takes_the_one_with_the_most_answers() -> None:
@@ -209,10 +226,134 @@ def test_priority_goes_before_everything(kind: PolicyType) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", list(PolicyType))
-def test_idle_models_leave_before_busy_ones(kind: PolicyType) -> None:
-    policy = policy_for(config(kind))
+POLICIES: list[Policy] = [policy_for(config(kind)) for kind in PolicyType]
+POLICIES.append(Plain(config(PolicyType.FAIR)))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda one: type(one).__name__)
+def test_idle_models_leave_before_busy_ones(policy: Policy) -> None:
     busy = Resident("busy", 0.0, 2, 1.0)
     idle = Resident("idle", 0.0, 0, 9.0)
     older = Resident("older", 0.0, 0, 5.0)
     assert policy.victims([busy, idle, older]) == ["older", "idle", "busy"]
+    ties = [Resident(name, 0.0, 0, 5.0) for name in "ba"]
+    assert policy.victims(ties) == ["a", "b"]
+    one = replace(busy, in_flight=1)
+    assert policy.victims([one, idle]) == ["idle", "busy"], "one request is busy"
+
+
+# ---- the figures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("service", "places", "requests", "drain", "turn"),
+    [
+        (2.0, 4, 0, 0.0, 0.0),
+        (2.0, 4, 1, 2 * (math.log(1.5) + EULER), 2 * (math.log(1.5) + EULER)),
+        (2.0, 4, 4, 2 * (math.log(4.5) + EULER), 2 * (math.log(4.5) + EULER)),
+        (2.0, 4, 6, 2 * (math.log(4.5) + EULER), 2 * 0.5 + 2 * (math.log(4.5) + EULER)),
+        (2.0, 4, 12, 2 * (math.log(4.5) + EULER), 2 * 2 + 2 * (math.log(4.5) + EULER)),
+    ],
+)  # fmt: skip
+def test_how_long_a_batch_takes_to_its_last_answer(
+    service: float, places: int, requests: int, drain: float, turn: float
+) -> None:
+    assert (drain_of(service, places, requests), turn_of(service, places, requests)) == (
+        drain,
+        turn,
+    )
+    one = Waiting("a", requests, 0.0, 5.0, Usage(work=service), places)
+    assert (one.service, one.drain, one.turn) == (service, drain, turn)
+    assert one.pace == requests / (5.0 + turn)
+    assert drained_in(2.0, 0.0) == 0.0
+
+
+def test_what_is_said_of_a_model_by_itself() -> None:
+    one = Waiting("a", 3, 1.0)
+    assert one == Waiting("a", 3, 1.0, 0.0, UNUSED, 1024, 0, math.inf)
+    assert Waiting("a", 0, 1.0).pace == 0.0
+    there = Resident("a", 1.0, 3, 2.0)
+    assert there == Resident("a", 1.0, 3, 2.0, 0.0, 0.0, 0.0, 1.0, 1024, 0)
+    assert [replace(there, places=n).queued for n in (1, 2, 3, 4)] == [2, 1, 0, 0]
+
+
+KEPT = {"since": 90.0, "leave": 3.0, "back": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("policy", "target", "victim", "when"),
+    [
+        # an idle one: since the request came
+        (Fifo, {}, {"in_flight": 0}, 95.0), (TimeSlice, {}, {"in_flight": 0}, 95.0),
+        (Plain, {}, {"in_flight": 0}, 95.0), (Fair, {}, {"in_flight": 0}, 95.0),
+        (CostAware, {"waiting": 50}, {"in_flight": 0}, 95.0),
+        (CostAware, {}, {"in_flight": 0}, 102.0),  # as long as the switch takes: 2 + 3, from 90, or
+        # its window, or to the limit
+        (CostAware, {"cost": 9.0}, {"in_flight": 0}, 102.0),
+        (CostAware, {"cost": 90.0}, {"in_flight": 0}, 115.0),
+        # a busy one: its least time
+        (Fifo, {}, {}, 95.0), (Fifo, {}, {"since": 99.0}, 104.0),
+        (TimeSlice, {}, {}, 115.0), (TimeSlice, {"oldest": 50.0}, {}, 95.0),
+        (Plain, {}, {}, 115.0), (Plain, {"cost": 30.0}, {}, 128.0),
+        # while requests queue there: eight times the switch, which is 2 + 3
+        (Fifo, {}, {"in_flight": 9, "places": 8}, 130.0),
+        (Fifo, {}, {"in_flight": 8, "places": 8}, 95.0),
+        (Fifo, {"cost": -2.9}, {"in_flight": 9, "places": 8}, 95.0),
+        (TimeSlice, {}, {"in_flight": 9, "places": 8}, 130.0),
+        (Plain, {}, {"in_flight": 9, "places": 8}, math.inf),
+        # enough that wait: half of the seconds of the switch, rounded up
+        (CostAware, {"waiting": 3}, {}, 95.0), (CostAware, {"waiting": 2}, {}, 102.0),
+        (CostAware, {"waiting": 3}, {"since": 99.0}, 104.0),
+    ],
+)  # fmt: skip
+def test_when_a_model_may_be_sent_away(
+    policy: Any, target: dict[str, Any], victim: dict[str, Any], when: float
+) -> None:
+    facts = {"waiting": 1, "oldest": 95.0, "cost": 2.0} | target
+    wants = Waiting("wanted", facts["waiting"], facts["oldest"], facts["cost"])
+    settings = PolicyConfig(
+        min_active_secs=5.0, max_wait_secs=20.0, coalesce_window_ms=7000.0, amortization_factor=0.5
+    )
+    served = resident(**(KEPT | victim))
+    assert policy(settings).earliest(wants, served, [wants], NOW) == when
+
+
+def test_fair_by_its_figures() -> None:
+    policy = Fair(PolicyConfig(max_wait_secs=20.0))
+    one = Waiting("one", 2, 95.0, 2.0, Usage(work=3.0))
+    busy = resident(since=90.0, in_flight=4, leave=3.0, back=4.0, service=3.0, places=8)
+    drain = drained_in(3.0, 4)
+    late = max(95.0 + 20.0, 90.0 + TURN * 7.0 + DRAINS * drain)
+    assert policy.earliest(one, busy, [one], NOW) == late == 115.0
+    came = replace(busy, serving_since=99.0)
+    few = Fair(PolicyConfig(max_wait_secs=1.0))
+    assert few.earliest(one, came, [one], NOW) == 99.0 + TURN * 7.0 + DRAINS * drain
+    full = replace(came, in_flight=9)
+    cycle = cycle_of(full, [one], drained_in(3.0, 8), NOW)
+    assert few.earliest(one, full, [one], NOW) == 99.0 + OVERHEAD * cycle.switching
+    first = replace(one, oldest_since=50.0)
+    assert policy.earliest(one, replace(busy, in_flight=0), [one, first], NOW) == 50.0
+    # (in flight + 1) x away is no more than service x delayed: at exactly that it leaves
+    cycle = cycle_of(replace(busy, in_flight=1), [one], drained_in(3.0, 1), NOW)
+    edge = replace(busy, in_flight=1, service=3.0)
+    crowd = replace(one, waiting=200)
+    assert few.earliest(crowd, edge, [crowd], NOW) == 95.0
+    assert cycle.delayed == 2
+
+
+def test_fair_weighs_only_those_that_were_away_since_before_the_first_one_came() -> None:
+    policy = policy_for(config(PolicyType.FAIR))
+
+    def one(name: str, waiting: int, oldest: float, away: float) -> Waiting:
+        return Waiting(name, waiting, oldest, away_since=away)
+
+    a, b, c = one("a", 1, 3.0, 0.0), one("b", 50, 7.0, 3.0), one("c", 90, 8.0, 7.5)
+    assert policy.order([c, b, a], 10.0) == ["b", "a", "c"], "b since exactly then; c was there"
+    later = replace(b, away_since=3.1)
+    assert policy.order([a, later, c], 10.0) == ["a", "b", "c"]
+    assert policy.order([a, later, replace(c, away_since=7.0)], 10.0) == ["a", "c", "b"]
+    d = one("d", 2, 9.0, 1.0)
+    assert policy.order([a, b, c, d], 10.0) == ["b", "d", "a", "c"]
+    high = replace(a, priority=1, model="high", oldest_since=9.5)
+    assert policy.order([a, b, c, d, high], 10.0) == ["high", "b", "d", "a", "c"]
+    assert policy.order([], 10.0) == []

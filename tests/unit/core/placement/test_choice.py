@@ -284,5 +284,12 @@ def test_it_moves_at_once_where_one_that_stays_is_in_the_way() -> None:
     assert move(parked, alone=True, pins={"p": math.inf}) == [], "that one does not serve"
 
 
+def test_it_does_not_move_to_gpus_of_which_one_is_its_own() -> None:
+    """Of three GPUs: the one beside ``large`` is its own and has room, and so has the third."""
+    records = with_config(gpus=2)(changed("a", gpus=(1, 0))(cornered()))
+    records["b"] = replace(records["b"], config=model("b", gpu_memory=0.1))
+    assert move(records, gpu_count=3) == []
+
+
 def test_of_other_gpus_an_empty_one_is_taken() -> None:
     assert move(cornered(), gpu_count=3) == ["stop a"]

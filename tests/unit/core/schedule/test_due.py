@@ -186,7 +186,9 @@ SILENT: dict[str, Any] = {"-stall_timeout_secs": 40.0, "progress_at": 980.0}
 @pytest.mark.parametrize(
     ("own", "wakeup"),
     [
-        ({**SILENT, "probing": True}, None), ({**SILENT, "idle": True}, None),
+        ({**SILENT, "probing": True}, None),
+        ({**SILENT, "probing": True, "progress_at": 985.0}, None),
+        ({**SILENT, "idle": True}, None),
         ({**SILENT, "-stall_timeout_secs": 0.0}, None), ({**SILENT, "progress_at": 985.0}, 1005.0),
         ({**SILENT, "-stall_timeout_secs": 41.0}, 1000.5),
     ],

@@ -134,7 +134,7 @@ def test_host_memory_is_used_by_what_is_parked_in_it_or_on_its_way_there() -> No
     ],
 )  # fmt: skip
 def test_an_image_has_room_beside_those_that_parked_models_come_back_from(
-    budget: int | None, own: dict[str, int], fits: bool
+    budget: int | None, own: dict[str, Any], fits: bool
 ) -> None:
     tx = transaction(
         record("a", Parked(IMAGE, 900.0), **own),
@@ -187,7 +187,7 @@ def lower(tx: Transaction, *, waiting: str = "") -> list[str]:
     return [f"{e.plan.kind} {e.model}" for e in tx.finish()[1] if isinstance(e, RunPlan)]
 
 
-SHORT = {"memory_short": True}
+SHORT: dict[str, Any] = {"memory_short": True}
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,6 @@ from llmux.core.states import ModelState
 from llmux.errors import Reason
 
 
-def put(core: Core, name: str, **facts: Any) -> None:
-    """The model's record has these facts."""
-    models = {**core.state.models, name: replace(core.record(name), **facts)}
-    core.state = replace(core.state, models=models)
-
-
 def small(name: str, share: float = 0.4, **settings: Any) -> ModelConfig:
     return model(name, gpu_memory=share, gpu_memory_parked=0.1, **settings)
 
@@ -81,7 +75,7 @@ def test_what_waits_behind_one_that_takes_everything_restores_nothing_ahead() ->
 def test_one_behind_a_full_queue_is_told_of_its_back_off_all_the_same() -> None:
     core = waiting_for_a("b", "c")
     core.demand("c")
-    put(core, "c", phase=Failed(core.now, core.now + 30, "it died"))
+    core.put("c", phase=Failed(core.now, core.now + 30, "it died"))
     core.demand("c", waiting=1)
     assert core.refused() == [("c", Reason.BACKING_OFF)]
 
@@ -131,7 +125,7 @@ def test_only_an_image_is_read_ahead_and_that_once() -> None:
         core.serve("a")
         core.demand("a", in_flight=1)
         phase: Phase = Stopped() if way is STOP else Parked(way, 90.0)
-        put(core, "b", phase=phase, gpus=(0,))
+        core.put("b", phase=phase, gpus=(0,))
         core.demand("b", waiting=1)
         image = core.record("b").engine
         assert core.done(ReadAhead) == ([ReadAhead("b", image, (0,))] if reads else [])
@@ -155,7 +149,7 @@ def residues() -> Core:
         model("wide", gpus=(0, 1), gpu_memory=0.95), gpu_count=2,
     )  # fmt: skip
     for name, gpu in (("p", 0), ("q", 1)):
-        put(core, name, phase=Parked(OFFLOAD, 50.0 + gpu), gpus=(gpu,))
+        core.put(name, phase=Parked(OFFLOAD, 50.0 + gpu), gpus=(gpu,))
     core.serve("x")
     core.happen(ParkAsked("x"))
     core.drained("x")
@@ -171,7 +165,7 @@ def test_a_residue_on_a_busy_gpu_does_not_keep_another_from_leaving() -> None:
     assert core.record("q").phase == Stopping(
         core.running["q"].op, core.now, 'room for model "wide"', 0.1, was_parked=True
     )
-    assert core.state.reservations["wide"].victims == ("q",)
+    assert set(core.state.reservations["wide"].victims) == {"q"}
     core.finish("x")
     assert core.plans() == ["stop p"]
     assert core.state.reservations["wide"].victims == ("q", "p")
@@ -184,7 +178,7 @@ def test_a_residue_on_a_busy_gpu_does_not_keep_another_from_leaving() -> None:
 def test_the_longest_parked_residue_ends_first() -> None:
     core = Core(*(small(name) for name in "pqr"), model("new", gpu_memory=0.85))
     for name, since in (("p", 60.0), ("q", 50.0), ("r", 70.0)):
-        put(core, name, phase=Parked(OFFLOAD, since), gpus=(0,))
+        core.put(name, phase=Parked(OFFLOAD, since), gpus=(0,))
     core.demand("new", waiting=1)
     assert core.plans() == ["stop q"]
     core.finish("q")
@@ -196,8 +190,8 @@ def test_the_longest_parked_residue_ends_first() -> None:
 def test_what_holds_nothing_is_no_residue() -> None:
     core = Core(small("p"), small("q"), model("new", gpu_memory=0.95))
     suspended = Eviction(Weights.RETAIN, Process.CUDA_SUSPEND)
-    put(core, "p", phase=Parked(suspended, 50.0), gpus=(0,))
-    put(core, "q", phase=Parked(OFFLOAD, 60.0), gpus=(0,))
+    core.put("p", phase=Parked(suspended, 50.0), gpus=(0,))
+    core.put("q", phase=Parked(OFFLOAD, 60.0), gpus=(0,))
     core.demand("new", waiting=1)
     assert core.plans() == ["stop q"]
 
@@ -267,7 +261,7 @@ def test_a_start_that_is_in_nobodys_way_hides_none_that_is() -> None:
 
 def test_a_start_that_is_nearly_done_hides_none_that_is_not() -> None:
     core = started("a", "b")
-    put(core, "a", start_secs=60.0)
+    core.put("a", start_secs=60.0)
     core.now += 55
     core.demand("first", waiting=1)
     assert core.plans() == []
@@ -282,7 +276,7 @@ def test_a_start_that_is_nearly_done_hides_none_that_is_not() -> None:
 )
 def test_how_near_to_its_usual_time_a_start_must_be(elapsed: float, waits: bool) -> None:
     core = started("a")
-    put(core, "a", start_secs=60.0, overdue_at=math.inf)
+    core.put("a", start_secs=60.0, overdue_at=math.inf)
     began = core.now
     core.now += elapsed
     core.demand("new", waiting=1)
