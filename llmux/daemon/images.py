@@ -131,7 +131,7 @@ def _store(config: str) -> ImageStore:
 
 @contextmanager
 def _alone(home: str, model: str) -> Iterator[None]:
-    fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -198,3 +198,17 @@ def test_one_import_of_a_model_runs_at_a_time(sites: tuple[Site, Site]) -> None:
     with pytest.raises(OSError, match="Input/output"):
         import_image(here.config, io.BytesIO(stream), ask, quiet)
     assert here.take(stream)["path"]
+
+
+def test_an_import_keeps_to_the_budget_of_this_host(sites: tuple[Site, Site]) -> None:
+    there, here = sites
+    there.publish(disk_bytes=2 << 20)
+    document = {
+        "vllm_command": ["/no/such/program"],  # of no concern here
+        "models": {}, "checkpoint": {"images_dir": here.store.root, "max_bytes": 1 << 20},
+    }  # fmt: skip
+    pathlib.Path(here.config).write_text(json.dumps(document))
+    with pytest.raises(LlmuxError, match="max_bytes"):
+        here.take(there.export())
+    assert here.asked == ["image_here"]
+    assert images.received(here.config, "m") == "-"

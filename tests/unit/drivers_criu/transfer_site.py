@@ -88,6 +88,7 @@ class Site:
                 "apparent_bytes": image.apparent_bytes,
                 "disk_bytes": image.disk_bytes,
             }
+        assert 32 <= len(bytes.fromhex(values["salt"]).hex()) <= 64, "the verb takes no other"
         found = self.store.find(model, self.identity)
         path = getattr(found, "path", None)
         return {
