@@ -80,6 +80,27 @@ def test_words_that_are_not_ours_count_as_not_written() -> None:
         EngineFacts.from_json({"canary": ["text"]})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("gpus", [0, 1023, 1024, -1, True, 1.0, "2"], (0, 1023)),
+        ("gpus", "0", ()),
+        ("failures", 3, 3),
+        ("failures", True, 0),
+        ("failures", 2.0, 0),
+        ("since", 7, 7.0),
+        ("since", True, None),
+        ("since", math.inf, None),
+        ("since", math.nan, None),
+        ("until", 2.5, 2.5),
+        ("until", "2.5", None),
+        ("message", "it is odd", "it is odd"),
+    ],
+)
+def test_each_word_of_a_note_has_its_kind(name: str, value: object, read: object) -> None:
+    assert getattr(note_from({name: value}), name) == read
+
+
 @in_loop
 async def test_pins_outlive_the_supervisor() -> None:
     store = MemoryStore()

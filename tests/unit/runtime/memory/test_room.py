@@ -33,9 +33,9 @@ class Device:
     available = True
     blind = None
 
-    def __init__(self, *used: int, fails: bool = False) -> None:
+    def __init__(self, *used: int, error: Exception | None = None) -> None:
         self.looks = list(used)
-        self.fails = fails
+        self.error = error
 
     async def gpu_count(self) -> int:
         return 1
@@ -44,8 +44,8 @@ class Device:
         return [STRANGER]
 
     async def totals(self) -> Mapping[int, int]:
-        if self.fails:
-            raise DriverTimeout("look at", "the GPUs", "no answer")
+        if self.error is not None:
+            raise self.error
         return {0: 80 * GIB}
 
     async def used(self) -> Mapping[int, int]:
@@ -81,8 +81,14 @@ def test_what_stays_is_named(
     )
 
 
-def test_a_blind_observer_stands_in_no_ones_way(caplog: pytest.LogCaptureFixture) -> None:
-    assert warnings(Device(40, fails=True), caplog) == []
+@pytest.mark.parametrize(
+    "error", [DriverTimeout("look at", "the GPUs", "no answer"), OSError(5, "Input/output error")]
+)
+def test_a_blind_observer_stands_in_no_ones_way(
+    caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert warnings(Device(40, error=error), caplog) == []
 
 
 # ---- before CUDA state comes back ---------------------------------------------------------------

@@ -8,23 +8,21 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from drivers_called import ADDRESS, CANARY, CHECKPOINT, CONFIG, HANDLE, Bench
+from drivers_called import ADDRESS, CANARY, CONFIG, HANDLE, Bench
 from runtime_harness import in_loop, in_virtual_time, model
 
 from llmux.core.effects import RestoreAhead
 from llmux.core.events import EngineExited
-from llmux.core.plans import KILL_SECS, PlanKind
+from llmux.core.plans import PlanKind
 from llmux.core.records import ModelRecord, Serving
 from llmux.errors import EngineUnhealthy, LlmuxError
-from llmux.image_ports import Image, NoImage
 from llmux.ports import Canary, Vitals
 from llmux.runtime.engines.canary import compare, same_answer
 from llmux.runtime.engines.deaths import TAIL_LINES, behind_answer, with_cause
 from llmux.runtime.engines.executor import Executor
-from llmux.runtime.engines.facts import EngineFacts, Recipe
+from llmux.runtime.engines.facts import EngineFacts
 from llmux.runtime.engines.images import ImageLifecycle
 from llmux.runtime.engines.instance import Instance
-from llmux.runtime.engines.restore_ahead import HEADROOM_BYTES, AheadRestorer
 from llmux.runtime.engines.vitals import Progress, Watch, _Sample
 
 
@@ -265,115 +263,3 @@ def test_an_instance_says_how_far_it_is_and_forgets_its_process() -> None:
     assert instance.facts == EngineFacts(gpus=(1,), cold_seconds=5.0)
     left: tuple[Any, ...] = (instance.handle, instance.used_before, instance.progress)
     assert left == (None, {}, None)
-
-
-# ---- restored ahead ------------------------------------------------------------------------------
-
-FACTS = EngineFacts(address=ADDRESS, cuda_pids=(7,))
-IMAGE = Image(
-    model="a", path="/i/a", identity={"model": "m"}, recipe=Recipe(CHECKPOINT, FACTS).to_json(),
-    created=1.0, dump_seconds=2.0, root_pid=77, apparent_bytes=6_000_000_000, disk_bytes=5,
-)  # fmt: skip
-
-
-class Ahead(Bench):
-    def __init__(self, **answers: Any) -> None:
-        found = {"checkpointer_find": IMAGE, "checkpointer_restore": HANDLE}
-        super().__init__(**(found | answers))
-        self.images = ImageLifecycle(self.drivers, self.told.append, lambda _: None)
-        self.restorer = AheadRestorer(self.drivers, self.images)
-        self.order = RestoreAhead("a", CONFIG, (0,), (), 500.0)
-
-    def names(self) -> list[str]:
-        return [call[0] for call in self.seen]
-
-
-@in_virtual_time
-async def test_an_engine_restored_ahead_is_taken_by_just_its_wake() -> None:
-    spec = Ahead().images.spec(CONFIG, (0,))
-    for image, launch, taken in (
-        (IMAGE, spec, True), (replace(IMAGE, created=2.0), spec, False),
-        (replace(IMAGE, path="/x"), spec, False), (IMAGE, replace(spec, argv=("x",)), False),
-    ):  # fmt: skip
-        bench = Ahead()
-        bench.restorer.begin(bench.order, [])
-        bench.restorer.begin(bench.order, [])
-        handle = await bench.restorer.take(image, launch)
-        assert handle == (HANDLE if taken else None)
-        assert bench.names().count("checkpointer.restore") == 1
-        restore = next(call for call in bench.seen if call[0] == "checkpointer.restore")
-        assert restore[1:] == (IMAGE, spec, 180.0, HEADROOM_BYTES)
-        assert bench.names().count("units.unwatch") == 1
-        if not taken:
-            end = bench.seen[-6:]
-            assert end == [
-                ("units.unwatch", HANDLE), ("checkpointer.shm_names", HANDLE),
-                ("units.kill", HANDLE, KILL_SECS), ("checkpointer.remove_shm", "a", ("x",)),
-                ("checkpointer.confirm_restore", "a"), ("output.detach", "a"),
-            ]  # fmt: skip
-        assert await bench.restorer.take(image, launch) is None
-        await bench.restorer.close()
-
-
-@pytest.mark.parametrize(
-    "found", [NoImage("x"), replace(IMAGE, recipe={}),
-              replace(IMAGE, recipe=Recipe(CHECKPOINT, EngineFacts()).to_json())]
-)  # fmt: skip
-@in_virtual_time
-async def test_what_would_take_gpu_memory_at_once_is_not_restored_ahead(found: Any) -> None:
-    bench = Ahead(checkpointer_find=found)
-    bench.restorer.begin(bench.order, [])
-    assert await bench.restorer.take(IMAGE, bench.images.spec(CONFIG, (0,))) is None
-    assert "checkpointer.restore" not in bench.names()
-
-
-@in_virtual_time
-async def test_what_is_not_taken_in_time_is_ended() -> None:
-    bench = Ahead()
-    bench.restorer.begin(bench.order, [])
-    await asyncio.sleep(400.0)
-    assert "units.kill" not in bench.names()
-    await asyncio.sleep(200.0)
-    assert bench.names().count("units.kill") == 1
-    await bench.restorer.close()
-    assert bench.names().count("units.kill") == 1
-
-
-@in_loop
-async def test_a_wake_that_is_given_up_ends_the_restore_and_sees_its_end() -> None:
-    bench, began, undone = Ahead(), asyncio.Event(), list[str]()
-
-    class SlowToUndo:
-        """As a restore of CRIU's, which kills what there is of the tree."""
-
-        async def find(self, *_: Any) -> Image:
-            return IMAGE
-
-        async def restore(self, *_: Any) -> None:
-            began.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                for _turn in range(5):
-                    await asyncio.sleep(0)
-                undone.append("a")
-
-    checkpointer: Any = SlowToUndo()
-    restorer = AheadRestorer(replace(bench.drivers, checkpointer=checkpointer), bench.images)
-    restorer.begin(bench.order, [])
-    taking = asyncio.create_task(restorer.take(IMAGE, bench.images.spec(CONFIG, (0,))))
-    await began.wait()
-    taking.cancel()
-    await asyncio.wait([taking])
-    assert taking.cancelled() and undone == ["a"]
-
-
-@in_loop
-async def test_what_is_dropped_as_it_comes_up_is_nobodys() -> None:
-    bench = Ahead()
-    bench.restorer.begin(bench.order, [])
-    task = bench.restorer._engines["a"].task
-    assert task is not None
-    task.add_done_callback(lambda _: bench.restorer.drop("a"))
-    assert await bench.restorer.take(IMAGE, bench.images.spec(CONFIG, (0,))) is None
-    assert bench.names().count("units.kill") == 1
