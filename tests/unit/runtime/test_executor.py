@@ -21,6 +21,8 @@ from runtime_harness import (
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.events import EngineExited
 from llmux.core.plans import Outcome, Plan, park_plan, start_plan, stop_plan, wake_plan
+from llmux.protocol import Address
+from tests.twins.engine import MemoryEngine
 from tests.twins.world import GIB, World
 
 MODEL = model("a", eviction=OFFLOAD_FREEZE)
@@ -182,6 +184,32 @@ async def test_an_engine_that_does_not_listen_is_killed(world: World, tmp_path: 
     world.fail("units.terminate")
     assert (await shop.run(MODEL, park_plan(MODEL, STOP))).outcome is Outcome.DOWN
     assert world.engines == {}
+
+
+class Reluctant(MemoryEngine):
+    """Whose sleep, once cancelled, takes a while to end."""
+
+    async def sleep(self, address: Address, level: int, deadline: float) -> None:
+        try:
+            await super().sleep(address, level, deadline)
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            self._world.record("sleep is over", "a")
+
+
+@in_loop
+async def test_a_step_whose_engine_died_has_ended_before_the_next_begins(
+    world: World, tmp_path: Path
+) -> None:
+    shop = Shop(world, str(tmp_path), engine=Reluctant(world))
+    await shop.run(MODEL, START)
+    asleep = world.hold("engine.sleep")
+    shop.begin(MODEL, park_plan(MODEL, OFFLOAD))
+    await asleep.reached.wait()
+    world.exit("a")
+    assert (await shop.ended()).outcome is Outcome.DOWN
+    assert world.names("sleep is over", "units.kill") == ["sleep is over a", "units.kill a"]
 
 
 @in_loop

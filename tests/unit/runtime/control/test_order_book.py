@@ -173,6 +173,19 @@ async def test_without_waiting_a_refusal_is_still_an_answer() -> None:
 
 
 @in_loop
+async def test_the_first_who_cancels_an_order_is_the_one_who_did() -> None:
+    async with desk() as d:
+        load = d.give("load", model="b", by="bob")
+        order = await d.given.get()
+        await d.wanted("b")
+        assert d.verbs.orders.cancel([order.id], "alice") == [order.id]
+        d.verbs.orders.cancel_all("carol")
+        with pytest.raises(Refused, match="was cancelled: by alice"):
+            await load
+        assert d.said()[-1] == ("load", "bob", "cancelled: by alice")
+
+
+@in_loop
 async def test_everything_is_cancelled_at_once() -> None:
     async with desk() as d:
         assert await d.ask("cancel") == {"message": "nothing to cancel"}
