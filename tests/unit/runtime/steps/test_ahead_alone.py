@@ -154,8 +154,9 @@ async def test_a_bad_image_that_nobody_asks_for_is_no_task_without_an_owner() ->
     assert task is not None
     await asyncio.wait([task])
     assert "checkpointer.quarantine" in bench.names()
-    del task
     await bench.restorer.close()
+    bench.answers.clear()
+    del task, bad  # what its traceback is held by
     gc.collect()
     assert unhandled == []
 
