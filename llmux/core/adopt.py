@@ -95,7 +95,7 @@ def adopt(
     observed = list(observations)
     for name, note in notes.items():
         if name in tx.models:
-            _remember_failures(tx, name, note, lives=any(seen.model == name for seen in observed))
+            _remember_failures(tx, name, note)
     for observation in observed:
         _adopt_one(tx, observation)
     if not observed:
@@ -104,10 +104,11 @@ def adopt(
     return tx.finish()
 
 
-def _remember_failures(tx: Transaction, name: str, note: Note, *, lives: bool) -> None:
-    """A model that backs off goes on doing so, and its reason can still be read."""
+def _remember_failures(tx: Transaction, name: str, note: Note) -> None:
+    """A model that backs off goes on doing so, and its reason can still be read. One whose engine
+    is there gets the state that this was found in."""
     tx.put(replace(tx.models[name], failures=note.failures))
-    if not lives and note.state is ModelState.FAILED:
+    if note.state is ModelState.FAILED:
         began = _began(note, tx.now)
         longest = tx.now + tx.config.policy.backoff_max_secs
         tx.found(name, Failed(began, min(note.until or tx.now, longest), note.message))

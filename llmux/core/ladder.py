@@ -125,7 +125,6 @@ def lower_parked(tx: Transaction, room: Room, waiting: Container[str]) -> None:
                 stop(tx, name, why if over else "not used", grace=True)
             else:
                 deepen(tx, name, candidates[name])
-            room.refresh(name)
             return
 
 
@@ -135,9 +134,10 @@ def _is_old(tx: Transaction, record: ModelRecord) -> bool:
     if not limit:
         return False
     due = record.phase.since + limit
-    if tx.now < due:
-        tx.wake_at(due)
-    return tx.now >= due
+    if tx.now >= due:
+        return True
+    tx.wake_at(due)
+    return False
 
 
 def _value(tx: Transaction, name: str, rung: Eviction) -> tuple[int, float, float, str]:

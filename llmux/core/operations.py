@@ -56,8 +56,6 @@ def start(tx: Transaction, name: str, *, reason: str = "") -> None:
 def wake(tx: Transaction, name: str, eviction: Eviction) -> None:
     """Bring the model back from ``eviction``, which is how it was parked. The room is there."""
     op = tx.operation()
-    if eviction.process is not Process.CHECKPOINT:
-        tx.drop_ahead(name)
     tx.move(name, Waking(op, tx.now, eviction))
     if (reservation := tx.reservations.get(name)) is not None:
         # the wake takes over what was restored ahead

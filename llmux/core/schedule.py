@@ -173,10 +173,11 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], choice: Cho
     name, room = target.model, choice.room
     record = tx.models[name]
     match record.phase:
-        case Failed(until=until, message=message, held=held) if tx.now < until:  # 2
-            if held or name not in tx.wants:
+        case Failed(until=until, message=message) if tx.now < until:  # 2
+            if name in tx.wants:  # preloaded: an order does not wait for the back-off
+                tx.wake_at(until)
+            else:
                 tx.refuse(name, Reason.BACKING_OFF, message, until - tx.now)
-                tx.unwant(name, Reason.BACKING_OFF, message)
             return
         case Parked() if record.park_request is not None:  # it will be stopped first
             return
@@ -204,7 +205,6 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], choice: Cho
                 start(tx, name)
             room.refresh(name)
             return
-        tx.read_weights(name, gpus)
         room.comes_next(gpus)
     elif room.could_fit(name, gpus, share):  # else 7
         _read_ahead(tx, name, gpus)

@@ -16,10 +16,9 @@ MANUAL_RETRY_SECS = 30.0  # an operator acts at some time; OpenAI's SDKs heed up
 def find_waiting(tx: Transaction) -> dict[str, Waiting]:
     """Models that requests or operators wait for, but for those that manual mode refuses."""
     models, demands, usages, wants, former = tx.models, tx.demands, tx.usage, tx.wants, tx.waiters
-    wanted = [name for name, demand in demands.items() if demand.waiting and name in models]
-    wanted += [name for name in wants if name in models and not tx.demand(name).waiting]
+    wanted = {name for name, demand in demands.items() if demand.waiting} | wants.keys()
     found: dict[str, Waiter] = {}
-    for name in sorted(wanted):
+    for name in sorted(wanted & models.keys()):
         record = models[name]
         if tx.manual and name not in wants and name != tx.pinned:
             if not record.removed and not isinstance(record.phase, Serving):

@@ -108,7 +108,7 @@ def _waiting(state: State, name: str, record: ModelRecord, now: float) -> Why:
     if leaving := those(lambda one: isinstance(one.phase, (Parking, Stopping))):
         return Why(f"waits for {_listed(leaving)} to release its GPU memory", leaving)
     if coming := those(moves_memory):
-        how = _COMING.get(near[coming[0]].state.value, "which moves")
+        how = _COMING[near[coming[0]].state.value]
         return Why(f"waits for {_listed(coming)}, {how} on the same GPU", coming)
     if kept := those(lambda one: isinstance(one.phase, Serving) and stays(state, one, now)):
         return Why(f"waits for {_listed(kept)}, which stays resident (pinned or never_evict)", kept)

@@ -122,8 +122,7 @@ class Choice:
         ]
 
     def _is_in_use(self, record: ModelRecord) -> bool:
-        name = record.config.name
-        return name in self._tx.usage and self._tx.now - record.last_active < IN_USE_SECS
+        return self._tx.now - record.last_active < IN_USE_SECS
 
     def _worth(self, record: ModelRecord) -> float:
         usage = self._tx.usage.get(record.config.name, UNUSED)

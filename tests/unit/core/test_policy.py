@@ -333,12 +333,11 @@ def test_fair_by_its_figures() -> None:
     assert few.earliest(one, full, [one], NOW) == 99.0 + OVERHEAD * cycle.switching
     first = replace(one, oldest_since=50.0)
     assert policy.earliest(one, replace(busy, in_flight=0), [one, first], NOW) == 50.0
-    # (in flight + 1) x away is no more than service x delayed: at exactly that it leaves
-    cycle = cycle_of(replace(busy, in_flight=1), [one], drained_in(3.0, 1), NOW)
-    edge = replace(busy, in_flight=1, service=3.0)
-    crowd = replace(one, waiting=200)
-    assert few.earliest(crowd, edge, [crowd], NOW) == 95.0
-    assert cycle.delayed == 2
+    # what it delays by staying open is one more than those in flight
+    last, crowd = resident(since=90.0, in_flight=1), replace(one, waiting=200)
+    two = Waiting("two", 2, 95.0)
+    assert policy.earliest(two, last, [two], NOW) == 115.0
+    assert policy.earliest(crowd, last, [crowd], NOW) == 95.0
 
 
 def test_fair_weighs_only_those_that_were_away_since_before_the_first_one_came() -> None:

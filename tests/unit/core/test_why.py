@@ -206,7 +206,10 @@ def reason(phase: Phase, *others: Phase, gpus: str = "", **facts: Any) -> Why:
     ],
 )  # fmt: skip
 def test_the_reason_of_each_phase(phase: Phase, facts: dict[str, Any], text: str) -> None:
-    assert reason(phase, **facts).text == text
+    why = reason(phase, **facts)
+    assert (why.text, why.waits_for) == (text, ())
+    assert (why.at_most_secs is not None) is ("at most" in text)
+    assert why.at_most_secs is None or f"{why.at_most_secs:.0f} s" in text
     assert CUT_GRACE_SECS == 5.0
 
 
