@@ -184,6 +184,7 @@ def test_worth_is_what_absence_is_expected_to_cost_a_second() -> None:
     assert absent.displaced(0.3, 0.4, 2.0) == 7.0, "one that large had none"
     assert absent.displaced(0.4, 0.4, 50.0) == 0.0
     assert Absent([]).displaced(1.0, 0.5, 0.0) == 0.0
+    assert Absent([(0.3, 5.0)]).displaced(1.0, 0.7, 0.0) == 0.0, "just what is left fits"
     assert Absent([(0.4, 0.1), (0.4, 0.2)]).displaced(0.4, 0.4, 0.3) == 0.0, "whatever was rounded"
 
 

@@ -348,14 +348,14 @@ def loads(*shares: float) -> Room:
         ((0.5, 0.2, 0.3), None, 2, (1, 2)),
         ((0.9, 0.8, 0.3), None, 2, (1, 2)),
         ((0.3, 0.3, 0.3), None, 2, (0, 1)),
-        # with room, nobody in use loses a place, then the emptiest, then what was used last
+        # with room: nobody in use loses a place, then the emptiest, then what was used last
         ((0.5, 0.2, 0.3), Prices(lost="010"), 1, (2,)),
         ((0.5, 0.2, 0.3), Prices(used="900"), 1, (1,)),
         ((0.3, 0.3, 0.3), Prices(used="132"), 1, (1,)),
-        ((0.3, 0.3, 0.3), Prices(used="000"), 1, (0,)),
         ((0.3, 0.3 + 1e-9, 0.3), Prices(used="132"), 1, (1,)),
         ((0.3, 0.3 + 1e-5, 0.3), Prices(used="132"), 1, (2,)),
-        # room there goes before all prices
+        # room there goes before all prices, though none be left
+        ((0.6, 0.6), Prices(room="10", lost="01"), 1, (0,)),
         ((0.9, 0.9, 0.6), Prices(room="000", lost="009"), 1, (2,)),
         # else what costs the least to empty, then what was used longest ago, then the emptiest
         ((0.9, 0.8, 0.7), Prices(room="213"), 1, (1,)),

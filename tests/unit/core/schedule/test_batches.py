@@ -8,16 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from core_harness import (
-    CHECKPOINT,
-    FREEZE,
-    OFFLOAD,
-    STOP,
-    WORKER,
-    Core,
-    config_of,
-    model,
-)
+from core_harness import CHECKPOINT, FREEZE, OFFLOAD, STOP, WORKER, Core, config_of, model
 
 from llmux.config.schema import GatewayConfig, PolicyConfig, PolicyType
 from llmux.core.adopt import Note, adopt
@@ -107,7 +98,7 @@ def test_an_order_to_stop_what_is_parked_is_done_once() -> None:
     core.park("a")
     core.happen(ParkAsked("a", STOP))
     core.finish("a")
-    core.happen(LoadAsked("a"))
+    core.demand("a", waiting=1)
     core.finish("a")
     assert core.at("a") is ModelState.SERVING
 
@@ -178,6 +169,7 @@ def test_one_that_moves_keeps_no_room_at_home() -> None:
     core.put("a", phase=Parked(OFFLOAD, 50.0), gpus=(0,))
     core.put("a", config=replace(core.record("a").config, gpu_memory=0.45))
     assert batch(core, asks("a"), asks("late")) == ["stop a"]
+    assert [order.model for order in core.done(ReadWeights)] == ["late"]
     core.finish("a")
     assert sorted(core.plans()) == ["start a", "start late"]
     assert core.record("a").gpus == (1,)
@@ -396,3 +388,5 @@ def test_a_wake_that_an_operator_wants_parked_again_parks_and_forgets_the_order(
     core.state = replace(core.state, next_op=2)
     core.happen(EngineExited("a", "gone"))
     assert core.at("a") is ModelState.WAKING, "its operation sees that"
+    core.happen(OperationFinished("a", 1, Outcome.UP))
+    assert (core.at("a"), core.record("a").park_request) == (ModelState.DRAINING, None)

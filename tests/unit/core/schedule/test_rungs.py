@@ -96,6 +96,7 @@ def test_the_rungs_of_a_model(
         (FROZEN, (OFFLOAD, IMAGE, STOP), 10, IMAGE),
         (FROZEN, (FROZEN, IMAGE, STOP), 9, STOP),  # no room for its image
         (FROZEN, (FROZEN, IMAGE), 9, None),
+        (OFFLOAD, (FROZEN, STOP), 9, FROZEN),
         (IMAGE, (FROZEN, IMAGE, STOP), None, STOP),
         (OFFLOAD, (CHECKPOINT, STOP), None, STOP),  # it has other weights
         (OFFLOAD, (CHECKPOINT, FROZEN), None, FROZEN),
