@@ -105,3 +105,107 @@ def test_forms_are_described_as_forms_and_all_else_as_json() -> None:
         assert list(described) == ["multipart/form-data" if form else "application/json"], path
         (schema,) = (one["schema"] for one in described.values())
         assert ("file" in schema["properties"], schema["required"]) == (form, ["model"])
+
+
+PLAIN = {"/metrics", "/logs", "/logs/{model}", "/logs/stream/{model}"}
+STREAMS = {"/events", "/ui/feed"}
+QUICK = {
+    "/control/status", "/control/mode", "/control/unpin", "/control/eviction", "/control/cancel",
+    "/running",
+}  # fmt: skip
+
+
+def kinds_of(answers: dict[str, Any], status: str) -> dict[str, Any]:
+    content: dict[str, Any] = answers[status]["content"]
+    return content
+
+
+def test_each_answer_has_its_kind_and_each_error_its_shape() -> None:
+    for path, operations in paths().items():
+        for operation in operations.values():
+            answers = operation["responses"]
+            kind = "application/json"
+            if path in PLAIN:
+                kind = "text/plain; charset=utf-8"
+            elif path in STREAMS:
+                kind = "text/event-stream"
+            assert kinds_of(answers, "200") == {kind: {"schema": {}}}, path
+            shape = "AnthropicError" if "/messages" in path else "Error"
+            for status in answers.keys() - {"200"}:
+                ((kind, described),) = kinds_of(answers, status).items()
+                assert kind == "application/json"
+                assert described == {"schema": {"$ref": f"#/components/schemas/{shape}"}}, path
+                assert isinstance(answers[status]["description"], str)
+
+
+def test_each_route_says_which_errors_it_has() -> None:
+    for path, operations in paths().items():
+        for operation in operations.values():
+            errors = set(map(int, operation["responses"])) - {200, 400, 401, 403}
+            assert {400, 401, 403} <= set(map(int, operation["responses"])), path
+            if path in QUICK:
+                expected = {404, 413, 500, 503}
+            elif path.startswith("/control/") or path == "/unload":
+                expected = {404, 409, 413, 500, 503, 504}
+            elif path.startswith("/logs"):
+                expected = {404, 500, 503}
+            elif path in ("/metrics", "/events"):
+                expected = {500, 503}
+            elif path in ("/ui/feed", "/ui/history", "/health/ready"):
+                expected = {503}
+            elif path == "/v1/models/{model}":
+                expected = {404}
+            elif path.encode() in routes.POSTS or "{response_id}" in path:
+                expected = {404, 413, 415, 429, 500, 502, 503, 504}
+            else:
+                expected = set()
+            assert errors == expected, path
+
+
+def test_each_operation_is_well_described() -> None:
+    for path, operations in paths().items():
+        named = set(re.findall(r"{([a-z_]+)}", path))
+        for operation in operations.values():
+            assert isinstance(operation["summary"], str)
+            parameters = operation.get("parameters", [])
+            in_path = [one for one in parameters if one["in"] == "path"]
+            assert {one["name"] for one in in_path} == named, path
+            assert all(one["required"] is True for one in in_path)
+            assert operation.get("requestBody", {"required": True})["required"] is True
+
+
+def test_the_description_as_a_whole() -> None:
+    document = openapi.document()
+    assert document["openapi"] == "3.1.0"
+    assert document["security"] == [{}, {"key": []}]
+    assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+    schemas = document["components"]["schemas"]
+    assert {name: one["required"] for name, one in schemas.items()} == {
+        "Error": ["error"], "AnthropicError": ["type", "error"],
+    }  # fmt: skip
+    inner = [one["properties"]["error"] for one in schemas.values()]
+    assert [one["required"] for one in inner] == [
+        ["message", "type", "param", "code"], ["type", "message"],
+    ]  # fmt: skip
+    for one in inner:
+        assert list(one["properties"]) == one["required"]
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        (b"*", {"GET", "HEAD", "POST"}),
+        (b"/v1/completions", {"POST"}),
+        (b"/v1/responses/r1", {"GET"}),
+        (b"/control/eviction", {"GET", "POST"}),
+        (b"/control/mode", {"POST"}),
+        (b"/logs/org/one", {"GET"}),
+        (b"/logs", {"GET"}),
+        (b"/v1/models/a/b", {"GET"}),
+        (b"/control/", set()),
+        (b"/control/mode/x", set()),
+        (b"/x/control/mode", set()),
+    ],
+)
+def test_the_methods_of_a_path(path: bytes, methods: set[str]) -> None:
+    assert set(openapi.methods_of(path)) == methods
