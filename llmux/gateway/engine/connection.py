@@ -68,6 +68,15 @@ class EngineConnection(asyncio.Protocol):
         "_keep_alive", "_parser", "_pieces", "_request", "_sent", "_upload", "paused", "pool",
         "served", "sink", "transport", "until_close",
     )  # fmt: skip
+    # Of one response, from ``send`` on:
+    _head: bytes
+    _head_done: bool  # the parser saw the end of the head
+    _complete: bool
+    _between: bool
+    until_close: bool
+    # … and from its head on:
+    _keep_alive: bool
+    _chunks: bool  # the engine's are passed on
 
     def __init__(self, pool: Owner) -> None:
         self.pool = pool
@@ -81,14 +90,6 @@ class EngineConnection(asyncio.Protocol):
         self._request: EngineRequest | None = None  # until a byte of its response was received
         self._upload: Upload | None = None  # its rest from ``_sent`` on is still to be sent
         self._sent = 0
-        # Of one response; see ``send``:
-        self._head = b""
-        self._head_done = False  # the parser saw the end of the head
-        self._complete = False
-        self._keep_alive = False  # known once the head is complete
-        self._between = True
-        self._chunks = False  # the engine's are passed on
-        self.until_close = False
         self._broken: str | None = None
 
     def send(self, request: EngineRequest, sink: Sink) -> None:

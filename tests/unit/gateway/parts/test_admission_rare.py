@@ -31,7 +31,7 @@ class Clock:
 
 
 def an_admission(clock: Clock, **more: Any) -> Admission[Ticket]:
-    given = {"max_waiting": 10, "wait_secs": 30.0, "models": ("a", "b", "c")} | more
+    given: dict[str, Any] = {"max_waiting": 10, "wait_secs": 30.0, "models": ("a", "b", "c")} | more
     return Admission(clock=clock, **given)
 
 

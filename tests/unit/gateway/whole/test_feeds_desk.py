@@ -22,7 +22,7 @@ class Response:
 
     def __init__(self) -> None:
         self.sent: list[str] = []
-        self.ended = 0
+        self.ends: list[int] = []
         self.given: dict[str, Any] = {}
 
     async def respond(self, **given: Any) -> Response:
@@ -33,7 +33,7 @@ class Response:
         self.sent.append(text)
 
     async def eof(self) -> None:
-        self.ended += 1
+        self.ends.append(len(self.sent))
 
 
 async def turns() -> None:
@@ -74,10 +74,10 @@ async def test_events_missed_come_first_and_none_comes_twice(
     desk.now += observation.KEEP_ALIVE_SECS + 0.5
     await turns()
     assert response.sent[-1] == ": still here\n\n"
-    assert not response.ended
+    assert response.ends == []
     desk.worker.subscriptions.close()
     await task
-    assert response.ended == 1
+    assert len(response.ends) == 1
     assert [one for one in desk.link.sent if isinstance(one, Watch)] == [
         Watch("events", ""), Watch("events", "", on=False),
     ]  # fmt: skip
@@ -109,7 +109,7 @@ async def test_an_engines_lines_follow_its_last_ones(
     assert response.sent == [history, "three\n"]
     desk.worker.subscriptions.close()
     await task
-    assert response.ended == 1
+    assert len(response.ends) == 1
 
 
 @in_a_loop
