@@ -83,15 +83,15 @@ def build_app(config: Config, dispatch: Dispatch, metrics: MetricsPage) -> App:
 
 
 def _add_routes(app: App) -> None:
-    app.add_route(_health, "/health", methods=["GET", "HEAD"], name="health")
+    app.add_route(_health, "/health", methods=["GET", "HEAD"])
     app.add_route(_health, "/health/live", methods=["GET", "HEAD"], name="live")
-    app.add_route(_ready, "/health/ready", methods=["GET", "HEAD"], name="ready")
-    app.add_route(_openapi, "/openapi.json", methods=["GET", "HEAD"], name="openapi")
+    app.add_route(_ready, "/health/ready", methods=["GET", "HEAD"])
+    app.add_route(_openapi, "/openapi.json", methods=["GET", "HEAD"])
     for prefix in ("/v1", ""):
         app.add_route(
             _models, f"{prefix}/models", methods=["GET", "HEAD"], name=f"models{prefix[1:]}"
         )
-    app.add_route(_model, "/v1/models/<model:path>", methods=["GET", "HEAD"], name="model")
+    app.add_route(_model, "/v1/models/<model:path>", methods=["GET", "HEAD"])
     for method, name in CONTROL_VERBS:
         app.add_route(
             _control, f"/control/<name:{name}>", methods=[method], name=f"{method}-{name}"

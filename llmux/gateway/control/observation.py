@@ -40,13 +40,13 @@ _STATES = {
 
 
 def add_control_routes(app: Sanic[Any, Any]) -> None:
-    app.add_route(_metrics, "/metrics", methods=["GET", "HEAD"], name="metrics")
-    app.add_route(_running, "/running", methods=["GET"], name="running")
-    app.add_route(_unload, "/unload", methods=["GET", "POST"], name="unload")
-    app.add_route(_logs, "/logs", methods=["GET"], name="logs")
-    app.add_route(_logs, "/logs/<model:path>", methods=["GET"], name="logs-model")
-    app.add_route(_log_stream, "/logs/stream/<model:path>", methods=["GET"], name="logs-stream")
-    app.add_route(_events, "/events", methods=["GET"], name="events")
+    app.add_route(_metrics, "/metrics", methods=["GET", "HEAD"])
+    app.add_route(_running, "/running")
+    app.add_route(_unload, "/unload", methods=["GET", "POST"])
+    app.add_route(_logs, "/logs")
+    app.add_route(_logs, "/logs/<model:path>", name="logs-model")
+    app.add_route(_log_stream, "/logs/stream/<model:path>")
+    app.add_route(_events, "/events")
 
 
 async def _metrics(request: Request) -> HTTPResponse:

@@ -41,7 +41,7 @@ UNKNOWN: Final = 1  # no supervisor has said a state yet
 
 
 def add_weights_route(app: Sanic[Any, Any]) -> None:
-    app.add_route(_weights, "/health/weights", methods=["GET", "HEAD"], name="weights")
+    app.add_route(_weights, "/health/weights", methods=["GET", "HEAD"])
 
 
 async def _weights(request: Request) -> HTTPResponse:

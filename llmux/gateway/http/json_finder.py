@@ -142,7 +142,7 @@ class JsonFinder:
     def _take(self, data: bytes, start: int, end: int) -> None:
         if self._capture is not None:
             room = MAX_VALUE + 1 - len(self._capture)
-            self._capture += data[start : min(end, start + max(0, room))]
+            self._capture += data[start : min(end, start + room)]
 
     def _end_string(self, end: int) -> None:
         """A top-level member's value is a string."""
@@ -243,6 +243,6 @@ def _decode(text: bytes) -> str | None:
     """The value of a JSON string; None if it is not valid."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return value if isinstance(value, str) else None

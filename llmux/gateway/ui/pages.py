@@ -68,11 +68,11 @@ def add_ui_routes(app: Sanic[Any, Any], board: Board, *, keys: bool) -> None:
         for path in STATIC.iterdir()
         if path.suffix in TYPES
     }
-    app.add_route(_slash, "/ui", methods=["GET", "HEAD"], name="ui")
-    app.add_route(_page, "/ui/", methods=["GET", "HEAD"], name="ui-page")
-    app.add_route(_file, "/ui/static/<name:str>", methods=["GET", "HEAD"], name="ui-file")
-    app.add_route(_feed, "/ui/feed", methods=["GET"], name="ui-feed")
-    app.add_route(_history, "/ui/history", methods=["GET"], name="ui-history")
+    app.add_route(_slash, "/ui", methods=["GET", "HEAD"])
+    app.add_route(_page, "/ui/", methods=["GET", "HEAD"])
+    app.add_route(_file, "/ui/static/<name:str>", methods=["GET", "HEAD"])
+    app.add_route(_feed, "/ui/feed")
+    app.add_route(_history, "/ui/history")
 
 
 async def _slash(_request: Request) -> HTTPResponse:

@@ -223,3 +223,41 @@ async def test_a_wish_to_upgrade_is_dropped_and_connect_ends_it(
     await door.settle()
     assert len(door.statuses()) == 3
     assert door.wire.ended
+    last = door.got.rpartition(b"HTTP/1.1 ")[2]
+    assert b"\r\nconnection: close\r\n" in last.lower()
+
+
+@in_a_loop
+async def test_the_body_of_one_that_wished_to_upgrade_is_read_as_any_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    pool = desk.grant()
+    door = Door(desk)
+    headers = (b"Upgrade: h2c", b"Connection: Upgrade", b"Transfer-Encoding: chunked")
+    door.send(a_request(b"zz\r\nno chunk\r\n0\r\n\r\n", *headers) + a_request())
+    await door.settle()
+    assert door.statuses() == [400]
+    assert (b"cannot read the request: " in door.got, pool.sent, door.wire.ended) == (
+        True, [], True,
+    )  # fmt: skip
+
+
+@in_a_loop
+async def test_of_a_connection_that_closes_nothing_more_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    desk.grant()
+    door = Door(desk)
+    door.send(a_request())
+    door.wire.closing = True
+    door.answer()
+    assert (door.left, door.wire.ended, door.wire.closed) == (0.0, False, False)
+    other = Door(desk)
+    other.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    await other.settle()
+    info = other.connection.conn_info
+    assert info is not None and not info.lost
+    other.connection.connection_lost(None)
+    assert info.lost

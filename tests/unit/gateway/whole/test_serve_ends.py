@@ -22,6 +22,7 @@ from gateway_harness import (
 )
 from sanic import Sanic
 
+from llmux.gateway.client.listeners import BACKLOG
 from llmux.gateway.server import _sweep, _until, serve_gateway
 
 
@@ -165,11 +166,15 @@ async def test_nothing_is_left_of_one_that_fails(tmp_path: Path) -> None:
     tasks = asyncio.all_tasks()
     listener, numbers = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
     addresses = [listener.getsockname(), numbers.getsockname()]
+    backlogs: list[tuple[int, int]] = []
     client = socket.socket()
     client.setblocking(False)
 
-    def connect(_listeners: Any) -> None:
+    def connect(listeners: Any) -> None:
         client.connect_ex(addresses[0])
+        info = listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+        most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+        backlogs.append((int.from_bytes(info[28:32], "little"), min(BACKLOG, most)))
 
     def fail(worker: Any) -> None:
         raise EndError
@@ -186,6 +191,7 @@ async def test_nothing_is_left_of_one_that_fails(tmp_path: Path) -> None:
             on_listen=connect,
             on_started=fail,
         )
+    assert [found for found, _ in backlogs] == [expected for _, expected in backlogs]
     assert all(map(refused, addresses))
     client.setblocking(True)
     client.settimeout(60)
@@ -196,3 +202,22 @@ async def test_nothing_is_left_of_one_that_fails(tmp_path: Path) -> None:
     await until(lambda: not supervisor._writers)
     await supervisor.stop()
     await until(lambda: asyncio.all_tasks() == tasks)
+
+
+@in_loop
+async def test_one_without_sockets_listens_where_its_configuration_says(tmp_path: Path) -> None:
+    path = tmp_path / "gw.sock"
+    listening: list[str] = []
+    stop = asyncio.Event()
+    config = a_config(listen=(f"unix:{path}",), socket_mode="0600")
+
+    def started(_worker: Any) -> None:
+        listening.append(oct(path.stat().st_mode & 0o777))
+        stop.set()
+
+    await soon(
+        serve_gateway(
+            config, link=str(tmp_path / "s"), stop=stop, on_started=started, ready_secs=0.0
+        )
+    )
+    assert listening == ["0o600"]
