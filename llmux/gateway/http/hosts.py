@@ -49,6 +49,6 @@ class Hosts(dict[bytes, bool]):
 def _is_address(text: bytes) -> bool:
     try:
         ipaddress.ip_address(text.decode("ascii"))
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         return False
     return True

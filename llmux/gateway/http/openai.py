@@ -54,7 +54,7 @@ def _parse(body: bytes) -> Any:
             parsed, end = _scan(text, 0)
             if end == len(text) or not text[end:].strip(" \t\n\r"):
                 return parsed
-        except (StopIteration, ValueError, RecursionError):
+        except (StopIteration, ValueError):
             pass
     return json.loads(body)  # raises with json's own message
 
