@@ -212,6 +212,17 @@ async def test_a_step_whose_engine_died_has_ended_before_the_next_begins(
     assert world.names("sleep is over", "units.kill") == ["sleep is over a", "units.kill a"]
 
 
+@in_virtual_time
+async def test_an_operation_that_is_given_up_is_ended_first(world: World, tmp_path: Path) -> None:
+    shop = Shop(world, str(tmp_path), engine=Reluctant(world))
+    await shop.run(MODEL, START)
+    asleep = world.hold("engine.sleep")
+    shop.begin(MODEL, park_plan(MODEL, OFFLOAD))
+    await asleep.reached.wait()
+    assert (await shop.run(MODEL, stop_plan(MODEL, grace=False))).outcome is Outcome.DOWN
+    assert world.names("sleep is over", "units.kill") == ["sleep is over a", "units.kill a"]
+
+
 @in_loop
 async def test_an_engine_that_dies_behind_its_last_step_is_known_to_have_died(
     world: World, tmp_path: Path

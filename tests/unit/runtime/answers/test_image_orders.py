@@ -331,6 +331,19 @@ async def test_the_host_describes_a_model_with_every_field() -> None:
         assert (await d.ask("image_here", model="a", salt="f" * 32))["portable"]["salt"] == "f" * 32
 
 
+@pytest.mark.parametrize(("gpus", "shown"), [(1, "0"), (2, "0,1"), ((0,), "0"), ((2, 3), "2,3")])
+@in_loop
+async def test_a_model_that_has_no_gpus_yet_is_described_on_those_it_would_get(
+    gpus: Any, shown: str
+) -> None:
+    def portable(_config: Any, spec: Any, _salt: str) -> dict[str, str]:
+        return {"gpus": spec.env["CUDA_VISIBLE_DEVICES"]}
+
+    async with desk(one(gpus=gpus), portable_identity=portable) as d:
+        here = await d.ask("image_here", model="a", salt="0" * 64)
+        assert here["portable"] == {"gpus": shown}
+
+
 @in_loop
 async def test_an_image_that_arrived_is_answered_with_every_field() -> None:
     async with desk(one()) as d:
