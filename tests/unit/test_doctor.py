@@ -47,6 +47,7 @@ class Programs:
         self.answers = {name.replace("_", " "): ran for name, ran in answers.items()}
 
     def __call__(self, argv: Sequence[str], seconds: float) -> Ran:
+        assert 0 < seconds <= 60, "one look"
         line = " ".join([Path(argv[0]).name, *argv[1:]])
         for name, ran in self.answers.items():
             if line.startswith(name):

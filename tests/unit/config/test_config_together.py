@@ -5,13 +5,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmux.config.load import load_config, load_marked
-from llmux.config.schema import Config, Eviction, GatewayConfig, ModelConfig, Process, Weights
+from llmux.config.schema import (
+    CheckpointConfig,
+    Config,
+    Eviction,
+    GatewayConfig,
+    Limits,
+    ModelConfig,
+    PolicyConfig,
+    Process,
+    Weights,
+)
 from llmux.errors import ConfigError
 
 TOGETHER = Path(__file__).parents[2] / "fixtures" / "config" / "together.txt"
@@ -155,3 +166,35 @@ def test_models_without_a_command_have_the_one_of_all() -> None:
         "b": ("own",),
     }
     assert resolved.vllm_command == ("all",)
+
+
+def test_what_holds_where_nothing_was_written() -> None:
+    def numbers(*settings: object) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for one in settings:
+            values = {field.name: getattr(one, field.name) for field in fields(one)}  # type: ignore[arg-type]  # a dataclass
+            found |= {k: v for k, v in values.items() if isinstance(v, bool | int | float)}
+        return found
+
+    assert numbers(PolicyConfig()) == {
+        "request_timeout_secs": 300, "drain_before_switch": True, "drain_timeout_secs": 120,
+        "min_active_secs": 5, "coalesce_window_ms": 2000, "amortization_factor": 0.5,
+        "max_wait_secs": 15, "give_up_start_secs": 10, "idle_timeout_secs": 0, "backoff_secs": 2,
+        "backoff_max_secs": 300,
+    }  # fmt: skip
+    assert numbers(GatewayConfig()) == {
+        "workers": 1, "max_body_bytes": 64 << 20, "max_buffered_bytes": 1 << 30,
+        "max_connections": 8192, "drain_timeout_secs": 600, "max_waiting": 1024,
+        "max_in_flight": 1024, "keep_alive_comment_secs": 15, "loading_text": False,
+        "allow_public_without_keys": False, "ui": True,
+    }  # fmt: skip
+    assert numbers(Config(), CheckpointConfig(), Limits()) == {
+        "port": 3000, "metrics_port": 9090, "warmup": False, "startup_timeout_secs": 1800,
+        "keep_images": True, "memory_max_share": 0.95, "tasks_max": 32768,
+    }  # fmt: skip
+    assert numbers(ModelConfig("a", "o/a")) == {
+        "gpu_memory": 0.9, "sleep_timeout_secs": 120, "wake_timeout_secs": 300,
+        "checkpoint_timeout_secs": 900, "stop_grace_secs": 10, "stall_timeout_secs": 120,
+        "canary": True, "allow_tensor_parallel_parking": False, "priority": 0, "never_evict": False,
+    }  # fmt: skip
+    assert ModelConfig("a", "o/a").gpus == (0,)
