@@ -7,6 +7,8 @@ import ctypes
 import io
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,3 +199,11 @@ def test_a_start_that_fails_is_an_answer(
     subject.main("lib", str(tmp_path), 10)
     (path,) = tmp_path.iterdir()
     assert (path.name, path.read_text()) == ("failed", text)
+
+
+def test_a_subject_of_its_own_process_answers_by_files(tmp_path: Path) -> None:
+    source = Path(subject.__file__).read_text()
+    argv = [sys.executable, "-I", "-c", source, f"{tmp_path}/libnone.so", str(tmp_path), "10"]
+    assert subprocess.run(argv, check=False, timeout=60).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["failed"]
+    assert f"{tmp_path}/libnone.so" in (tmp_path / "failed").read_text()
