@@ -215,6 +215,10 @@ def test_a_helper_without_a_greeting_is_not_used(
         calls = HelperCalls("libcuda.so.1", close_secs=60.0)
         with pytest.raises(Unsupported, match=said):
             await calls.ready()
+        (unfit,) = calls._retired
+        assert unfit._reading is not None
+        async with asyncio.timeout(60):
+            await unfit._reading  # it was told to leave
         with pytest.raises(CudaCallError, match=said) as raised:
             await calls.call("lock", 101, 1.0, on_late=lambda: None)
         assert (raised.value.operation, raised.value.pid, raised.value.code) == ("lock", 101, None)
@@ -242,6 +246,9 @@ def test_a_helper_that_ended_takes_no_call_and_is_replaced(fake: FakeCuda) -> No
         assert await first.leave(60.0)
         assert await calls.call("state", 101, 60.0, on_late=lambda: None) == 0
         assert calls._current is not first
+        assert calls._retired == [first]
+        await calls.ready()
+        assert calls._retired == [], "it has ended"
         await calls.close()
 
     asyncio.run(main())

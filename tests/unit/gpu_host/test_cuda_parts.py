@@ -311,6 +311,12 @@ def test_a_run_of_the_tool_and_what_becomes_of_it(tmp_path: Path) -> None:
             while not late:  # noqa: ASYNC110  # a process of others: no event
                 await asyncio.sleep(0.001)
         assert late == ["lock"]
+        # A run that is late is left to end by itself, and nobody waits for it.
+        with pytest.raises(CudaCallTimeout):
+            await running.call("unlock", 7, 0.0, on_late=lambda: late.append("unlock"))
         await running.close()
+        with open(tmp_path / "pipe", "wb"):  # noqa: ASYNC230  # its reader is there, or comes
+            pass
+        assert late == ["lock"]
 
     asyncio.run(body())
