@@ -110,8 +110,8 @@ class Helper:
         return self._reading is None or self._reading.done()
 
     async def _read(self) -> None:
-        # A helper that ended with requests of ours unread resets the connection.
-        with suppress(ConnectionResetError):
+        # One that ended with requests of ours unread resets the connection, or takes no more.
+        with suppress(ConnectionError):
             while line := await self._reader.readline():
                 answer = json.loads(line)
                 future = self._out.pop(answer["id"], None)
