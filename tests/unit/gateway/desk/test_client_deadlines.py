@@ -96,6 +96,10 @@ async def test_connections_are_counted_and_those_too_many_refused(
     assert desk.worker.client_came.is_set()
     assert [door.statuses() for door in doors] == [[], [], [503]]
     assert b"retry-after: 1\r\n" in doors[2].got
+    assert (
+        b"cannot accept the connection: 2 are open (try again later; the limit is"
+        b" gateway.max_connections)"
+    ) in doors[2].got
     assert (doors[2].left, doors[2].wire.ended) == (LINGER_SECS, True)
     assert not desk.worker.client_left.is_set()
     doors[2].connection.connection_lost(None)

@@ -257,3 +257,19 @@ def test_what_an_engine_refuses_with_is_kept_up_to_a_bound() -> None:
     for _ in range(3):
         keep_alive.collect(b"x" * MAX_ERROR)
     assert len(keep_alive.error) == 2 * MAX_ERROR
+
+
+@pytest.mark.parametrize("status", [None, {}, {"models": {"a": {"phase_text": 7}}}, {"models": []}])
+def test_a_status_that_cannot_be_read_is_as_none(status: Any) -> None:
+    async def run() -> None:
+        world = World()
+        world.status = a_step()
+        await world.look()
+        ticket = Ticket("a", 0.0, 1.0)
+        assert world.standing.of(ticket)[1] == WEIGHTS
+        world.now += LOOK_SECS
+        world.status = status
+        await world.look()
+        assert world.standing.of(ticket)[1] == ROOM
+
+    asyncio.run(run())
