@@ -33,7 +33,7 @@ class CostAware:
         config = self.config
         allowed = Fifo(config).earliest(target, victim, waiting, now)
         cost = target.cost + victim.leave
-        enough = max(1, math.ceil(config.amortization_factor * cost))
+        enough = math.ceil(config.amortization_factor * cost)
         if target.waiting >= enough > 1 or config.amortization_factor == 0:
             worthwhile = target.oldest_since
         else:

@@ -304,6 +304,8 @@ KEPT = {"since": 90.0, "leave": 3.0, "back": 4.0}
         # enough that wait: half of the seconds of the switch, rounded up
         (CostAware, {"waiting": 3}, {}, 95.0), (CostAware, {"waiting": 2}, {}, 102.0),
         (CostAware, {"waiting": 3}, {"since": 99.0}, 104.0),
+        (CostAware, {"waiting": 2, "cost": 0.0}, {}, 95.0),
+        (CostAware, {"waiting": 9, "cost": -2.0}, {}, 102.0),  # one is no crowd
     ],
 )  # fmt: skip
 def test_when_a_model_may_be_sent_away(

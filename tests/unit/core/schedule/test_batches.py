@@ -25,7 +25,6 @@ from llmux.core.events import (
     ParkAsked,
     ParkWithdrawn,
     PinSet,
-    ResidueSeen,
     Tick,
     WorkerDrained,
     WorkerJoined,
@@ -37,6 +36,7 @@ from llmux.core.records import Failed, Parked, Stopped, Waking, coming, leaving
 from llmux.core.reducer import initial, reduce, reduce_all
 from llmux.core.schedule import LOOK_AGAIN_SECS
 from llmux.core.states import ModelState
+from llmux.errors import Reason
 
 
 def batch(core: Core, *events: Event) -> list[str]:
@@ -287,6 +287,18 @@ def test_requests_wait_with_what_is_preloaded() -> None:
     assert core.plans() == ["start a"]
 
 
+def test_a_request_that_comes_with_the_failure_gets_no_place_in_the_queue() -> None:
+    core = Core(model("a"))
+    core.demand("a", waiting=1)
+    ended = OperationFinished("a", core.running["a"].op, Outcome.DOWN, "no weights")
+    assert batch(core, ended, asks("a", 2)) == []
+    assert [one.reason for one in core.done(SendRefuse)] == [
+        Reason.START_FAILED,
+        Reason.BACKING_OFF,
+    ]
+    assert dict(core.state.reservations) == {}
+
+
 # ---- further rare ways --------------------------------------------------------------------------
 
 
@@ -359,21 +371,9 @@ def test_an_order_that_is_withdrawn_from_a_model_on_its_way_out_changes_nothing(
     assert core.at("a") is ModelState.DRAINING
 
 
-def test_what_was_seen_of_an_engine_counts_until_its_configuration_changes() -> None:
-    core = Core(model("a"))
-    core.demand("a", waiting=1)
-    core.happen(ResidueSeen("a", core.running["a"].op, 0.1))
-    core.happen(ConfigChanged(config_of(model("a"))))
-    assert core.record("a").residue == 0.1
-    core.happen(ConfigChanged(config_of(model("a", priority=1))))
-    assert core.record("a").residue is None
-
-
 def test_only_a_return_for_which_others_left_is_counted_as_one() -> None:
     core = Core(model("a"))
-    core.serve("a")
-    core.happen(ParkAsked("a"))
-    core.park("a")
+    core.put("a", phase=Parked(OFFLOAD, 50.0), gpus=(0,))
     core.demand("a", waiting=1)
     core.now += 7
     core.finish("a")
