@@ -126,7 +126,7 @@ class EngineFiles:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
             mark = open_own(opened, f"{name}.offset", flags, 0o640)
             try:
-                size = os.stat(name, dir_fd=opened, follow_symlinks=False).st_size
+                size = os.stat(name, dir_fd=opened).st_size
             except FileNotFoundError:
                 size = 0
             os.write(mark, write_mark(size, 0, None, 0).encode())

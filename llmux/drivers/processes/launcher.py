@@ -125,28 +125,26 @@ class _CapHeader(ctypes.Structure):
 
 
 def _drop_to(libc: ctypes.CDLL, uid: int, gid: int, groups: Sequence[int]) -> None:
-    if os.geteuid() == uid and os.getuid() == uid:
+    if os.getresuid() == (uid, uid, uid):
         return
-    if uid != 0:
-        # Bounding set first, while CAP_SETPCAP is still there: no set-uid file brings one back.
-        for capability in range(64):
-            try:
-                _prctl(libc, PR_CAPBSET_DROP, capability)
-            except OSError as error:
-                if error.errno == errno.EINVAL:
-                    break  # beyond the last capability of this kernel
-                if error.errno != errno.EPERM:
-                    raise
+    # Bounding set first, while CAP_SETPCAP is still there: no set-uid file brings one back.
+    for capability in range(64):
+        try:
+            _prctl(libc, PR_CAPBSET_DROP, capability)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                break  # beyond the last capability of this kernel
+            if error.errno != errno.EPERM:
+                raise
     os.setgroups(groups)
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
-    if uid != 0:
-        # setresuid cleared the effective, permitted and ambient sets; the inheritable one stays.
-        empty = (ctypes.c_uint32 * 6)()
-        header = _CapHeader(LINUX_CAPABILITY_VERSION_3, 0)
-        if libc.capset(ctypes.byref(header), empty) != 0:
-            raise OSError(ctypes.get_errno(), "capset failed")
-        _prctl(libc, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    # setresuid cleared the effective, permitted and ambient sets; the inheritable one stays.
+    empty = (ctypes.c_uint32 * 6)()
+    header = _CapHeader(LINUX_CAPABILITY_VERSION_3, 0)
+    if libc.capset(ctypes.byref(header), empty) != 0:
+        raise OSError(ctypes.get_errno(), "capset failed")
+    _prctl(libc, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
 
 
 def _enter_engine_cgroup(root: str) -> None:
@@ -304,22 +302,15 @@ def _guard(engine: int) -> NoReturn:
     poller.register(wakeup, select.POLLIN)
     status: int | None = None
     while status is None:
-        try:
-            while True:
-                pid, ended = os.waitpid(-1, os.WNOHANG)
-                if pid == 0:
-                    break
-                if pid == engine:
-                    status = ended
-        except ChildProcessError:
-            break
-        if status is not None:
-            break
-        ready = {fd for fd, _ in poller.poll()}
-        if wakeup in ready:
-            os.read(wakeup, 4096)
-        if GATE_FD in ready:
-            break  # a second byte or end of file: kill
+        pid, ended = os.waitpid(-1, os.WNOHANG)
+        if pid == engine:
+            status = ended
+        elif pid == 0:
+            ready = {fd for fd, _ in poller.poll()}
+            if wakeup in ready:
+                os.read(wakeup, 4096)
+            if GATE_FD in ready:
+                break  # a second byte or end of file: kill
     if status is None:
         try:
             os.kill(engine, SIGKILL)
@@ -329,7 +320,7 @@ def _guard(engine: int) -> NoReturn:
     _kill_all()
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
+        if number != SIGKILL:  # whose action none can set
             signal.signal(number, signal.SIG_DFL)
         import resource
 

@@ -135,3 +135,13 @@ def test_a_link_in_place_of_the_home_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnitFailed, match="cannot make its directory"):
         prepare_directories(spec(tmp_path, user=True))
     assert victim.stat().st_uid == 0
+
+
+@as_root
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    prepare_directories(spec(tmp_path, user=True))
+    os.chown(tmp_path / "cache" / "poet", UID + 1, UID + 1)
+    with pytest.raises(UnitFailed, match="belongs to user"):
+        prepare_directories(spec(tmp_path, user=True))
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -63,3 +63,21 @@ def test_without_a_memory_controller_nothing_is_said(tmp_path: Path) -> None:
     made = Oom(str(tmp_path), SLICE)
     made.watch(CGROUP)
     assert made.cause(CGROUP, UNIT) is None
+
+
+@pytest.mark.parametrize(
+    ("events", "cause"),
+    [
+        ("low 0\n", None),
+        ("oom 1\n", None),
+        ("oom_kill 1\n", "the host ran out of memory"),
+        ("oom_kill 1\noom 1\n", "it went past MemoryMax=700M of u (limits.memory_max)"),
+        ("oom_kill one\n", None),
+        ("oom_kill\n", None),
+    ],
+)
+def test_a_counter_that_is_not_told_is_zero(
+    oom: Oom, tmp_path: Path, events: str, cause: str | None
+) -> None:
+    (tmp_path / SLICE / UNIT / "memory.events").write_text(events)
+    assert oom.cause(CGROUP, "u") == cause

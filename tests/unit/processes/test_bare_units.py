@@ -18,7 +18,7 @@ from llmux.drivers.processes.cgroup import process_state
 from llmux.drivers.processes.children import DirectUnits
 from llmux.drivers.processes.launcher import PR_SET_CHILD_SUBREAPER
 from llmux.drivers.processes.process import descendants, start_ticks
-from llmux.errors import UnitFailed
+from llmux.errors import DriverTimeout, UnitFailed
 from llmux.ports import GpuProcess, LaunchSpec, UnitHandle
 from llmux.protocol import Address
 
@@ -153,5 +153,20 @@ def test_rows_of_the_dead_hide_nobody_in_a_ledger(tmp_path: Path) -> None:
         assert await ledger.totals() == {0: 100, 1: 200}
         assert await ledger.used() == {0: 0, 1: 24}
         assert (await ledger.gpu_count(), ledger.available, ledger.blind) == (2, True, None)
+
+    asyncio.run(body())
+
+
+def test_who_ends_meanwhile_is_no_fault_and_who_stays_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "cgroup.procs").write_text(f"{2**22 + 1}\n{2**22 + 2}\n")
+
+    async def body() -> None:
+        units = BareUnits((str(tmp_path), ""))
+        handle = UnitHandle("m", "u", 2**22 + 1, 1, "/c")
+        with pytest.raises(DriverTimeout) as raised:
+            await units.kill(handle, 0)
+        assert str(raised.value).endswith("2 processes are still there after 0s")
+        assert (tmp_path / "c" / "cgroup.kill").read_text() == "1"
 
     asyncio.run(body())

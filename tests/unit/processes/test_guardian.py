@@ -92,3 +92,18 @@ def test_its_end_is_the_engines_and_nothing_is_left(
     finally:
         os.close(reader)
         os.close(writer)
+
+
+@pytest.mark.parametrize("script", ["exit 3", "(exit 4) & wait; exit 3"])
+def test_an_engine_that_leaves_nothing_ends_it_too(tmp_path: Path, script: str) -> None:
+    async def body() -> None:
+        launch = spawn_launcher()
+        output = str(tmp_path / "output")
+        argv = ("/bin/sh", "-c", script)
+        spec = LaunchSpec("m", argv, {"PATH": "/usr/bin:/bin"}, None, output, output, "/")
+        await launch.open(spec, SECONDS, cgroup_root=None, guardian=True)
+        assert await launch.process.wait(SECONDS)
+        assert launch.process.ended == "exit status 3"
+        launch.close()
+
+    asyncio.run(body())

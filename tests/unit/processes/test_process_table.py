@@ -71,7 +71,7 @@ def test_what_several_processes_use_is_added_up(monkeypatch: pytest.MonkeyPatch)
     used = os.times()
     found = process.cpu_seconds([NOBODY, *me])
     later = os.times()
-    assert used.user + used.system - 0.05 <= found <= later.user + later.system + 0.05
+    assert used.user + used.system - 1e-6 <= found <= later.user + later.system + 1e-6
 
 
 class Watched:
