@@ -221,6 +221,16 @@ def test_how_each_operation_ends(phase: Any, outcome: Outcome, after: Any, failu
     assert (core.record("a").phase, core.record("a").failures) == (after, failures)
 
 
+def test_an_order_that_came_while_it_parked_is_carried_out_once() -> None:
+    core = serving()
+    core.happen(ParkAsked("a", OFFLOAD))
+    core.drained("a")
+    core.put("a", park_request=STOP)
+    core.finish("a", Outcome.PARKED)
+    assert isinstance(core.record("a").phase, Stopping)
+    assert core.record("a").park_request is None
+
+
 def test_one_that_was_parked_otherwise_than_ordered_says_how() -> None:
     core = serving()
     core.happen(ParkAsked("a", CHECKPOINT))

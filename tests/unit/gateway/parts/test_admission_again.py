@@ -71,6 +71,18 @@ def test_each_deadline_that_passes_is_said_of_its_own_model() -> None:
     assert desk.changed == {"a": 1, "b": 1}
 
 
+def test_a_model_is_wanted_while_requests_lack_more_than_a_place() -> None:
+    desk = Desk(max_in_flight=1, alone=10)
+    assert desk.admission.wanted() == []
+    desk.ticket("b")
+    desk.ticket()
+    assert sorted(desk.admission.wanted()) == ["a", "b"]
+    desk.admission.grant("a", "e1", ADDRESS)
+    desk.ticket()
+    assert len(desk.lease().queue.waiting) == 1, "for the place of the one in flight"
+    assert desk.admission.wanted() == ["b"]
+
+
 def test_a_lease_is_idle_when_it_is_revoked_and_nothing_is_in_flight() -> None:
     desk = Desk()
     desk.admission.grant("a", "e1", ADDRESS)

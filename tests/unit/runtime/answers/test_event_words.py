@@ -236,6 +236,17 @@ def test_a_length_is_held_back_for_a_second_and_not_for_longer(clock: list[float
         assert (("a", waiting) in lengths(log)) is noted
 
 
+def test_a_length_that_stays_is_noted_once(clock: list[float]) -> None:
+    """What a worker says may change in other ways while as many wait."""
+    log = EventLog(Watchers())
+    former = queued()
+    for passed in (0.0, 2.0, 4.0):
+        clock[0] = 1000.0 + passed
+        log.published(former, present := queued(a=2))
+        log.published(present, former := queued(a=2))
+    assert lengths(log) == [("a", 2)]
+
+
 def test_a_model_that_was_removed_begins_a_queue_of_its_own(clock: list[float]) -> None:
     log = EventLog(Watchers())
     log.published(queued(), queued(a=1))

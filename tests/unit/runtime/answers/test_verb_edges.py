@@ -68,3 +68,10 @@ async def test_lines_fill_half_a_message_to_its_last_byte(more: int, kept: int) 
     async with desk() as d:
         d.world.output["a"] = ["x" * (MAX_LINE // 2 - 3 + more)]  # two quotes, and what parts it
         assert len((await d.ask("logs", model="a"))["lines"]) == kept
+
+
+@in_loop
+async def test_lines_before_one_that_does_not_fit_are_left_out_with_it() -> None:
+    async with desk() as d:
+        d.world.output["a"] = ["first", "x" * (MAX_LINE // 2), "last but one", "last"]
+        assert (await d.ask("logs", model="a"))["lines"] == ["last but one", "last"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from runtime_harness import config_of, in_loop, model
@@ -58,6 +59,16 @@ async def test_an_image_that_arrived_is_what_the_model_wakes_from() -> None:
         d.world.calls.clear()
         await d.ask("load", model="a")
         assert d.world.names("checkpointer.restore") == ["checkpointer.restore a"]
+
+
+@pytest.mark.parametrize("recipe", [{}, {"eviction": ""}])
+@in_loop
+async def test_how_an_image_was_made_may_be_unknown(recipe: dict[str, str]) -> None:
+    async with desk(config_of(model("a", eviction=CHECKPOINT))) as d:
+        image = await made_image(d)
+        await d.ask("unload", model="a")
+        d.world.arrived["a"] = replace(image, recipe=recipe)
+        assert (await d.ask("image_adopt", model="a"))["eviction"] == "unknown"
 
 
 @in_loop

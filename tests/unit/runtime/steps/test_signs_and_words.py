@@ -166,6 +166,16 @@ async def test_an_idle_engine_is_asked_for_an_answer_in_the_time_that_is_left(
     assert bench.seen == ([("engine.canary", ADDRESS, "a", left)] if asked else [])
 
 
+@in_loop
+async def test_counters_are_dated_by_when_they_were_first_seen_so() -> None:
+    former = Progress(7.0, -1.0)
+    for counter, known in ((7.0, former), (None, former), (8.0, None)):
+        bench = Bench(engine_vitals=Vitals(200, 1, counter), units_cpu_seconds=0.0)
+        watch = Watch(bench.drivers, "a", ADDRESS, HANDLE, stalled=True, progress=former)
+        at = (await watch._sample(5.0)).at
+        assert watch.progress == (known or Progress(8.0, at))
+
+
 @in_virtual_time
 async def test_a_watch_ends_with_a_verdict_when_its_time_is_over() -> None:
     for status, words in (
