@@ -16,6 +16,7 @@ from runtime_harness import OFFLOAD_FREEZE, STOP, config_of, drivers_on, in_loop
 from llmux.config.schema import CheckpointConfig, Config, Eviction, Process, Weights
 from llmux.daemon.serve import embedded_drivers
 from llmux.daemon.supervise import _plugin_dir, _trial, carry_out
+from llmux.daemon.places import credentials_directory
 from llmux.daemon.supervisor import Supervisor
 from llmux.errors import DriverError, LlmuxError
 from llmux.protocol import Ask
@@ -261,3 +262,10 @@ async def test_the_driver_is_asked_of_an_engine_only_where_no_note_says_how_it_i
     assert status["models"]["a"]["state"] == "serving"
     more = len(world.names("cuda.suspended")) - len(asked)
     assert more == (1 if cuda and notes == "lost" else 0)
+
+
+def test_credentials_are_where_systemd_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/somewhere")
+    assert credentials_directory() == "/somewhere"
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    assert credentials_directory() == "/run/credentials"

@@ -22,6 +22,7 @@ from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.events import EngineExited
 from llmux.core.plans import Outcome, Plan, park_plan, start_plan, stop_plan, wake_plan
 from llmux.protocol import Address
+from llmux.runtime.engines.facts import COLD_SECS
 from tests.twins.engine import MemoryEngine
 from tests.twins.world import GIB, World
 
@@ -315,3 +316,16 @@ async def test_closing_leaves_the_engines_as_they_are(world: World, tmp_path: Pa
     await shop.executor.close()
     assert list(world.engines) == ["a"]
     assert shop.posted.empty()
+
+
+@in_loop
+async def test_what_a_cold_start_took_is_kept_through_parking_and_waking(tmp_path: Path) -> None:
+    shop = Shop(World(), str(tmp_path))
+    instance = shop.executor.instance(MODEL)
+    assert instance.facts.cold_seconds == COLD_SECS
+    await shop.run(MODEL, START)
+    took = instance.facts.cold_seconds
+    assert took != COLD_SECS
+    await shop.run(MODEL, park_plan(MODEL, OFFLOAD))
+    await shop.run(MODEL, wake_plan(MODEL, OFFLOAD))
+    assert instance.facts.cold_seconds == took

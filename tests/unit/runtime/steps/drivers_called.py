@@ -44,7 +44,7 @@ class Calls:
             answer = self._answers.get(call)
             if isinstance(answer, Exception):
                 raise answer
-            return answer
+            return answer() if callable(answer) else answer
 
         async def awaited(*args: Any, **kwargs: Any) -> Any:
             return called(*args, **kwargs)

@@ -185,6 +185,20 @@ async def test_what_a_suspend_moves_is_noted_and_nothing_is_an_error_unless_any_
 
 
 @pytest.mark.parametrize(
+    ("sleep", "moves"),
+    [(None, 5), (EngineUnhealthy("sleep", "a", "500"), 90), (TimeoutError(), 90)],
+)
+@in_loop
+async def test_what_leaves_its_gpu_moves_what_its_sleep_has_left(
+    sleep: Exception | None, moves: int
+) -> None:
+    looks = iter([[GpuProcess(0, 77, 50), GpuProcess(0, 78, 40)], [GpuProcess(0, 77, 5)]])
+    bench = Bench(gpu_available=True, gpu_processes=lambda: next(looks), engine_sleep=sleep)
+    await bench.run(Step(K.LEAVE_GPU, 900.0, level=2))
+    assert ("cuda.check_memory", [77, 78], moves) in bench.seen
+
+
+@pytest.mark.parametrize(
     ("known", "if_any", "handle", "resumed"),
     [
         ((5, 6), False, HANDLE, (5, 6)),
