@@ -89,6 +89,19 @@ async def test_what_is_not_taken_in_time_is_ended() -> None:
     assert bench.names().count("units.kill") == 1
 
 
+@in_virtual_time
+async def test_the_death_of_a_former_engine_ends_none() -> None:
+    bench = Ahead()
+    bench.restorer.begin(bench.order, [])
+    await asyncio.sleep(1.0)
+    (died,) = [call[2] for call in bench.seen if call[0] == "units.watch"]
+    for handle, ends in ((replace(HANDLE, pid=99), 0), (HANDLE, 1), (HANDLE, 1)):
+        died(handle, "exit status 1")
+        await asyncio.sleep(1.0)
+        assert bench.names().count("units.kill") == ends
+    await bench.restorer.close()
+
+
 @in_loop
 async def test_a_wake_that_is_given_up_ends_the_restore_and_sees_its_end() -> None:
     bench, began, undone = Ahead(), asyncio.Event(), list[str]()
