@@ -14,9 +14,9 @@ import pytest
 from runtime_harness import OFFLOAD_FREEZE, STOP, config_of, drivers_on, in_loop, model
 
 from llmux.config.schema import CheckpointConfig, Config, Eviction, Process, Weights
+from llmux.daemon.places import credentials_directory
 from llmux.daemon.serve import embedded_drivers
 from llmux.daemon.supervise import _plugin_dir, _trial, carry_out
-from llmux.daemon.places import credentials_directory
 from llmux.daemon.supervisor import Supervisor
 from llmux.errors import DriverError, LlmuxError
 from llmux.protocol import Ask
