@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +23,7 @@ from fake_cuda import COMPILER, FakeCuda
 
 from llmux.drivers.cuda import driver
 from llmux.drivers.cuda.calls import CudaCallError, CudaCallTimeout
-from llmux.drivers.cuda.cuda_helper import Library
+from llmux.drivers.cuda.cuda_helper import CALLS, Library, Server
 from llmux.drivers.cuda.driver import HELPER, Helper, HelperCalls, greeting_problem
 from llmux.errors import Unsupported
 
@@ -72,6 +75,64 @@ def test_greets_answers_and_leaves_at_the_end_of_input(fake: FakeCuda) -> None:
     assert client.answer()["name"] == "CUDA_ERROR_ILLEGAL_STATE"
     client.hang_up()
     assert client.end() == 0
+
+
+def test_what_the_driver_says_is_handed_on_in_its_words(fake: FakeCuda) -> None:
+    library = Library(str(fake.library))
+    assert library.usable
+    assert library.greeting() == {
+        "hello": 1, "pid": os.getpid(), "driver_version": 13000, "missing": [], "problem": None,
+        "code": 0,
+    }  # fmt: skip
+    assert library.describe(2) == {
+        "code": 2, "name": "CUDA_ERROR_OUT_OF_MEMORY", "text": "out of memory",
+    }  # fmt: skip
+    unknown = {"code": 4242, "name": "CUDA_ERROR_4242", "text": "unknown error"}
+    assert library.describe(4242) == unknown
+    assert library.call("restore_tid", 102, 0) == {"code": 0, "value": 102}
+    for operation, state in (("lock", 1), ("checkpoint", 2), ("restore", 1), ("unlock", 0)):
+        assert library.call(operation, 101, 10) == {"code": 0}
+        assert library.call("state", 101, 10) == {"code": 0, "value": state}
+    fake.fault("lock", "fail 4242", 102)
+    assert library.call("lock", 102, 10) == unknown
+
+
+@pytest.mark.parametrize(
+    ("define", "code", "missing"),
+    [("BEFORE_570", 0, list(CALLS.values())), ("WITHOUT_RESTORE", 0, [CALLS["restore"]]),
+     ("", 999, [])],
+)  # fmt: skip
+def test_a_driver_without_a_function_or_that_does_not_start_is_not_used(
+    tmp_path: Path, define: str, code: int, missing: list[str]
+) -> None:
+    fake = FakeCuda(tmp_path, *filter(None, [define]))
+    fake.fault("cuInit", "fail 999")
+    library = Library(str(fake.library))
+    greeting = library.greeting()
+    assert (greeting["code"], greeting["missing"], greeting["problem"]) == (code, missing, None)
+    assert (greeting["driver_version"], library.usable) == (13000, False)
+
+
+def test_requests_are_answered_until_input_ends_or_a_signal_comes(fake: FakeCuda) -> None:
+    library = Library(str(fake.library))
+    request = b'{"id": %d, "op": "%s", "pid": 101}\n'
+    asked = request % (1, b"state") + request % (2, b"restore_tid") + b'{"id": 3'
+    for signalled in (False, True):
+        with contextlib.ExitStack() as stack:
+            source, write = socket.socketpair()
+            stop, signal_end = socket.socketpair()
+            for end in (source, write, stop, signal_end):
+                stack.enter_context(end)
+            answers = io.BytesIO()
+            write.sendall(asked)
+            if signalled:
+                signal_end.send(b"x")
+            else:
+                write.shutdown(socket.SHUT_WR)
+            Server(library, source.fileno(), stop.fileno(), answers).serve()
+        found = sorted(answers.getvalue().splitlines())
+        want = [b'{"id":1,"code":0,"value":0}', b'{"id":2,"code":0,"value":101}']
+        assert found == ([] if signalled else want)
 
 
 def test_a_hung_call_does_not_hold_up_another(fake: FakeCuda) -> None:

@@ -172,6 +172,8 @@ def test_gpus(tmp_path: Path) -> None:
             assert check.seen.startswith("persistence mode is off")
             assert "nvidia-persistenced" in check.remedy
     assert level(parking.check_gpus(make(tmp_path), STOP), "nvidia-smi") == "WARN"
+    none = parking.check_gpus(make(tmp_path, run=lambda argv, seconds: Ran(0, " \n")), SUSPEND)
+    assert (level(none, "nvidia-smi found none"), "NVRM" in none.remedy) == ("FAIL", True)
     gone = parking.check_gpus(make(tmp_path, which=lambda name: None), STOP)
     assert "install nvidia-smi" in gone.remedy
 

@@ -95,9 +95,6 @@ def write_problem(path: str) -> str | None:
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     try:
-        if place != path:
-            os.rmdir(tempfile.mkdtemp(dir=place))
-            return None
         made, name = tempfile.mkstemp(dir=place)
         try:
             os.write(made, bytes(4096))  # a full disk still makes empty files

@@ -35,9 +35,7 @@ def to_remove(
     ``most``."""
     chosen: list[Kept] = []
     for one in sorted(kept, key=lambda one: one.worth / max(one.size, 1)):
-        if sum(other.size for other in chosen) >= missing:
-            break
-        if one.model not in protected:
+        if one.model not in protected and sum(other.size for other in chosen) < missing:
             chosen.append(one)
     for one in sorted(chosen, key=lambda one: -one.worth):
         if sum(other.size for other in chosen) - one.size >= missing:

@@ -126,6 +126,7 @@ def launch_identity(
 def host_identity(
     boot_id_path: str = "/proc/sys/kernel/random/boot_id",
     driver_path: str = "/proc/driver/nvidia/version",
+    processors_path: str = "/proc/cpuinfo",
 ) -> dict[str, str]:
     """Kernel, driver, processor and boot: images last until the reboot by default, because pids,
     /dev/shm, runtime directories and the GPU driver's state do not."""
@@ -134,7 +135,7 @@ def host_identity(
         identity["nvidia_driver"] = " ".join(file.readline().split())
     with suppress(OSError), open(boot_id_path) as file:
         identity[BOOT_ID] = file.read().strip()
-    with suppress(OSError), open("/proc/cpuinfo") as file:
+    with suppress(OSError), open(processors_path) as file:
         for line in file:
             # CRIU restores register state; another processor may lack the instructions in use.
             if line.startswith("model name"):

@@ -117,8 +117,14 @@ def test_only_a_criu_that_dumps_there_is_killed(
         for entry in (own, tmp_path / "self", tmp_path / "999999999"):  # the last one has ended
             entry.mkdir()
         own.joinpath("cmdline").write_bytes(b"".join(a.encode() + b"\0" for a in arguments))
+        for other in "123456789":
+            (tmp_path / other).mkdir()
+            (tmp_path / other / "cmdline").write_bytes(b"/i/m/dumping\0")
         end_dump("/i/m/dumping", str(tmp_path))
-        if not killed:
+        if killed:
+            ended = os.WEXITED | os.WNOWAIT | os.WNOHANG
+            assert os.waitid(os.P_PID, process.pid, ended) is not None, "and waited for"
+        else:
             assert process.poll() is None
             process.kill()
         assert process.wait(20) == -9

@@ -220,8 +220,11 @@ def test_the_host_is_known_by_kernel_driver_and_boot(tmp_path: pathlib.Path) -> 
         if line.startswith("model name")
     ]
     assert found.get("processor") == (models[0] if models else None)
-    without = identity.host_identity(str(tmp_path / "x"), str(tmp_path / "y"))
-    assert set(found) - set(without) == {"boot_id", "nvidia_driver"}
+    (tmp_path / "cpus").write_text("processor: 0\nmodel name\t: One\nmodel name\t: Two\n")
+    paths = [str(tmp_path / name) for name in ("boot", "driver", "cpus")]
+    assert identity.host_identity(*paths) == {**found, "processor": "One"}
+    without = identity.host_identity(*(f"{path}.none" for path in paths))
+    assert without.keys() == {"kernel", "architecture"}
 
 
 @pytest.mark.parametrize(

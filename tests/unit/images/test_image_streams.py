@@ -117,6 +117,10 @@ def test_what_arrives_is_kept_and_completed(sent: Sent, home: pathlib.Path) -> N
     for _ in range(2):
         arriving.complete(head.manifest)
         assert (own / ".import" / "manifest.json").read_text() == head.manifest.to_json()
+    (own / ".import" / "link").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"):
+        arriving.complete(head.manifest)  # its manifest says that all else lasts
+    assert sorted(os.listdir(own / ".import")) == ["a", "b", "link"]
     for _ in range(2):
         arriving.forget_notes()
         assert os.listdir(own) == [".import"]

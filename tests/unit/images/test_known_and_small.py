@@ -223,6 +223,11 @@ def test_open_files_of_the_home_are_found_up_to_a_mebibyte(held: Held) -> None:
     assert set(found) == {str(home / "a"), str(home / "b")}
     status = (home / "a").stat()
     assert found[str(home / "a")] == (status.st_dev, status.st_ino)
+    deleted = home / "e"
+    with deleted.open("w") as file:
+        deleted.unlink()
+        held.link("fd/20", f"/proc/self/fd/{file.fileno()}")
+        assert small_files.find([8, 7], [str(home), "/proc"], str(held.proc)) == found
 
 
 def test_so_many_are_kept_each_with_what_it_was(

@@ -74,6 +74,8 @@ def test_an_image_is_worth_less_the_longer_it_was_not_used(
     assert budget.look_for_room(images, "c", 1, cold_seconds=20.0) == ["old"]
     with pytest.raises(CheckpointFailed, match="worth more or needed now leave less of 60"):
         budget.look_for_room(images, "c", 1, cold_seconds=19.9)
+    with pytest.raises(CheckpointFailed, match="worth more or needed now leave less of 60"):
+        budget.look_for_room(images, "c", 60, protected={"old"})
     assert budget.look_for_room(images, "new", 30, cold_seconds=0.0) == ["new"]
     assert budget.look_for_room(images, "c", 1, protected={"old"}) == ["new"]
     images.max_bytes = None

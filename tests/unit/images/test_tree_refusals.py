@@ -35,7 +35,7 @@ class Proc:
         (own / "maps").write_text("")
         facts = {"Name": f"p{pid}", "State": "S (sleeping)", "PPid": str(parent), "TracerPid": "0"}
         text = "".join(f"{key}:\t{value}\n" for key, value in {**facts, **fields}.items())
-        (own / "status").write_text(text)
+        (own / "status").write_bytes(os.fsencode(text))
         (own / "stat").write_text(f"{pid} (p) q) S {parent} {pid} {session} 0\n")
         for number, target in enumerate(opened):
             (own / "fd" / str(number)).symlink_to(target)
@@ -217,6 +217,7 @@ def test_connections_within_the_tree_and_closed_ones_are_none_and_ports_are_list
         ({"TracerPid": "55"}, "process 8 (p8) is traced by process 55", "debugger"),
         ({"State": "D (disk sleep)"}, None, ""),
         ({"State": "R (running)"}, None, ""),
+        ({"Name": "\udcff"}, None, ""),
     ],
 )  # fmt: skip
 def test_a_process_in_a_state_that_cannot_be_dumped_is_named(

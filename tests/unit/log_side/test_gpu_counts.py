@@ -220,10 +220,11 @@ def test_a_divided_gpu_is_named(
 
 
 def test_a_library_of_that_name_that_is_not_nvidias_is_none(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(Unsupported, match="libx: nvmlInit_v2"):
         observe(monkeypatch, Nvml(("nvmlInit_v2",)))
+    assert "hangs" not in caplog.text
     monkeypatch.undo()
     with pytest.raises(Unsupported, match="libnothing"):
         NvmlObserver("libnothing.so.9")
@@ -241,6 +242,8 @@ def test_a_start_that_hangs_makes_the_observer_blind_until_it_returns(
 
     observer = observe(monkeypatch, Slow())
     assert "has not returned" in (observer.blind or "")
+    stuck = [thread for thread in threading.enumerate() if thread.name == "llmux-nvml"]
+    assert all(thread.daemon for thread in stuck) and stuck, "no process waits for it at its end"
 
     async def body() -> None:
         with pytest.raises(DriverError, match=r"a call has not returned for \d+ s") as raised:
@@ -286,4 +289,8 @@ def test_a_ledger_that_is_none_says_so(
     assert asyncio.run(look()) == (1, [], {0: 0})
     path.write_text(text)
     with pytest.raises(DriverError, match="ledger"):
+        asyncio.run(look())
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DriverError, match=r"ledger .* Is a directory"):
         asyncio.run(look())
