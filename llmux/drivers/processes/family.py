@@ -96,10 +96,10 @@ class Families:
 
 
 def _below(roots: Iterable[int]) -> set[int]:
-    """All live descendants of the processes."""
+    """All descendants of the processes, zombies too: a thread of theirs may have children."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
-        if name.isdigit() and (stat := read_stat(int(name))) is not None and stat[2] not in "ZX":
+        if name.isdigit() and (stat := read_stat(int(name))) is not None:
             children.setdefault(stat[0], []).append(int(name))
     found: set[int] = set()
     todo = list(roots)

@@ -311,13 +311,9 @@ def _guard(engine: int) -> NoReturn:
                 os.read(wakeup, 4096)
             if GATE_FD in ready:
                 break  # a second byte or end of file: kill
-    if status is None:
-        try:
-            os.kill(engine, SIGKILL)
-            _, status = os.waitpid(engine, 0)
-        except OSError:
-            status = SIGKILL
     _kill_all()
+    if status is None:
+        status = SIGKILL  # as it was ended just now
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number != SIGKILL:  # whose action none can set
@@ -342,9 +338,6 @@ def main() -> NoReturn:
                 _enter_engine_cgroup(options["cgroup_root"])
             except OSError as error:
                 raise _step("cannot make the engine's cgroup", error) from error
-        # posix_spawn made us a session leader already where the C library can.
-        if os.getsid(0) != os.getpid():
-            os.setsid()
         if options.get("guardian") == "1":
             _prctl(libc, PR_SET_CHILD_SUBREAPER, 1)
             options["guardian_pid"] = str(os.getpid())

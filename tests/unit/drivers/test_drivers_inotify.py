@@ -120,3 +120,22 @@ def test_who_left_hears_nothing_of_the_file_that_is_gone(tmp_path: pathlib.Path)
     told = heard(scenario)
     assert ("again", Mask.MODIFY, "") in told
     assert not any(holder == "gone" for holder, _, _ in told), "it did not care any more"
+
+
+def test_the_kernel_watches_what_somebody_holds_and_no_more(tmp_path: pathlib.Path) -> None:
+    async def body() -> None:
+        inotify = Inotify()
+
+        def watched() -> int:
+            return pathlib.Path(f"/proc/self/fdinfo/{inotify._fd}").read_text().count("inotify wd")
+
+        held = [inotify.watch(str(tmp_path), Mask.CREATE, lambda *_: None) for _ in range(2)]
+        held.append(inotify.watch("/", Mask.CREATE, lambda *_: None))
+        counts = [watched()]
+        for watch in held:
+            inotify.unwatch(watch)
+            counts.append(watched())
+        inotify.close()
+        assert counts == [2, 2, 1, 0]
+
+    asyncio.run(body())

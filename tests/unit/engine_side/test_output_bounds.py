@@ -156,3 +156,16 @@ def test_a_bar_that_moves_on_a_line_without_an_end_is_told(follow: Follow) -> No
             )
 
     follow(body)
+
+
+def test_what_was_passed_on_at_the_end_is_not_passed_on_again(follow: Follow) -> None:
+    def body(out: Followed) -> None:
+        assert out.say("one\nhalf") == ["one"]
+        assert out.offset == 4
+        out.files.detach("m")
+        assert (out.seen[-1], out.offset) == ("half", 8)
+        out.say(" later\n")
+        out.files.attach(HANDLE)
+        assert out.seen[-1] == " later"
+
+    follow(body)

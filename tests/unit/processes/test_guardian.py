@@ -107,3 +107,36 @@ def test_an_engine_that_leaves_nothing_ends_it_too(tmp_path: Path, script: str) 
         launch.close()
 
     asyncio.run(body())
+
+
+def test_no_signal_but_the_gate_decides(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    async def body() -> None:
+        launch = spawn_launcher()
+        output = str(tmp_path / "output")
+        argv = ("/bin/sh", "-c", f"read x < {tmp_path}/go; exit 3")
+        spec = LaunchSpec("m", argv, {"PATH": "/usr/bin:/bin"}, None, output, output, "/")
+        await launch.open(spec, SECONDS, cgroup_root=None, guardian=True)
+        guardian = launch.process
+        async with asyncio.timeout(SECONDS):
+            while not ignored(guardian.pid) >= {*signals}:  # noqa: ASYNC110  # it tells nobody
+                await asyncio.sleep(0)
+        for number in signals:
+            guardian.signal(number)
+        await asyncio.to_thread((tmp_path / "go").write_text, "\n")
+        assert await guardian.wait(SECONDS)
+        assert guardian.ended == "exit status 3"
+        launch.close()
+
+    asyncio.run(body())
+
+
+def ignored(pid: int) -> set[int]:
+    """The signals that a process ignores."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigIgn:"):
+            bits = int(line.split()[1], 16)
+            return {number for number in range(1, 65) if bits >> (number - 1) & 1}
+    return set()

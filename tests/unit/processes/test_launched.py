@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import stat
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from llmux.ports import EngineUser, LaunchSpec
 
 SECONDS = 20.0
 UID = 60901
+IO_URING_SETUP, X32 = 425, 0x40000000  # <asm-generic/unistd.h>, <asm/unistd.h>
 LOOK = "umask; ulimit -c; ulimit -Hc; ls -l /proc/self/fd; cat /proc/self/status"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
@@ -88,6 +91,30 @@ def test_a_program_has_its_three_files_no_core_and_the_usual_signals(
     assert int(found["SigIgn"], 16) & 0x7FFFFFFF == int(found["SigBlk"], 16) == 0
     assert (found["NoNewPrivs"], found["Seccomp"]) == (("1", "2") if deny else ("0", "0"))
     assert stat.S_IMODE((tmp_path / "stderr").stat().st_mode) == 0o640
+
+
+def refusals(numbers: Sequence[int]) -> list[int]:
+    """What the kernel says to system calls with bad arguments."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    said = []
+    for number in numbers:
+        assert libc.syscall(number, -1, 0, 0, 0, 0, 0) == -1
+        said.append(ctypes.get_errno())
+    return said
+
+
+@pytest.mark.parametrize("deny", [False, True])
+def test_of_all_system_calls_only_io_urings_first_is_denied(tmp_path: Path, deny: bool) -> None:
+    numbers = [424, IO_URING_SETUP, 426, IO_URING_SETUP | X32, 3]
+    script = (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
+        f"for n in {numbers}: print(n, libc.syscall(n, -1, 0, 0, 0, 0, 0), ctypes.get_errno())"
+    )
+    argv = (sys.executable, "-I", "-S", "-c", script)
+    found = launch(tmp_path, *argv, deny_io_uring=deny)
+    for number, said in zip(numbers, refusals(numbers), strict=True):
+        denied = deny and number & ~X32 == IO_URING_SETUP
+        assert found[str(number)] == f"-1 {errno.ENOSYS if denied else said}"
 
 
 def test_a_program_leads_a_session_of_its_own_and_its_guardian_another(tmp_path: Path) -> None:
