@@ -56,14 +56,10 @@ def cgroup_of(pid: int) -> str | None:
 
 def kill_all(cgroup: str) -> None:
     """SIGKILL to everything below; race-free against forks on kernels with cgroup.kill (5.14)."""
-    try:
-        with open(f"{cgroup}/cgroup.kill", "w") as file:
-            file.write("1")
+    # EOPNOTSUPP: a threaded cgroup. ENOENT: an older kernel, or it is gone. Then one by one.
+    with suppress(OSError), open(f"{cgroup}/cgroup.kill", "w") as file:
+        file.write("1")
         return
-    except OSError as error:
-        if error.errno in _VANISHED and not os.path.isdir(cgroup):
-            return
-        # EOPNOTSUPP: a threaded cgroup. ENOENT: an older kernel. Then one by one.
     for pid in read_procs(cgroup):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)

@@ -233,7 +233,7 @@ def _become(
         if os.getppid() != int(options["guardian_pid"]):
             os._exit(127)
     try:
-        os.chdir(options.get("cwd", "/"))
+        os.chdir(options["cwd"])
     except OSError as error:
         raise _step(f"cannot change to directory {options['cwd']}", error) from error
     # Python ignores these two; the engine expects the defaults.

@@ -151,6 +151,20 @@ def test_the_last_ones_come_from_models_that_left_nothing(place: Path) -> None:
         found.find("fourth")
 
 
+@as_root
+def test_a_model_that_is_gone_keeps_its_uid_while_a_process_has_it(place: Path) -> None:
+    proc = place / "proc"
+    proc.mkdir()
+    found = users(place, uids=(FIRST, FIRST), proc=str(proc))
+    assert found.find("first").uid == FIRST
+    (proc / "8").mkdir()
+    os.chown(proc / "8", FIRST, FIRST)
+    with pytest.raises(LlmuxError, match="all 1 are in use"):
+        found.find("second")
+    (proc / "8").rmdir()
+    assert found.find("second").uid == FIRST
+
+
 def test_a_user_that_cannot_be_kept_is_not_used(place: Path) -> None:
     (place / "lib" / "engine-users.json").mkdir()
     with pytest.raises(LlmuxError, match="cannot keep the models' users"):

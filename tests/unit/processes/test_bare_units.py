@@ -170,3 +170,20 @@ def test_who_ends_meanwhile_is_no_fault_and_who_stays_is_counted(tmp_path: Path)
         assert (tmp_path / "c" / "cgroup.kill").read_text() == "1"
 
     asyncio.run(body())
+
+
+def test_who_was_not_started_here_is_held_once_for_all_who_watch(tmp_path: Path) -> None:
+    async def body() -> None:
+        other, units = BareUnits(None), BareUnits(None)
+        handle = await other.start(spec(tmp_path, "/bin/sleep", "1000"), SECONDS)
+        before = len(os.listdir("/proc/self/fd"))
+        first, second = Exits(), Exits()
+        units.watch(handle, first)
+        units.watch(handle, second)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        await units.kill(handle, SECONDS)
+        for exits in (first, second):
+            assert (await exits.next())[0] == handle
+        await other.kill(handle, SECONDS)
+
+    asyncio.run(body())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import select
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -94,8 +96,25 @@ def test_its_end_is_the_engines_and_nothing_is_left(
         os.close(writer)
 
 
-@pytest.mark.parametrize("script", ["exit 3", "(exit 4) & wait; exit 3"])
-def test_an_engine_that_leaves_nothing_ends_it_too(tmp_path: Path, script: str) -> None:
+@pytest.fixture
+def core_dumps() -> Iterator[None]:
+    """Allowed, as far as they can be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+
+
+@pytest.mark.usefixtures("core_dumps")
+@pytest.mark.parametrize(
+    ("script", "ended"),
+    [
+        ("exit 3", "exit status 3"),
+        ("(exit 4) & wait; exit 3", "exit status 3"),
+        ("kill -SEGV $$", "killed by SIGSEGV"),  # and neither of them dumps core
+    ],
+)
+def test_an_engine_that_leaves_nothing_ends_it_too(tmp_path: Path, script: str, ended: str) -> None:
     async def body() -> None:
         launch = spawn_launcher()
         output = str(tmp_path / "output")
@@ -103,7 +122,7 @@ def test_an_engine_that_leaves_nothing_ends_it_too(tmp_path: Path, script: str) 
         spec = LaunchSpec("m", argv, {"PATH": "/usr/bin:/bin"}, None, output, output, "/")
         await launch.open(spec, SECONDS, cgroup_root=None, guardian=True)
         assert await launch.process.wait(SECONDS)
-        assert launch.process.ended == "exit status 3"
+        assert launch.process.ended == ended
         launch.close()
 
     asyncio.run(body())
