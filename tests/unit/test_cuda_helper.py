@@ -113,6 +113,22 @@ def test_a_driver_without_a_function_or_that_does_not_start_is_not_used(
     assert (greeting["driver_version"], library.usable) == (13000, False)
 
 
+def test_what_the_library_prints_is_not_among_the_answers(fake: FakeCuda) -> None:
+    script = f"""if True:
+        import os, sys
+        sys.path.insert(0, {str(HELPER.parent)!r})
+        import cuda_helper
+        def noisy(path):
+            os.write(1, b"noise")
+            return cuda_helper.Library(path)
+        sys.exit(cuda_helper.main(noisy))
+    """
+    argv = [sys.executable, "-I", "-c", script, "--library", str(fake.library)]
+    ran = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    assert json.loads(ran.stdout)["hello"] == 1
+    assert ran.stderr == b"noise"
+
+
 def test_requests_are_answered_until_input_ends_or_a_signal_comes(fake: FakeCuda) -> None:
     library = Library(str(fake.library))
     request = b'{"id": %d, "op": "%s", "pid": 101}\n'

@@ -268,16 +268,16 @@ def read_unix(root: int, proc: str = PROC) -> dict[str, tuple[str, bool]]:
 
 
 def _check_process(pid: int, status: Mapping[str, str], found: _Found) -> None:
-    name = f"process {pid} ({status.get('Name', '?')})"
-    state = status.get("State", "?")[:1]
+    name = f"process {pid} ({status['Name']})"
+    state = status["State"][:1]
     if state == "Z":
         found.refuse(
-            f"{name} is a zombie: its parent {status.get('PPid')} has not reaped it",
+            f"{name} is a zombie: its parent {status['PPid']} has not reaped it",
             "wait until the engine has reaped it; if it never does, restart the engine",
         )
     elif state in "Tt":
         found.refuse(f"{name} is stopped", f"`kill -CONT {pid}` continues it")
-    if status.get("TracerPid", "0") != "0":
+    if status["TracerPid"] != "0":
         found.refuse(
             f"{name} is traced by process {status['TracerPid']}",
             "end the debugger or strace that is attached to it",

@@ -152,6 +152,12 @@ def test_names_that_criu_makes_for_a_moment_are_held_too(tmp_path: pathlib.Path)
     semaphores = {name for name in names if name.startswith("sem.") and name.count(".") == 1}
     assert len(semaphores) == 4
     assert {f"{name}.cr_link" for name in semaphores} <= names
+    kept = [ShmGroup(("psm_1",), "shm/0", 4096, 0o600, 0, 0)]
+    assert needed_names(kept, str(tmp_path), "/dev/shm") == {*names, "psm_1"}
+    (tmp_path / "files.img").write_bytes(b"damaged")
+    assert needed_names(kept, str(tmp_path), "/dev/shm") == {"psm_1"}
+    (tmp_path / "files.img").unlink()
+    assert needed_names(kept, str(tmp_path), "/dev/shm") == {"psm_1"}
 
 
 def test_one_that_could_not_be_written_leaves_nothing(

@@ -311,6 +311,7 @@ def test_a_run_of_the_tool_and_what_becomes_of_it(tmp_path: Path) -> None:
             while not late:  # noqa: ASYNC110  # a process of others: no event
                 await asyncio.sleep(0.001)
         assert late == ["lock"]
+        assert running._late == set()
         # A run that is late is left to end by itself, and nobody waits for it.
         with pytest.raises(CudaCallTimeout):
             await running.call("unlock", 7, 0.0, on_late=lambda: late.append("unlock"))

@@ -141,12 +141,13 @@ def test_directories_are_made_all_the_way_and_a_failure_names_its_place(
     home: pathlib.Path,
 ) -> None:
     (home / "file").write_text("")
-    umask = os.umask(0o022)
+    umask = os.umask(0)
     try:
         out = home / "a" / "b" / "out"
         image = manifest(append_files=(KeptPath(str(out), ME, MINE, 0o600),))
         host.put_right(image)
         assert stat.S_IMODE(out.parent.stat().st_mode) == 0o755
+        os.umask(0o022)
         host.put_right(manifest(runtime_dir=KeptPath(f"{home}/r/m", ME, MINE, 0o750),
                                 append_files=()))  # fmt: skip
         assert stat.S_IMODE((home / "r").stat().st_mode) == 0o755

@@ -58,10 +58,11 @@ def test_everything_that_is_open_mapped_or_stood_in_is_named_once(held: Held) ->
          held.root / "data", held.root / "exe")
     ):  # fmt: skip
         held.link(f"fd/{number}", target)
-    (held.own / "maps").write_text(
-        "0000a000-0000b000 r--p 0 08:01 5 /lib\n0000b000-0000c000 r-xp 0 08:01 5 /lib\n"
-        "0000c000-0000d000 rw-p 0 00:00 0 \n0000d000-0000e000 rw-p 0 00:00 0 [heap]\n"
-        "0000e000-0000f000 rw-p 0 08:02 5 /a name\n"
+    (held.own / "maps").write_bytes(
+        b"00001000-00002000 r--p 0 08:01 6 /\xff\n"
+        b"0000a000-0000b000 r--p 0 08:01 5 /lib\n0000b000-0000c000 r-xp 0 08:01 5 /lib\n"
+        b"0000c000-0000d000 rw-p 0 00:00 0 \n0000d000-0000e000 rw-p 0 00:00 0 [heap]\n"
+        b"0000e000-0000f000 rw-p 0 08:02 5 /a name\n"
     )
     held.link("map_files/a000-b000", held.root / "lib")
     held.link("map_files/b000-c000", held.root / "work")  # the same file: asked once

@@ -113,6 +113,27 @@ def test_an_image_that_fits_is_found_in_either_place(
         assert found.reason.startswith(f"{NONE_MADE}; the image in {home}/other {reason}")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "found_in"),
+    [("", "m/images"), ("damaged", "other"), ("misfit", "other"), ("failed", "other")],
+)
+def test_where_the_own_one_is_of_no_use_the_users_is_taken(
+    home: pathlib.Path, wrong: str, found_in: str
+) -> None:
+    images = store_of(home)
+    image = publish(images)
+    shutil.copytree(home / "m" / IMAGES, home / "other")
+    if wrong == "misfit":
+        publish(images, identity={**WHOSE, "a": "2"})
+    elif wrong == "damaged":
+        (home / "m" / IMAGES / "manifest.json").write_text("{")
+    elif wrong == "failed":  # for another model, whose operator named it
+        images.quarantine(replace(image, model="n", managed=False), "it broke")
+    found = images.find("m", WHOSE, f"{home}/other")
+    assert isinstance(found, Image)
+    assert (found.path, found.managed) == (f"{home}/{found_in}", found_in != "other")
+
+
 def test_one_of_the_users_that_failed_stays_and_is_not_tried_again(home: pathlib.Path) -> None:
     images = store_of(home)
     publish(images)

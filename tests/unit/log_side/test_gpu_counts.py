@@ -217,6 +217,11 @@ def test_a_divided_gpu_is_named(
     assert "GPU 1 is divided by MIG" in caplog.text
     assert "GPU 0" not in caplog.text
     asyncio.run(close(observer))
+    caplog.clear()
+    for old in (Nvml(("nvmlDeviceGetMigMode",)), Nvml(codes={"nvmlDeviceGetMigMode": 3})):
+        old.mig = {0: 1}
+        asyncio.run(close(observe(monkeypatch, old)))
+    assert caplog.text == ""
 
 
 def test_a_library_of_that_name_that_is_not_nvidias_is_none(
