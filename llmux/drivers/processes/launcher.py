@@ -178,7 +178,6 @@ def _redirect(path: str, fd: int) -> None:
     if owner not in (0, os.geteuid()):
         raise _Failed(f"cannot open {path}: it belongs to user {owner}", errno.EPERM)
     os.dup2(opened, fd)
-    os.close(opened)
 
 
 def _make_directory(path: str) -> None:
@@ -199,14 +198,11 @@ def _become(
     libc: ctypes.CDLL, argv: list[bytes], env: dict[bytes, bytes], options: dict[str, str]
 ) -> NoReturn:
     """Everything between the gate and execve. Raises _Failed."""
-    if "stdout" in options:
-        # Opened by us, not inherited: an inherited descriptor may lie on a mount that CRIU cannot
-        # see.
-        null = os.open("/dev/null", os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
-        _redirect(options["stdout"], 1)
-        _redirect(options["stderr"], 2)
+    # Opened by us, not inherited: an inherited descriptor may lie on a mount that CRIU cannot see.
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    _redirect(options["stdout"], 1)
+    _redirect(options["stderr"], 2)
+    # Those that were opened just now as well.
     os.closerange(GATE_FD, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") > 0 else 65536)
     os.set_inheritable(STATUS_FD, False)
     if options.get("deny_io_uring") == "1":
