@@ -88,7 +88,7 @@ async def _connection(
     finally:
         writer.close()
         # Closed before returning: a dump may come next.
-        with suppress(OSError, asyncio.TimeoutError):
+        with suppress(OSError):
             async with asyncio.timeout(1.0):
                 await writer.wait_closed()
 

@@ -35,8 +35,6 @@ PR_CAPBSET_DROP = 24
 PR_SET_SECCOMP = 22
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECCOMP_MODE_FILTER = 2
 SECCOMP_RET_ALLOW = 0x7FFF0000
 SECCOMP_RET_ERRNO = 0x00050000
@@ -139,12 +137,11 @@ def _drop_to(libc: ctypes.CDLL, uid: int, gid: int, groups: Sequence[int]) -> No
     os.setgroups(groups)
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
-    # setresuid cleared the effective, permitted and ambient sets; the inheritable one stays.
+    # setresuid cleared the effective and permitted sets; the ambient one goes with the inheritable.
     empty = (ctypes.c_uint32 * 6)()
     header = _CapHeader(LINUX_CAPABILITY_VERSION_3, 0)
     if libc.capset(ctypes.byref(header), empty) != 0:
         raise OSError(ctypes.get_errno(), "capset failed")
-    _prctl(libc, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
 
 
 def _enter_engine_cgroup(root: str) -> None:

@@ -323,7 +323,7 @@ def test_sockets_that_systemd_passed_have_its_names(
     for offset, have in enumerate((socks[0].fileno(), plain, *(s.fileno() for s in socks[1:]))):
         os.dup2(have, first + offset)
     inodes = [os.fstat(sock.fileno()).st_ino for sock in socks]
-    names = {"LISTEN_FDS": "4", "LISTEN_FDNAMES": "a:x::", "LISTEN_PIDFDID": "7"}
+    names = {"LISTEN_FDS": "4", "LISTEN_FDNAMES": "a:x:", "LISTEN_PIDFDID": "7"}
     for name, value in {**names, "LISTEN_PID": "1"}.items():
         monkeypatch.setenv(name, value)
     assert listen_fds(first) == {}, "they are another process's"

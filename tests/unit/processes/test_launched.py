@@ -70,6 +70,19 @@ def launch(
     return {line.split()[0].rstrip(":"): " ".join(line.split()[1:]) for line in lines}
 
 
+@pytest.fixture
+def own_input(tmp_path: Path) -> Iterator[None]:
+    """An input of the supervisor's, which is no engine's."""
+    kept = os.dup(0)
+    ours = os.open(tmp_path / "input", os.O_CREAT | os.O_RDONLY)
+    os.dup2(ours, 0)
+    yield
+    os.dup2(kept, 0)
+    os.close(kept)
+    os.close(ours)
+
+
+@pytest.mark.usefixtures("own_input")
 @pytest.mark.parametrize("guardian", [False, True])
 @pytest.mark.parametrize("deny", [False, True])
 def test_a_program_has_its_three_files_no_core_and_the_usual_signals(
