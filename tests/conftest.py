@@ -1,6 +1,7 @@
 """For all tests: Hypothesis does not measure time, since a busy machine is no counterexample; and a
 test that sets up the product's logging leaves none of it to the next."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -34,3 +35,13 @@ def logging_as_it_was() -> Iterator[None]:
     for handler in set(root.handlers) - before:
         if not type(handler).__module__.startswith("_pytest."):  # pytest's change with each phase
             root.removeHandler(handler)
+
+
+@pytest.fixture
+def no_descriptor_left_open() -> Iterator[None]:
+    """What a test calls has closed what it opened: a supervisor lives for months."""
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    if len(os.listdir("/proc/self/fd")) > before:
+        gc.collect()  # such as an event loop's, of a test that failed
+        assert len(os.listdir("/proc/self/fd")) <= before

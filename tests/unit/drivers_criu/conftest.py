@@ -28,3 +28,8 @@ def sites(home: pathlib.Path) -> tuple[Site, Site]:
     there, here = Site(home / "there", library), Site(home / "here", library)
     there.publish()
     return there, here
+
+
+@pytest.fixture(autouse=True)
+def all_is_closed(no_descriptor_left_open: None) -> None:
+    """For each test here."""

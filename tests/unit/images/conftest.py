@@ -18,3 +18,8 @@ def home() -> Iterator[pathlib.Path]:
     path.mkdir(mode=0o700)
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(autouse=True)
+def all_is_closed(no_descriptor_left_open: None) -> None:
+    """For each test here."""

@@ -297,8 +297,11 @@ def test_a_disk_that_fails_is_not_taken_for_a_hole(
         patched.setattr(os, "lseek", fails)
         with pytest.raises(OSError, match="Input/output error"):
             digest(tmp_path, "f")
-        with pytest.raises(OSError, match="Input/output error"):
-            files.copy_sparse(0, os.open(tmp_path / "f", os.O_RDWR), 1)
+        with (
+            (tmp_path / "f").open("r+b") as file,
+            pytest.raises(OSError, match="Input/output error"),
+        ):
+            files.copy_sparse(0, file.fileno(), 1)
     with (tmp_path / "f").open("r+b") as file, pytest.raises(OSError, match="shorter than it was"):
         monkeypatch.setattr(os, "sendfile", lambda *_: 0)
         files.copy_sparse(file.fileno(), file.fileno(), 1)
