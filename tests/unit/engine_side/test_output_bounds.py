@@ -169,3 +169,15 @@ def test_what_was_passed_on_at_the_end_is_not_passed_on_again(follow: Follow) ->
         assert out.seen[-1] == " later"
 
     follow(body)
+
+
+def test_of_the_engine_before_no_line_is_in_the_next_ones_tail(follow: Follow) -> None:
+    def body(out: Followed) -> None:
+        out.say("old\n")
+        assert out.files.tail("m") == ["old"]
+        out.files.attach(UnitHandle("m", "m", HANDLE.pid, 2))
+        assert out.files.tail("m") == []
+        assert out.say("new\n") == ["new"]
+        assert out.files.tail("m") == ["new"]
+
+    follow(body)
