@@ -76,7 +76,7 @@ def decode_spec(data: bytes) -> tuple[list[bytes], dict[bytes, bytes], dict[str,
 
 
 class _Failed(Exception):
-    def __init__(self, text: str, number: int = 0) -> None:
+    def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
         self.number = number
 
@@ -170,7 +170,7 @@ def _redirect(path: str, fd: int) -> None:
     try:
         opened = os.open(path, flags, 0o640)
     except OSError as error:
-        raise _Failed(f"cannot open {path}: {error.strerror}", error.errno or 0) from error
+        raise _step(f"cannot open {path}", error) from error
     owner = os.fstat(opened).st_uid
     if owner not in (0, os.geteuid()):
         raise _Failed(f"cannot open {path}: it belongs to user {owner}", errno.EPERM)
