@@ -118,9 +118,8 @@ class Library:
 
     def _words(self, function: str, code: int) -> str:
         words = ctypes.c_char_p()
-        if self._functions[function](code, ctypes.byref(words)) != 0 or words.value is None:
-            return ""
-        return words.value.decode(errors="replace")
+        self._functions[function](code, ctypes.byref(words))  # NULL for a code it does not know
+        return (words.value or b"").decode(errors="replace")
 
     def call(self, operation: str, pid: int, timeout_ms: int) -> dict[str, Any]:
         """One driver call, to its end however long it takes."""

@@ -193,6 +193,21 @@ def test_short_runs_stay(tmp_path: pathlib.Path) -> None:
     assert drop_zero_pages(str(tmp_path), Event()) == 0
 
 
+def test_what_is_in_no_pages_file_hides_nothing_behind_it(tmp_path: pathlib.Path) -> None:
+    full = b"\1" * PAGE
+    pages = [full, *[bytes(PAGE)] * LEAST, full]
+    Process([Mapping(*ANONYMOUS, pages)], frozenset(), wide=False).write(tmp_path, 7)
+    elsewhere = message((1, BASE - 9 * PAGE), (2, 7), (3, 1), (4, IN_PARENT))
+    own = message((1, BASE), (2, len(pages)), (4, PRESENT))
+    (tmp_path / "pagemap-7.img").write_bytes(image(message((1, 8)), elsewhere, own))
+    assert drop_zero_pages(str(tmp_path), Event()) == LEAST * PAGE
+    assert restored(tmp_path, 7) == {BASE: full, BASE + (LEAST + 1) * PAGE: full}
+    _, entries = read_pagemap((tmp_path / "pagemap-7.img").read_bytes())
+    assert [(entry.start, entry.count, entry.stored) for entry in entries] == [
+        (BASE - 9 * PAGE, 7, False), (BASE, 1, True), (BASE + (LEAST + 1) * PAGE, 1, True),
+    ]  # fmt: skip
+
+
 def test_a_process_without_any_other_page_keeps_its_zeros(tmp_path: pathlib.Path) -> None:
     """CRIU looks at the first entry before it asks whether there is one."""
     Process([Mapping(*ANONYMOUS, [bytes(PAGE)] * 40)], frozenset(), False).write(tmp_path, 7)
