@@ -134,6 +134,23 @@ def test_where_the_own_one_is_of_no_use_the_users_is_taken(
     assert (found.path, found.managed) == (f"{home}/{found_in}", found_in != "other")
 
 
+def test_what_cannot_be_removed_is_no_failure_and_no_link_is_followed(home: pathlib.Path) -> None:
+    images = store_of(home)
+    image = publish(images)
+    temporary = images.begin("m")
+    (home / "elsewhere").mkdir()
+    (home / "elsewhere" / "file").touch()
+    for name in (".old-x", IMPORT, "quarantine-1"):
+        (home / "m" / name).symlink_to(home / "elsewhere")
+    for _ in range(2):
+        images.abandon(temporary, "dump.log")
+        assert images.sweep() == []
+    assert images.images() == [image]
+    images.quarantine(image, "it broke")
+    assert images.images() == []
+    assert os.listdir(home / "elsewhere") == ["file"]
+
+
 def test_one_of_the_users_that_failed_stays_and_is_not_tried_again(home: pathlib.Path) -> None:
     images = store_of(home)
     publish(images)
