@@ -161,6 +161,21 @@ def test_directories_are_made_all_the_way_and_a_failure_names_its_place(
             host.put_right(image)
 
 
+def test_links_and_pipes_in_the_place_of_kept_files_are_refused(home: pathlib.Path) -> None:
+    (home / "file").touch(mode=0o600)
+    (home / "link").symlink_to(home / "file")
+    (home / "directory").symlink_to(home)
+    os.mkfifo(home / "pipe")
+    for name in ("link", "pipe"):
+        kept = KeptPath(f"{home}/{name}", ME, MINE, 0o644)
+        with pytest.raises(host.HostNotReady, match=f"^{home}/{name}: "):
+            host.put_right(manifest(append_files=(kept,)))
+    kept = KeptPath(f"{home}/directory", ME, MINE, 0o755)
+    with pytest.raises(host.HostNotReady, match=f"^{home}/directory: "):
+        host.put_right(manifest(runtime_dir=kept, append_files=()))
+    assert stat.S_IMODE((home / "file").stat().st_mode) == 0o600
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user: needs root")
 def test_owners_are_put_right_one_by_one(home: pathlib.Path) -> None:
     for number, (uid, gid) in enumerate([(ME, 4242), (4243, MINE), (4243, 4242)]):
