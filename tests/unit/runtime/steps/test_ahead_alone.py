@@ -15,6 +15,7 @@ from llmux.core.effects import RestoreAhead
 from llmux.core.plans import KILL_SECS
 from llmux.errors import Blame, CheckpointFailed, LlmuxError
 from llmux.image_ports import Image, NoImage
+from llmux.ports import GpuProcess
 from llmux.runtime.engines.facts import EngineFacts, Recipe
 from llmux.runtime.engines.images import ImageLifecycle
 from llmux.runtime.engines.restore_ahead import HEADROOM_BYTES, AheadRestorer
@@ -87,6 +88,61 @@ async def test_what_is_not_taken_in_time_is_ended() -> None:
     assert bench.names().count("units.kill") == 1
     await bench.restorer.close()
     assert bench.names().count("units.kill") == 1
+
+
+@in_virtual_time
+async def test_host_memory_is_kept_for_what_is_on_its_way_there() -> None:
+    """What units that leave hold on their GPUs, and other engines that are restored just now."""
+    bench, kept = Ahead(gpu_available=True), list[int]()
+    bench.answers["gpu.processes"] = [GpuProcess(0, 77, 5), GpuProcess(1, 9, 7)]
+
+    class Slow:
+        async def find(self, *_: Any) -> Image:
+            return IMAGE
+
+        async def restore(self, *given: Any) -> None:
+            kept.append(given[3])
+            await asyncio.Event().wait()
+
+    checkpointer: Any = Slow()
+    restorer = AheadRestorer(replace(bench.drivers, checkpointer=checkpointer), bench.images)
+    for name, leaving in (("a", [HANDLE]), ("b", [])):
+        restorer.begin(RestoreAhead(name, replace(CONFIG, name=name), (0,), (), 500.0), leaving)
+        await asyncio.sleep(0.1)
+        assert ("output.paths", name) in bench.seen
+    assert kept == [HEADROOM_BYTES + 5, HEADROOM_BYTES + IMAGE.apparent_bytes]
+    await restorer.close()
+
+
+@in_virtual_time
+async def test_a_former_one_is_gone_before_the_next_is_restored() -> None:
+    bench = Ahead()
+    bench.restorer.begin(bench.order, [])
+    await asyncio.sleep(1.0)
+    bench.restorer.drop("a")
+    bench.restorer.begin(bench.order, [])
+    await asyncio.sleep(1.0)
+    calls = ("checkpointer.restore", "units.kill", "output.detach")
+    assert [name for name in bench.names() if name in calls] == [
+        "checkpointer.restore", "units.kill", "output.detach", "checkpointer.restore",
+    ]  # fmt: skip
+    await bench.restorer.close()
+
+
+@in_virtual_time
+async def test_a_restore_that_hangs_or_names_that_cannot_be_seen_are_no_fault_of_the_wake(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    spec = Ahead().images.spec(CONFIG, (0,))
+    bench = Ahead(checkpointer_restore=TimeoutError())
+    bench.restorer.begin(bench.order, [])
+    assert await bench.restorer.take(IMAGE, spec) is None
+    assert "not done after 180 s" in caplog.messages[-1]
+    for error in (LlmuxError("it is odd"), OSError(13, "Permission denied")):
+        bench = Ahead(checkpointer_shm_names=error)
+        bench.restorer.begin(bench.order, [])
+        assert await bench.restorer.take(IMAGE, spec) == HANDLE
 
 
 @in_virtual_time
