@@ -21,6 +21,7 @@ from llmux.cli import client
 from llmux.config.keyfile import hash_key
 from llmux.daemon.places import Files
 from llmux.protocol import Drained, Hello, Revoke, decode
+from tests.signal_actions import child_action_as_it_was
 from tests.twins.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -31,11 +32,12 @@ POLICY = {"policy_type": "fifo", "min_active_secs": 0, "eviction": "offload+free
 def signals_as_they_were() -> Iterator[None]:
     """One that the daemon does not take ends nothing."""
     former = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    with child_action_as_it_was():
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
@@ -11,8 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import uvloop
 
 from llmux.gateway.workers import HAND_OVER, READY, Parent, WorkerNotifier
+from tests.signal_actions import child_action_as_it_was
 
 TERM, INT, HUP, CHLD = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
 TAKEN = (TERM, INT, HUP, CHLD)
@@ -100,10 +103,12 @@ def reports() -> Iterator[Reports]:
     former = {number: signal.getsignal(number) for number in (*TAKEN, HAND_OVER)}
     signal.signal(HAND_OVER, signal.SIG_DFL)
     made = Reports()
-    yield made
+    with child_action_as_it_was():
+        yield made
     made.close()
     for number, handler in former.items():
-        signal.signal(number, handler)
+        if number != CHLD:
+            signal.signal(number, handler)
 
 
 def descriptors() -> int:
@@ -182,3 +187,16 @@ def test_each_end_of_a_workers_line_is_held_by_one_process(reports: Reports) -> 
         parent._selector.close()
         for worker in parent._workers.values():
             worker.sock.close()
+
+
+def test_a_loop_of_this_process_hears_of_its_children_all_the_same() -> None:
+    async def body() -> int:
+        child = await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE)
+        with child_action_as_it_was():
+            signal.signal(CHLD, lambda *_: None)
+        assert child.stdin is not None
+        child.stdin.close()
+        return await asyncio.wait_for(child.wait(), SECONDS)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(body()) == 0
