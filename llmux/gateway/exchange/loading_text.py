@@ -60,7 +60,7 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Status:
-    models: dict[str, _Step]
+    models: dict[str, Any]  # of a _Step each: a bad one must not hide the others
 
 
 class Standing:
@@ -115,7 +115,7 @@ class Standing:
     async def _ask(self) -> None:
         try:
             status = await self._link.ask("status", {}, ASK_SECS)
-            self._steps = typed_json.read(_Status, status).models
+            self._steps = _steps(typed_json.read(_Status, status).models)
         except (Refused, typed_json.BadJson) as error:
             logger.debug("cannot tell the clients what their models do: %s", error)
             self._steps = {}
@@ -160,6 +160,16 @@ class ChatText:
             "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}],
         }
         return b"data: %b\n\n" % json.dumps(chunk).encode()
+
+
+def _steps(rows: dict[str, Any]) -> dict[str, _Step]:
+    steps = {}
+    for model, row in rows.items():
+        try:
+            steps[model] = typed_json.read(_Step, row)
+        except typed_json.BadJson as error:
+            logger.debug("cannot tell the clients what %s does: %s", model, error)
+    return steps
 
 
 def _amount(progress: _Progress | None) -> str:

@@ -173,6 +173,21 @@ def test_without_an_answer_only_what_is_known_here_is_told(status: Any) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("odd", [{"phase_text": 7}, {"left_secs": "soon"}, [], None])
+def test_a_row_that_cannot_be_read_costs_its_own_model_only(odd: Any) -> None:
+    async def run() -> None:
+        world = World()
+        world.status = {"models": {"b": odd} | a_step()["models"] | {"c": odd}}
+        await world.look()
+        assert world.standing.of(Ticket("a", 0.0, 1.0))[1] == WEIGHTS
+        world.now += LOOK_SECS
+        world.status = {"models": {"a": odd, "b": a_step()["models"]["a"]}}
+        await world.look()
+        assert world.standing.of(Ticket("a", 0.0, 1.0))[1] == ROOM, "not what was known before"
+
+    asyncio.run(run())
+
+
 def words_of(event: bytes) -> str:
     head, _, rest = event.partition(b"data: ")
     assert head == b""
