@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
+import logging
 import os
 import signal
 import time
@@ -33,6 +34,8 @@ from llmux.drivers.processes.spawn import spawn_launcher, unit_name
 from llmux.errors import DriverTimeout
 from llmux.ports import LaunchSpec, UnitHandle
 from llmux.protocol import Address
+
+log = logging.getLogger(__name__)
 
 REAP_SECS = 0.01
 
@@ -145,6 +148,7 @@ class BareUnits:
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, end - time.monotonic())):
                 await _reap(seen - {handle.pid})
+        _tell_what_is_left(handle, seen, deadline)
 
     async def observe(self) -> Sequence[UnitHandle]:
         return ()
@@ -194,6 +198,18 @@ async def _reap(pids: set[int]) -> None:
                 os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  # it does not wait
         pids = {pid for pid in pids if start_ticks(pid) is not None}
         await asyncio.sleep(REAP_SECS)  # nothing tells that a process has become ours
+
+
+def _tell_what_is_left(handle: UnitHandle, pids: set[int], deadline: float) -> None:
+    left = ",".join(str(pid) for pid in sorted(pids) if start_ticks(pid) is not None)
+    if left:
+        log.warning(
+            "cannot reap all of %s: after %gs processes %s are still there (next step:"
+            " `ps -o pid,ppid,stat,comm -p %s`: a zombie (state Z) goes when its parent is ended,"
+            " one in state D waits for its driver)",
+            handle.unit, deadline, left, left,
+            extra={"model": handle.model, "unit": handle.unit},
+        )  # fmt: skip
 
 
 def is_alive(handle: UnitHandle) -> bool:

@@ -9,9 +9,9 @@ server.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ from llmux.drivers.processes.spawn import spawn_launcher, unit_name
 from llmux.errors import DriverTimeout, UnitFailed
 from llmux.ports import LaunchSpec, UnitHandle
 from llmux.protocol import Address
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +95,8 @@ class DirectUnits:
         guarded = self._find(handle)
         if guarded is None:
             return
-        end = time.monotonic() + deadline
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline
         guarded.cut()
         # It may have been stopped (SIGSTOP).
         guarded.guardian.signal(signal.SIGCONT)
@@ -106,7 +109,7 @@ class DirectUnits:
                     os.kill(pid, signal.SIGKILL)
             if await guarded.guardian.wait(0.1):
                 return
-            if time.monotonic() >= end:
+            if loop.time() >= end:
                 raise DriverTimeout(
                     "kill",
                     f'model "{handle.model}"',
@@ -152,14 +155,21 @@ class DirectUnits:
         self._watches.remove(handle)
 
     async def close(self) -> None:
-        """Kill every engine and see them gone, within 10 s."""
+        """Kill every engine and see them gone, within 10 s each. What is not is in the log."""
         self._watches.clear()
         held = list(self._units.values())
         for guarded in held:
             guarded.cut()
         for guarded in held:
-            with suppress(DriverTimeout):
-                await self.kill(guarded.handle, 10.0)
+            handle = guarded.handle
+            try:
+                await self.kill(handle, 10.0)
+            except DriverTimeout as error:
+                left = ", ".join(map(str, [*await self.pids(handle), guarded.guardian.pid]))
+                log.warning(
+                    "%s is left behind, with processes %s: %s", handle.unit, left, error,
+                    extra={"model": handle.model, "unit": handle.unit},
+                )  # fmt: skip
 
     def _find(self, handle: UnitHandle) -> _Guarded | None:
         guarded = self._units.get(handle.unit)

@@ -7,10 +7,12 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from runtime_harness import VirtualTime
 
 from llmux.drivers.gpu import LedgerObserver
 from llmux.drivers.processes.bare import BareUnits
@@ -118,6 +120,45 @@ def test_a_kill_leaves_no_zombie(tmp_path: Path) -> None:
         assert (start_ticks(handle.pid), start_ticks(child)) == (None, None)
 
     asyncio.run(body())
+
+
+def test_what_cannot_be_reaped_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A zombie whose parent is none of the unit's and reaps nobody."""
+    procs, kill = tmp_path / "c" / "cgroup.procs", tmp_path / "c" / "cgroup.kill"
+    procs.parent.mkdir()
+    argv = ["/bin/sh", "-c", "sleep 1000 & echo $!; wait"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+
+        async def empty_when_killed() -> None:
+            await until(kill.exists)
+            procs.write_text("")  # as the kernel: it holds no zombies
+
+        async def body() -> None:
+            os.kill(parent.pid, signal.SIGSTOP)
+            await until(lambda: process_state(parent.pid) == "T")
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: process_state(pid) == "Z")
+            procs.write_text(f"{pid}\n")
+            units = BareUnits((str(tmp_path), ""))
+            handle = UnitHandle("m", "llmux-m.scope", 2**22 + 1, 1, "/c")
+            await asyncio.gather(units.kill(handle, 30.0), empty_when_killed())
+            await units.kill(handle, 30.0)
+
+        try:
+            with asyncio.Runner(loop_factory=VirtualTime) as runner:
+                runner.run(body())
+        finally:
+            parent.kill()
+    (said,) = caplog.messages
+    assert said == (
+        f"cannot reap all of llmux-m.scope: after 30s processes {pid} are still there (next step:"
+        f" `ps -o pid,ppid,stat,comm -p {pid}`: a zombie (state Z) goes when its parent is ended,"
+        " one in state D waits for its driver)"
+    )
 
 
 def test_what_cannot_be_started_leaves_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from runtime_harness import VirtualTime
 
 from llmux.drivers.processes import cgroup
 from llmux.drivers.processes.bare import BareUnits, find_cgroup, is_alive
@@ -193,6 +195,42 @@ def test_ends_are_remembered_for_who_comes_late_but_not_for_ever(
         guardian.close()
 
     asyncio.run(body())
+
+
+def test_what_is_left_when_all_are_closed_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two guardians whose trees are in uninterruptible sleep: no signal reaches them."""
+    script = ["/bin/sh", "-c", "sleep 1000 & echo $!; wait"]
+    trees = [subprocess.Popen(script, stdout=subprocess.PIPE) for _ in range(2)]
+    engines = [int(tree.stdout.readline()) for tree in trees if tree.stdout is not None]
+
+    async def body() -> None:
+        units = DirectUnits()
+        for model, tree, engine in zip("ab", trees, engines, strict=True):
+            guardian, ticks = Process.open(tree.pid), start_ticks(engine)
+            assert guardian is not None and ticks is not None
+            handle = UnitHandle(model, f"llmux-{model}", engine, ticks)
+            units._units[handle.unit] = _Guarded(handle, guardian, os.dup(0))
+        await units.close()
+        for held in units._units.values():
+            held.guardian.close()
+
+    try:
+        with monkeypatch.context() as deaf, asyncio.Runner(loop_factory=VirtualTime) as runner:
+            deaf.setattr(os, "kill", lambda *_: None)
+            deaf.setattr(signal, "pidfd_send_signal", lambda *_: None)
+            runner.run(body())
+    finally:
+        for tree, engine in zip(trees, engines, strict=True):
+            os.kill(engine, signal.SIGKILL)
+            tree.communicate()
+    assert caplog.messages == [
+        f"llmux-{model} is left behind, with processes {engine}, {tree.pid}: cannot kill"
+        f' model "{model}": 1 of its processes are still there after 10s (a process in'
+        " uninterruptible sleep (state D) waits for its driver)"
+        for model, tree, engine in zip("ab", trees, engines, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("how", ["terminate", "kill", "close"])
