@@ -13,6 +13,7 @@ from typing import Any
 
 from llmux.config.advice import WITHOUT_KEYS
 from llmux.config.load import MarkedConfig
+from llmux.daemon.process import on_hangup
 from llmux.daemon.supervisor import Supervisor
 from llmux.errors import LlmuxError
 from llmux.ports import Notifier
@@ -75,8 +76,6 @@ async def warm(supervisor: Supervisor, stop: asyncio.Event) -> None:
 def reload_on_hangup(
     supervisor: Supervisor, notifier: Notifier, also: Sequence[Callable[[], None]] = ()
 ) -> None:
-    pending: set[asyncio.Task[None]] = set()
-
     async def reload() -> None:
         notifier.reloading()
         for part in also:
@@ -88,12 +87,7 @@ def reload_on_hangup(
         finally:
             notifier.ready()
 
-    def hangup() -> None:
-        task = asyncio.create_task(reload())
-        pending.add(task)
-        task.add_done_callback(pending.discard)
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup)
+    on_hangup(reload)
 
 
 def uids_of(user: str) -> frozenset[int]:

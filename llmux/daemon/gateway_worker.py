@@ -9,7 +9,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 from llmux.config.schema import Config, Key
-from llmux.daemon.process import run
+from llmux.daemon.process import on_hangup, run
 from llmux.gateway.server import WATCHDOG_BEATS, serve_gateway
 from llmux.gateway.stopping import Handover
 from llmux.gateway.workers import BEATS, HAND_OVER, HANG_SECS, WorkerNotifier
@@ -68,7 +68,12 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop_now)
     loop.add_signal_handler(HAND_OVER, hand_over)
-    reload: list[Callable[[], None]] = []
-    loop.add_signal_handler(signal.SIGHUP, lambda: [part() for part in reload])
+    parts: list[Callable[[], None]] = []
+
+    async def reload() -> None:
+        for part in parts:
+            part()
+
+    on_hangup(reload)
     loop.add_reader(life, orphaned)
-    await serving(stop=stop, handover=handover, reload=reload)
+    await serving(stop=stop, handover=handover, reload=parts)

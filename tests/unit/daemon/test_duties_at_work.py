@@ -7,6 +7,7 @@ import grp
 import os
 import pwd
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from runtime_harness import (
 from llmux.core.events import WorkerJoined
 from llmux.daemon import duties
 from llmux.daemon.duties import announce, gid_of, reload_on_hangup, stop_on_signals, uids_of, until
+from llmux.daemon.gateway_worker import _serve
+from llmux.daemon.process import RELOAD_SECS
 from llmux.daemon.supervisor import Supervisor
 from llmux.errors import LlmuxError
 from llmux.runtime import watchdog
@@ -185,7 +188,7 @@ def test_the_status_line_is_sent_when_it_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [None, LlmuxError("it is bad"), ValueError("a fault")])
-@in_loop
+@in_virtual_time
 async def test_a_hangup_reloads_every_part_and_ends_ready(error: Exception | None) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         handlers: dict[int, Callable[[], None]] = {}
@@ -213,6 +216,80 @@ async def test_a_hangup_reloads_every_part_and_ends_ready(error: Exception | Non
             notifier.told.clear()
             broke = [task.exception() for task in tasks if isinstance(task, asyncio.Task)]
             assert broke == [error if isinstance(error, ValueError) else None]
+            await asyncio.sleep(RELOAD_SECS)
+
+
+@pytest.mark.parametrize("whose", ["the supervisor's", "a worker's"])
+@in_virtual_time
+async def test_a_storm_of_hangups_reloads_at_once_and_then_once_for_all(whose: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        handlers: dict[int, Callable[[], None]] = {}
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "add_signal_handler", handlers.__setitem__)
+        number, read, notifier, up = -1, list[int](), Notifier(), asyncio.Event()
+
+        def part() -> None:
+            read.append(number)
+
+        async def serving(*, stop: asyncio.Event, reload: Any, **_: Any) -> None:
+            reload.append(part)
+            up.set()
+            await stop.wait()
+
+        async def reload() -> None:
+            """The supervisor's configuration."""
+
+        ours, theirs = socket.socketpair()
+        worker = asyncio.create_task(_serve(serving, ours, 1.0, 1.0))
+        await up.wait()
+        if whose == "the supervisor's":
+            supervisor: Any = SimpleNamespace(reload=reload)
+            reload_on_hangup(supervisor, notifier, [part])
+        began = loop.time()
+        for number in range(1000):  # noqa: B007  # ``part`` reads it
+            handlers[signal.SIGHUP]()
+            await asyncio.sleep(0.0009)
+        assert read[0] == 0, "the first one does not wait"
+        assert len(read) <= 1 + (loop.time() - began) / RELOAD_SECS
+        await asyncio.sleep(2 * RELOAD_SECS)
+        assert read[-1] == 999, "the last one counts"
+        count = len(read)
+        await asyncio.sleep(3 * RELOAD_SECS)
+        assert len(read) == count
+        number = 1000
+        handlers[signal.SIGHUP]()
+        await asyncio.sleep(0)
+        assert read[count:] == [1000]
+        told = ["reloading", "ready"] * len(read)
+        assert notifier.told == (told if whose == "the supervisor's" else [])
+        handlers[signal.SIGTERM]()
+        await worker
+        for sock in (ours, theirs):
+            sock.close()
+
+
+@in_virtual_time
+async def test_a_hangup_amid_a_reload_is_followed_by_another_after_a_pause() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        handlers: dict[int, Callable[[], None]] = {}
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "add_signal_handler", handlers.__setitem__)
+        begun, go_on = list[float](), asyncio.Event()
+
+        async def reload() -> None:
+            begun.append(loop.time())
+            await go_on.wait()
+
+        reload_on_hangup(SimpleNamespace(reload=reload), Notifier())  # type: ignore[arg-type]
+        for _ in range(3):
+            handlers[signal.SIGHUP]()
+            await asyncio.sleep(2 * RELOAD_SECS)
+        assert len(begun) == 1, "one at a time"
+        go_on.set()
+        await asyncio.sleep(RELOAD_SECS / 2)
+        assert len(begun) == 1
+        await asyncio.sleep(9 * RELOAD_SECS)
+        assert len(begun) == 2
 
 
 def test_users_and_groups_are_looked_up_by_name(caplog: pytest.LogCaptureFixture) -> None:
