@@ -151,8 +151,9 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """An engine at one moment. ``status``: of /health; None = no answer. ``running``: requests that
-    it has. ``progress``: a number that moves with its work; both None without such counters."""
+    """An engine at one moment. ``status``: of /health, or where that has no answer, of its metrics
+    unless that is a 5xx; None = no answer. ``running``: requests that it has. ``progress``: a
+    number that moves with its work; both None without such counters."""
 
     status: int | None
     running: int | None = None

@@ -217,18 +217,23 @@ class VllmEngine:
         await _first_answer(_Operation("sample", address, deadline), VLLM.sampled, model)
 
     async def vitals(self, address: Address, deadline: float) -> Vitals:
-        health: Reply | None = None
-        try:
-            async with asyncio.timeout(deadline):
-                health = await exchange(address, "GET", "/health")
-                metrics = await exchange(address, "GET", "/metrics")
-        except (TimeoutError, Unreachable):
-            # Metrics that are slow, endless or too long make no answer of /health undone.
-            return Vitals(health.status if health else None)
+        """Both are asked side by side: what one of them does takes nothing from the other."""
+
+        async def get(path: str) -> Reply | None:
+            with suppress(TimeoutError, Unreachable):
+                async with asyncio.timeout(deadline):
+                    return await exchange(address, "GET", path)
+            return None
+
+        health, metrics = await asyncio.gather(get("/health"), get("/metrics"))
+        status = health.status if health else None
+        if metrics is None or metrics.status >= 500:
+            return Vitals(status)
+        if status is None:
+            status = metrics.status  # any answer is one
         if metrics.status != 200:
-            return Vitals(health.status)
-        running, progress = work_counters(metrics.body, VLLM)
-        return Vitals(health.status, running, progress)
+            return Vitals(status)
+        return Vitals(status, *work_counters(metrics.body, VLLM))
 
     async def describe(self, address: Address, deadline: float) -> Mapping[str, Any]:
         operation = _Operation("describe", address, deadline)

@@ -2,15 +2,18 @@
 
 Judged by what moves, never by a request that would queue behind the work in question:
 
-1. no HTTP answer and no CPU time: it hangs (stopped, deadlocked).
-2. an HTTP answer, and no counters to judge by: it lives.
-3. its counters move, or they say that nothing runs and a short completion, which then queues
-   behind nothing, gets any answer: it lives.
-4. its counters stand still, and its processes compute (a compilation, a long prefill): it lives,
-   but not for longer than STEP_LIMITS times the limit.
-5. its counters stand still with requests running, and nothing computes: it hangs.
+1. its counters move: it lives, whatever else it says or leaves unsaid.
+2. no HTTP answer and no CPU time: it hangs (stopped, deadlocked).
+3. an HTTP answer, and no counters to judge by: it lives.
+4. it says that nothing runs, and a short completion, which then queues behind nothing, gets any
+   answer: it lives.
+5. its counters stand still, or a 5xx is all that it answers, and its processes compute (a
+   compilation, a long prefill): it lives, but not for longer than STEP_LIMITS times the limit.
+6. its counters stand still with requests running, or a 5xx is all that it answers, and nothing
+   computes: it hangs. vLLM's API server answers 503 for ever when its engine core is dead.
 
-An engine that was only suspected (a connection broke) lives with any answer but its own 5xx.
+An engine that was only suspected (a connection broke) lives with any answer but its own 5xx, and
+with that when its counters move.
 """
 
 from __future__ import annotations
@@ -35,9 +38,10 @@ ANSWER_SECS = 5.0  # a busy API server answers late
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An engine's counters, and since when (the event loop's time) they have stood there."""
+    """An engine's counters, and since when (the event loop's time) they have stood there. ``value``
+    is None of one that has answered with nothing but 5xx since then."""
 
-    value: float
+    value: float | None
     since: float
 
 
@@ -97,7 +101,8 @@ class Watch:
         try:
             await self._drivers.engine.canary(self._address, self._model, left)
         except EngineUnhealthy as error:
-            return "status" in error.fields  # 404, 500: it answered
+            # 404, 500: it answered. Of one whose /health fails so does a dead core's API server.
+            return "status" in error.fields and (latest.vitals.status or 0) < 500
         except DriverError:
             return False
         return True
@@ -105,10 +110,18 @@ class Watch:
     async def _sample(self, left: float) -> _Sample:
         vitals = await self._drivers.engine.vitals(self._address, min(left, ANSWER_SECS))
         cpu, now = await self._cpu_seconds(), _now()
-        value = vitals.progress
-        if value is not None and (self.progress is None or self.progress.value != value):
-            self.progress = Progress(value, now)
+        self._date(vitals, now)
         return _Sample(vitals, cpu, now)
+
+    def _date(self, vitals: Vitals, now: float) -> None:
+        known, value = self.progress, vitals.progress
+        if value is not None:
+            if known is None or known.value != value:
+                self.progress = Progress(value, now)
+        elif vitals.status is not None and vitals.status >= 500:
+            self.progress = known or Progress(None, now)
+        elif vitals.status is not None and known is not None and known.value is None:
+            self.progress = None  # it answers again
 
     async def _cpu_seconds(self) -> float:
         handle = self._handle
@@ -116,16 +129,16 @@ class Watch:
 
     def _lives(self, latest: _Sample, seconds: float) -> bool:
         vitals = latest.vitals
-        if vitals.status is None:  # 1
-            return self._computes(latest, seconds)
-        if not self._stalled or vitals.progress is None:  # 2
-            return vitals.status < 500
         if self._baseline is None:
             self._baseline = vitals.progress
-        if vitals.progress != self._baseline:  # 3
+        if vitals.progress is not None and vitals.progress != self._baseline:  # 1
             return True
+        if vitals.status is None:  # 2
+            return self._computes(latest, seconds)
+        if not self._stalled or (vitals.progress is None and vitals.status < 500):  # 3
+            return vitals.status < 500
         still = latest.at - self.progress.since if self.progress is not None else 0.0
-        return still < STEP_LIMITS * 2 * seconds and self._computes(latest, seconds)  # 4, 5
+        return still < STEP_LIMITS * 2 * seconds and self._computes(latest, seconds)  # 5, 6
 
     def _computes(self, latest: _Sample, seconds: float) -> bool:
         elapsed = latest.at - self._began

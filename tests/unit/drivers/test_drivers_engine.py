@@ -349,7 +349,10 @@ COUNTED = b'vllm:num_requests_running{engine="0"} 3.0\nvllm:generation_tokens_to
         (reply(200), reply(500, COUNTED), Vitals(200)),
         (reply(200), reply(200, b"{}"), Vitals(200, None, None)),
         (reply(200), b"", Vitals(200)),
-        (b"", reply(200, COUNTED), Vitals(None)),
+        (b"", reply(200, COUNTED), Vitals(200, 3, 10.0)),
+        (b"no HTTP\n\n", reply(200, COUNTED), Vitals(200, 3, 10.0)),
+        (b"", reply(404), Vitals(404)),
+        (b"", reply(500, COUNTED), Vitals(None)),
     ],
 )
 def test_signs_of_life_are_an_engines_health_and_what_it_counts(
@@ -363,6 +366,18 @@ def test_signs_of_life_are_an_engines_health_and_what_it_counts(
             return await VllmEngine().vitals(address, 20.0)
 
     assert asyncio.run(body()) == vitals
+
+
+def test_what_an_engine_counts_is_asked_beside_a_health_that_never_answers(tmp_path: Path) -> None:
+    """Before, /metrics was asked only after it: a busy engine was killed as one that is silent."""
+
+    async def body() -> Vitals:
+        async with server(
+            tmp_path, lambda line, _: None if "/health" in line else reply(200, COUNTED)
+        ) as (address, _):
+            return await VllmEngine().vitals(address, 0.5)
+
+    assert asyncio.run(body()) == Vitals(200, 3, 10.0)
 
 
 def test_one_that_answers_nothing_has_no_vitals(tmp_path: Path) -> None:

@@ -154,6 +154,53 @@ async def test_an_engine_whose_health_says_no_is_given_time_and_then_replaced(
     assert "/health says 503" in ended.error
 
 
+@pytest.mark.parametrize("status", [None, 200, 500])
+@pytest.mark.parametrize("stalled", [True, False])
+@in_virtual_time
+async def test_counters_that_move_outweigh_whatever_health_says(
+    tmp_path: Path, status: int | None, stalled: bool
+) -> None:
+    """Before, an engine at work was killed for a /health that hung, was garbage or said 500."""
+    world = World()
+    world.vitals["a"] = Vitals(status, running=1, progress=1000.0)
+    world.progress_per_look["a"] = 5.0
+    assert (await probe(world, tmp_path, stalled=stalled, times=3)).error is None
+
+
+@in_virtual_time
+async def test_an_engine_that_says_500_and_computes_has_the_time_of_a_long_step(
+    tmp_path: Path,
+) -> None:
+    world = World()
+    world.vitals["a"] = Vitals(500)
+    world.cpu_per_look["a"] = 10.0
+    assert (await probe(world, tmp_path, times=3)).error is None
+    ended = await probe(world, tmp_path, times=5000)
+    assert ended.error is not None and "/health says 500 for 60 s" in ended.error
+
+
+@pytest.mark.parametrize(
+    ("running", "progress"), [(1, 1000.0), (0, 1000.0), (None, None)], ids=["busy", "idle", "mute"]
+)
+@in_virtual_time
+async def test_an_api_server_whose_engine_core_is_dead_is_replaced(
+    tmp_path: Path, running: int | None, progress: float | None
+) -> None:
+    """vLLM's answers 503 on /health and 500 on everything else, and its counters stand still."""
+    world = World()
+    world.vitals["a"] = Vitals(503, running, progress)
+    world.cpu_per_look["a"] = 0.01
+    shop = Shop(world, str(tmp_path))
+    await shop.run(MODEL, start_plan(MODEL, 60.0))
+    dead = EngineUnhealthy("test", "a", "/v1/completions answered 500", status=500)
+    world.fail("engine.canary", dead, always=True)
+    for stalled in (True, False):
+        shop.executor.probe(Probe("a", "t.1", MODEL, 60.0, stalled))
+        event = await shop.posted.get()
+        assert isinstance(event, ProbeFinished)
+        assert event.error is not None and "/health says 503 for 60 s" in event.error
+
+
 @pytest.mark.parametrize(("call", "nth"), [("units.cpu_seconds", 1), ("engine.canary", 2)])
 @in_virtual_time
 async def test_whatever_a_look_raises_is_no_sign_of_life(
