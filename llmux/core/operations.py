@@ -209,10 +209,10 @@ def stop(tx: Transaction, name: str, reason: str, *, grace: bool, crashed: bool 
     tx.run(name, op, stop_plan(tx.models[name].config, grace=grace))
 
 
-def give_up_start(tx: Transaction, name: str, reason: str) -> None:
-    """End a start that is not wanted any more, also one that hangs. The executor cancels it before
-    it ends the engine."""
-    assert isinstance(tx.models[name].phase, Starting)
+def give_up(tx: Transaction, name: str, reason: str) -> None:
+    """End a start or a wake that is not wanted any more, also one that hangs. The executor cancels
+    it before it ends the engine; an image on disk stays."""
+    assert isinstance(tx.models[name].phase, (Starting, Waking))
     tx.forget_reservation(name)
     stop(tx, name, reason, grace=False)
 
@@ -258,9 +258,9 @@ def park(tx: Transaction, name: str, how: Eviction) -> bool:
             drain(tx, name, how, None)
         case Draining() as phase:
             tx.put(replace(record, phase=replace(phase, eviction=how, wanted_by=None)))
-        case Starting() if how.process is Process.STOP:
+        case Starting() | Waking() if how.process is Process.STOP:
             tx.refuse(name, Reason.START_FAILED, f'the start of model "{name}" was given up')
-            give_up_start(tx, name, "an operator asked")
+            give_up(tx, name, "an operator asked")
         case Starting() | Waking() | Parking():
             tx.put(replace(record, park_request=how))
         case Parked(eviction=present) if how.process is Process.STOP and present != how:

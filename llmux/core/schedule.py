@@ -34,7 +34,7 @@ from llmux.config.schema import Process
 from llmux.core.demand.usage import UNUSED
 from llmux.core.effects import ReadAhead, RestoreAhead
 from llmux.core.ladder import lower_parked, may_choose, rung_for
-from llmux.core.operations import advance_drain, drain, give_up_start, start, stop, undrain, wake
+from llmux.core.operations import advance_drain, drain, give_up, start, stop, undrain, wake
 from llmux.core.placement.choice import Choice
 from llmux.core.policies.base import Resident, Waiting
 from llmux.core.records import (
@@ -47,6 +47,7 @@ from llmux.core.records import (
     Serving,
     Starting,
     Stopped,
+    Waking,
     coming,
     goes_into_ram,
     keeps_gpu,
@@ -138,9 +139,11 @@ def _cancel_drains(tx: Transaction, waiting: dict[str, Waiting]) -> None:
 
 
 def _give_up_starts(tx: Transaction, waiting: dict[str, Waiting], room: Room) -> None:
-    """A start that nothing waits for ends when another model waits for its room; one that is nearly
-    done by its usual duration gets give_up_start_secs to end by itself."""
-    idle = [name for name, _ in tx.at(Starting) if name not in waiting and not tx.is_kept(name)]
+    """A start or a wake that nothing waits for ends when another model waits for its room: a start
+    at once, unless it is nearly done by its usual duration, a wake once it takes longer than usual.
+    Both get give_up_start_secs to end by themselves."""
+    coming_up = tx.at(Starting, Waking)
+    idle = [name for name, _ in coming_up if name not in waiting and not tx.is_kept(name)]
     needed = [
         set(gpus)
         for name in (waiting if idle else ())
@@ -150,18 +153,28 @@ def _give_up_starts(tx: Transaction, waiting: dict[str, Waiting], room: Room) ->
     ]
     for name in idle:
         record = tx.models[name]
-        phase = record.phase
-        assert isinstance(phase, Starting)
         if not any(gpus & set(record.gpus) for gpus in needed):
             continue
-        grace = tx.config.policy.give_up_start_secs
-        if record.start_secs is not None:
-            due = phase.since + record.start_secs
-            if due - grace <= tx.now < due + grace:
-                tx.wake_at(due + grace)
-                continue
-        give_up_start(tx, name, "no request waits for it, and others need the room")
+        patience = _patience(tx, record)
+        if patience is not None and patience[0] <= tx.now < patience[1]:
+            tx.wake_at(patience[1])
+            continue
+        give_up(tx, name, "no request waits for it, and others need the room")
         room.refresh(name)
+
+
+def _patience(tx: Transaction, record: ModelRecord) -> tuple[float, float] | None:
+    """From when to when a start or wake that nothing waits for may go on, others waiting."""
+    grace = tx.config.policy.give_up_start_secs
+    phase = record.phase
+    if isinstance(phase, Starting):
+        if record.start_secs is None:
+            return None
+        due = phase.since + record.start_secs
+        return due - grace, due + grace
+    assert isinstance(phase, Waking)
+    # Its end would cost the parked state, and it should be up within seconds.
+    return phase.since, phase.since + tx.cost(record.config.name, coming(phase.eviction)) + grace
 
 
 def _is_away(record: ModelRecord) -> bool:

@@ -43,7 +43,8 @@ TRANSITIONS: Final[Mapping[ModelState, frozenset[ModelState]]] = MappingProxyTyp
         _S.PARKED: frozenset({_S.WAKING, _S.PARKING, _S.STOPPING}),
         # starting: the wake failed, was cleaned up, and the same waiters get a cold start;
         # stopped: as before, but the cold start has to wait for another model's transition
-        _S.WAKING: frozenset({_S.SERVING, _S.STARTING, _S.STOPPED, _S.FAILED}),
+        # stopping: the wake is not wanted any more
+        _S.WAKING: frozenset({_S.SERVING, _S.STARTING, _S.STOPPING, _S.STOPPED, _S.FAILED}),
         _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED}),
         # stopping: a stuck engine is tried again
         _S.FAILED: frozenset({_S.STARTING, _S.WAKING, _S.STOPPED, _S.STOPPING}),

@@ -39,8 +39,8 @@ log = logging.getLogger("llmux")
 
 # A driver keeps the step's deadline itself; this much later it is taken to hang.
 BACKSTOP_SECS = 2.0
-# For an operation that is given up: a half-made unit is cleaned up on the way.
-GIVE_UP_SECS = 10.0
+# For an operation that is given up: a half-made unit or a half-restored tree is ended on the way.
+GIVE_UP_SECS = 20.0
 # For what comes before a plan's first step: an engine restored ahead ends, an image is looked for.
 PREPARE_SECS = 60.0
 # The engine may end during these steps: they cause it, or do not need it.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from core_harness import Core, config_of, model
+from core_harness import OFFLOAD, Core, config_of, model
 
 from llmux.config.schema import Eviction, Process, Weights
 from llmux.core.effects import OrderAnswered, Verdict
 from llmux.core.events import ConfigChanged, EngineExited, LoadAsked, OperationFinished, ParkAsked
 from llmux.core.plans import Outcome, stop_plan
+from llmux.core.records import Parked
 from llmux.core.states import ModelState
 from llmux.errors import Reason
 
@@ -106,6 +109,71 @@ def test_a_start_that_is_nearly_done_gets_some_seconds(elapsed: float, waits: bo
     if waits:
         core.pass_time(70.0 - elapsed)
         assert core.at("a") is ModelState.STOPPING, "it takes longer than it should"
+
+
+def waking(wake_secs: float | None = None) -> Core:
+    """a is being woken for one request, which usually takes ``wake_secs``; b waits for nothing."""
+    core = Core(model("a"), model("b"), give_up_start_secs=10.0)
+    core.put("a", phase=Parked(OFFLOAD, core.now), gpus=(0,))
+    if wake_secs is not None:
+        core.state = replace(core.state, costs={("a", f"wake from {OFFLOAD}"): wake_secs})
+    core.demand("a", waiting=1)
+    assert core.at("a") is ModelState.WAKING
+    return core
+
+
+@pytest.mark.parametrize("order", ["unload", "reload"])
+def test_a_wake_that_hangs_is_ended_by_order(order: str) -> None:
+    core = waking()
+    former = core.running["a"]
+    core.happen(
+        ParkAsked("a", STOP, 7) if order == "unload" else ConfigChanged(config_of(model("b")))
+    )
+    assert core.plans() == ["stop a"]
+    assert core.running["a"].plan == stop_plan(core.record("a").config, grace=False)
+    assert [model for model, _ in core.refused()] == ["a"]
+    core.happen(OperationFinished("a", former.op, Outcome.UP))  # it was up at the last moment
+    assert core.at("a") is ModelState.STOPPING
+    core.demand("b", waiting=1)
+    core.demand("a")
+    core.finish("a")
+    assert core.plans() == ["start b"]
+    assert order == "reload" or core.record("a").failures == 0
+
+
+def test_sleep_lets_a_wake_end_and_parks_then() -> None:
+    core = waking()
+    core.happen(ParkAsked("a", OFFLOAD))
+    assert core.at("a") is ModelState.WAKING
+    assert core.record("a").park_request == OFFLOAD
+
+
+@pytest.mark.parametrize(("usual", "ends"), [(2.0, 12.0), (30.0, 40.0), (None, 20.0)])
+def test_a_wake_that_only_blocks_others_ends_once_it_takes_too_long(
+    usual: float | None, ends: float
+) -> None:
+    core = waking(usual)
+    core.demand("a")  # the client left
+    core.demand("b", waiting=1)
+    core.pass_time(ends - 0.5)
+    assert core.at("a") is ModelState.WAKING, "its end would cost the parked state"
+    core.pass_time(0.5)
+    assert core.plans() == ["stop a"]
+    core.finish("a")
+    assert core.plans() == ["start b"]
+
+
+@pytest.mark.parametrize("wanted", ["request", "order", "nobody else"])
+def test_a_wake_that_is_waited_for_or_blocks_nobody_goes_on(wanted: str) -> None:
+    core = waking(2.0)
+    if wanted == "order":
+        core.happen(LoadAsked("a"))
+    if wanted != "request":
+        core.demand("a")
+    if wanted != "nobody else":
+        core.demand("b", waiting=1)
+    core.pass_time(60.0)
+    assert core.at("a") is ModelState.WAKING
 
 
 def test_room_for_both_gives_nothing_up() -> None:
