@@ -36,6 +36,11 @@ def _no_response(response_id: str | None) -> Refused:
     return Refused(Reason.NOT_FOUND, f'there is no response "{response_id}" here', param="id")
 
 
+def _failed(model: str, failure: EngineFailure) -> Refused:
+    reason = Reason.ENGINE_DIED if failure.connected else Reason.ENGINE_UNREACHABLE
+    return Refused(reason, f'cannot get an answer from model "{model}": {failure.error}')
+
+
 def _is_limited(key: KeyUse | None) -> TypeGuard[KeyUse]:
     return key is not None and key.key.role is not KeyRole.ADMIN
 
@@ -189,7 +194,7 @@ class Dispatch:
                 lease.reported_at = now
                 self.worker.link.send(EngineLost(lease.model, lease.epoch, failure.error))
             self._set_timer()
-        problem = exchange.failure_problem(failure)
+        problem = _failed(exchange.model, failure)
         self.retry_or_fail(
             exchange,
             problem,

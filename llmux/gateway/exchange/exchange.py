@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from llmux.errors import Reason, Refused
+from llmux.errors import Refused
 from llmux.gateway.admission.key_limits import KeyUse
 from llmux.gateway.admission.queue import Stage, Ticket
 from llmux.gateway.engine.answer_head import NO_BODY, AnswerHead
@@ -17,7 +17,7 @@ from llmux.gateway.engine.connection import EngineConnection, EngineFailure
 from llmux.gateway.engine.pool import EnginePool
 from llmux.gateway.engine.request import Delivery, EngineRequest, Rename
 from llmux.gateway.exchange.held_error import MAX_HELD, HeldError
-from llmux.gateway.exchange.keep_alive import HEAD, KeepAlive
+from llmux.gateway.exchange.keep_alive import HEAD, KeepAlive, framed
 from llmux.gateway.exchange.loading_text import ChatText
 from llmux.gateway.exchange.response_id import ResponseIdFinder
 from llmux.gateway.http import problems
@@ -96,7 +96,7 @@ class Exchange(Ticket):
         self._close = not request.keep_alive
         self._response_id = ResponseIdFinder() if route.keeps else None
         self._keep_alive: KeepAlive | None = None
-        if stream and not request.head.version_1_0:
+        if stream and route.streams and not request.head.version_1_0:
             self._keep_alive = self._signs_of_life(request, route, alias or model)
         self._held: HeldError | None = None
         self.key = request.key
@@ -160,7 +160,7 @@ class Exchange(Ticket):
         if self._event_stream and (between_chunks or not self._chunked):
             event = problems.error_event(problem, anthropic=self._anthropic)
             if self._chunked:
-                event = b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
+                event = framed(event) + b"0\r\n\r\n"
             client.write(event)
             client.exchange_done(close=True)
         else:
@@ -304,12 +304,13 @@ class Exchange(Ticket):
         self._worker.observer.answered(self.model, head.status)
 
     def _continue_stream(self, head: AnswerHead, request: Incoming, first: bytes) -> None:
-        """The client has a head already. Only the chunks of an event stream can follow it; the body
+        """The client has a head already. Only an event stream can follow it, in chunks; the body
         of any other response is collected and becomes an error event."""
         assert self._keep_alive is not None, "comments were sent"
-        framed = head.chunked or (self._alias is not None and not self._until_close)
-        if head.status != 200 or not framed or not head.event_stream:
+        if head.status != 200 or not head.event_stream:
             self._keep_alive.error = bytearray()
+        elif not head.chunked:  # a connection that renames makes chunks of what has a length
+            self._keep_alive.frames = self._alias is None or self._until_close
         if first:
             self.response_bytes(first)
 
@@ -343,24 +344,27 @@ class Exchange(Ticket):
 
     def response_bytes(self, data: bytes) -> None:
         # The hot path of every stream: one call per chunk.
-        if self._inspecting and not self._inspect(data):
+        if self._inspecting and not (data := self._inspect(data)):
             return
         if self._transport is not None and self.lease is not None:
             self._transport.write(data)
             self.lease.queue.progress += 1
 
-    def _inspect(self, data: bytes) -> bool:
-        """The first bytes of the body. Returns whether they are passed on."""
+    def _inspect(self, data: bytes) -> bytes:
+        """The first bytes of the body, and all that is framed here. Returns what is passed on."""
         if self._held is not None:
             self._held.body += data
             if len(self._held.body) > MAX_HELD:
                 self.pass_on()
-            return False
-        if self._keep_alive is not None and self._keep_alive.error is not None:
-            self._keep_alive.collect(data)
-            return False
+            return b""
+        keep_alive = self._keep_alive
+        if keep_alive is not None and keep_alive.error is not None:
+            keep_alive.collect(data)
+            return b""
         self._look_at(data)
-        return True
+        if keep_alive is not None and keep_alive.frames:
+            self._inspecting, data = True, framed(data)
+        return data
 
     def _look_at(self, data: bytes) -> None:
         """The first bytes of a body that is passed on, before they are sent: the client may use a
@@ -387,11 +391,9 @@ class Exchange(Ticket):
         self._times.durations.observe(self._worker.clock() - self.arrived)
         self._end(completed=True)
         if client is not None:
+            if self._keep_alive is not None and self._keep_alive.frames:
+                client.write(b"0\r\n\r\n")
             client.exchange_done(close=self._close)
 
     def response_failed(self, failure: EngineFailure) -> None:
         self._dispatch.engine_failed(self, failure)
-
-    def failure_problem(self, failure: EngineFailure) -> Refused:
-        reason = Reason.ENGINE_DIED if failure.connected else Reason.ENGINE_UNREACHABLE
-        return Refused(reason, f'cannot get an answer from model "{self.model}": {failure.error}')

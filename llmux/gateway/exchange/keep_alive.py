@@ -25,9 +25,9 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 class KeepAlive:
     """``started``: the head was sent before the engine answered. ``pause``: seconds until there may
     be something to send. ``error``: collects an engine's response that cannot follow that head;
-    None: none does."""
+    None: none does. ``frames``: the engine's stream has no chunks, and gets them here."""
 
-    __slots__ = ("_comment", "_text", "error", "pause", "started")
+    __slots__ = ("_comment", "_text", "error", "frames", "pause", "started")
 
     def __init__(
         self, model: str, interval: float, *, anthropic: bool, text: ChatText | None = None
@@ -35,13 +35,13 @@ class KeepAlive:
         self._comment = PING if anthropic else f": waiting for {model}\n\n".encode()
         self._text = text
         self.pause = interval if text is None else LOOK_SECS
-        self.started = False
+        self.started = self.frames = False
         self.error: bytearray | None = None
 
     def chunk(self, ticket: Ticket, now: float) -> bytes:
         """What is due; empty when that is nothing."""
         event = self._comment if self._text is None else self._text.event(ticket, now)
-        return b"%x\r\n%b\r\n" % (len(event), event) if event else b""
+        return framed(event)
 
     def collect(self, data: bytes) -> None:
         assert self.error is not None, "collecting was begun"
@@ -51,6 +51,11 @@ class KeepAlive:
     def problem(self) -> Refused:
         """The collected error response as a refusal."""
         return Refused(Reason.BAD_REQUEST, _message(bytes(self.error or b"")))
+
+
+def framed(data: bytes) -> bytes:
+    """As a chunk; nothing is none, since an empty chunk ends the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 def _message(body: bytes) -> str:

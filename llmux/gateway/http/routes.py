@@ -30,12 +30,14 @@ JSON: Final = Source.JSON  # for the path of every request: a member's lookup co
 @dataclass(frozen=True, slots=True)
 class Route:
     """``path`` is the engine's. ``anthropic``: errors in Anthropic's shape. ``keeps``: the engine
-    stores the response under its id, and the gateway remembers the model."""
+    stores the response under its id, and the gateway remembers the model. ``streams``: "stream" in
+    the body may make an event stream of the answer; where it is False, engines ignore that key."""
 
     path: bytes
     source: Source = Source.JSON
     anthropic: bool = False
     keeps: bool = False
+    streams: bool = False
 
     @property
     def chat(self) -> bool:
@@ -76,16 +78,20 @@ _FORMS: Final[Mapping[bytes, tuple[bytes, ...]]] = {
     b"/v1/audio/transcriptions": (b"/audio/transcriptions", b"/v/audio/transcriptions"),
     b"/v1/audio/translations": (b"/audio/translations", b"/v/audio/translations"),
 }
-_RESPONSES: Final = Route(b"/v1/responses", keeps=True)
+_RESPONSES: Final = Route(b"/v1/responses", keeps=True, streams=True)
+# Of vLLM 0.32; /v1/audio/speech, of its extensions, streams the sound itself.
+_STREAMS: Final = frozenset((b"/v1/chat/completions", b"/v1/completions", b"/v1/messages", *_FORMS))
 
 
 def _posts() -> Iterator[tuple[bytes, Route]]:
-    for path, others in _JSON.items():
-        yield from ((name, Route(path)) for name in (path, *others))
-    for path, others in _ANTHROPIC.items():
-        yield from ((name, Route(path, anthropic=True)) for name in (path, *others))
-    for path, others in _FORMS.items():
-        yield from ((name, Route(path, Source.FORM)) for name in (path, *others))
+    for source, anthropic, table in (
+        (Source.JSON, False, _JSON),
+        (Source.JSON, True, _ANTHROPIC),
+        (Source.FORM, False, _FORMS),
+    ):
+        for path, others in table.items():
+            route = Route(path, source, anthropic=anthropic, streams=path in _STREAMS)
+            yield from ((name, route) for name in (path, *others))
     for name in (_RESPONSES.path, b"/responses", b"/v/responses"):
         yield name, _RESPONSES
 

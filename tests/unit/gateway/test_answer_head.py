@@ -151,6 +151,6 @@ def test_a_length_has_as_many_digits_as_fit_into_64_bits(name: bytes) -> None:
 
 
 def test_a_failure_is_an_engines_that_was_reached_unless_it_is_said() -> None:
-    """Else the client is told "unreachable" of one that died (``Exchange.failure_problem``)."""
+    """Else the client is told "unreachable" of one that died (``Dispatch.engine_failed``)."""
     failure = EngineFailure("it closed the connection at once")
     assert (failure.connected, failure.between_chunks) == (True, False)

@@ -40,6 +40,16 @@ def test_engines_are_asked_for_their_own_paths_only() -> None:
     }  # fmt: skip
 
 
+def test_which_routes_can_answer_with_an_event_stream() -> None:
+    assert {match.path for match in POSTS.values() if match.route.streams} == {
+        b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages",
+        b"/v1/audio/transcriptions", b"/v1/audio/translations",
+    }  # fmt: skip
+    match = find(b"POST", b"/upstream/alpha/completions")
+    assert match is not None
+    assert match.route == POSTS[b"/v1/completions"].route
+
+
 def test_upstream_names_the_model_and_keeps_the_route() -> None:
     match = find(b"POST", b"/upstream/org%2Falpha/v1/messages")
     assert match is not None

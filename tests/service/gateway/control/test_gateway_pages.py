@@ -152,6 +152,33 @@ async def test_a_stream_that_waits_gets_comments_and_then_the_answer() -> None:
 
 
 @pytest.mark.long  # the sweep is once a second
+@pytest.mark.parametrize("ends", ["content-length: 35\r\n", "connection: close\r\n"])
+def test_after_a_comment_a_stream_without_chunks_is_passed_on_too(ends: str) -> None:
+    async def stream(request: EngineRequest) -> None:
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{ends}\r\n"
+        request.writer.write(head.encode() + b'data: {"model": "alpha"}\n')
+        await request.writer.drain()
+        request.writer.write(b"\ndata: 1\n\n")
+        await request.writer.drain()
+        if "close" in ends:
+            request.writer.close()
+
+    @in_loop
+    async def run() -> None:
+        async with stage(a_config(**PATIENT)) as s:
+            for name in ("alpha", "alef"):
+                client, _ = await first_comment(s, model=name)
+                s.supervisor.grant(await s.engine(stream, name=name), epoch=name)
+                assert await answer_of(client) == f'data: {{"model": "{name}"}}\n\ndata: 1'
+                client.send("/health", method="GET")  # type: ignore[attr-defined]
+                assert (await client.answer()).status == 200  # type: ignore[attr-defined]
+                s.supervisor.revoke(name)
+                await until(lambda: s.gateway.admission.held("alpha") is None)
+
+    run()
+
+
+@pytest.mark.long  # the sweep is once a second
 @in_loop
 async def test_what_fails_after_a_comment_is_told_in_the_stream() -> None:
     async with stage(a_config(wait_secs=1.5, **PATIENT)) as s:

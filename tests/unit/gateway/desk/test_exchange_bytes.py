@@ -20,6 +20,7 @@ ENDLESS = b"HTTP/1.1 200 OK\r\nserver: e\r\n\r\nok"
 OWN = b"x-request-id: r1\r\nx-llmux-wait-ms: %d\r\nx-llmux-switch: none\r\n"
 ALIAS = b'{"model":"alpha-2"}'
 STREAM = b'{"model":"alpha","stream":true}'
+STREAMLESS = ("/v1/embeddings", "/v1/audio/speech", "/tokenize", "/v1/messages/count_tokens")
 
 
 def head_of(client: FakeClient) -> list[bytes]:
@@ -250,10 +251,11 @@ async def test_a_client_that_leaves_is_counted_and_its_engine_stops(
         ({"body": STREAM, "version": "1.0"}, 5.0, False),
         ({}, 5.0, False),
         ({"body": STREAM, "path": "/v1/messages"}, 5.0, True),
+        *(({"body": STREAM, "path": path}, 5.0, False) for path in STREAMLESS),
     ],
 )
 @in_a_loop
-async def test_a_stream_that_waits_shows_signs_of_life(
+async def test_what_waits_and_can_be_a_stream_shows_signs_of_life(
     asked: dict[str, Any], secs: float, alive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = Desk(monkeypatch, keep_alive_comment_secs=secs)
@@ -325,6 +327,38 @@ async def test_after_a_sign_of_life_only_a_stream_can_follow(
         assert told.endswith(b"\r\n0\r\n\r\n")
         assert (client.done, desk.worker.observer.broken) == ([True], {"alpha": 1})
     assert desk.worker.observer.requests == {("alpha", 200): 1}
+
+
+@pytest.mark.parametrize("until_close", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
+@in_a_loop
+async def test_after_a_sign_of_life_a_stream_without_chunks_gets_them(
+    until_close: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(monkeypatch, keep_alive_comment_secs=5.0)
+    desk.grant()
+    ends = b"" if until_close else b"content-length: 14\r\n"
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n" + ends + b"\r\n"
+    client, exchange = desk.asks(desk.incoming(STREAM, path=path))
+    exchange.send_keep_alive()
+    before = len(client.got)
+    answers(exchange, answer + b"data: ", until_close=until_close)
+    exchange.response_bytes(b"")
+    exchange.response_bytes(b"one\n\n")
+    exchange.response_bytes(b"\n\n\n")
+    assert client.got[before:] == b"6\r\ndata: \r\n5\r\none\n\n\r\n3\r\n\n\n\n\r\n"
+    assert desk.worker.admission.demand("alpha").progress == 3
+    exchange.connection = None
+    exchange.response_end()
+    assert client.got.endswith(b"\n\r\n0\r\n\r\n")
+    assert (client.done, client.aborted, exchange.stage) == ([False], 0, Stage.ENDED)
+    assert desk.worker.observer.broken == {}
+    client, exchange = desk.asks(desk.incoming(STREAM, path=path))
+    exchange.send_keep_alive()
+    answers(exchange, answer + b"data: one\n\n", until_close=until_close)
+    exchange.refuse(Refused(Reason.CUT_BY_SWITCH, "cut"))
+    assert b'"message": "cut"' in client.got, "each of our chunks is whole"
+    assert client.got.endswith(b"\r\n0\r\n\r\n")
 
 
 @in_a_loop
