@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Final
 
@@ -36,7 +37,8 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "--api-key": KEY_REMEDY,
     }
 )
-GPU_MEMORY: Final = ("--gpu-memory-utilization",)
+GPU_MEMORY: Final = ("--gpu-memory-utilization", "--device-memory-utilization")
+MAX_MODEL_LEN: Final = ("--max-model-len",)
 LORA_MODULES: Final = "--lora-modules"
 # The KV cache is in vLLM's own allocator with either, and only there can it be discarded by itself.
 # Never passed for a `retain` model: the weights would be in it too, and the CPU build refuses both.
@@ -49,6 +51,20 @@ RANK_OPTIONS: Final = (
     ("--tensor-parallel-size", "-tp"),
     ("--pipeline-parallel-size", "-pp"),
 )
+# What is looked for by its name. vLLM's parser takes the beginning of a name for the whole, and
+# ``--name.key`` for a key of the option's JSON object.
+READ_OPTIONS: Final = (
+    *OWNED_OPTIONS,
+    *GPU_MEMORY,
+    *MAX_MODEL_LEN,
+    LORA_MODULES,
+    *chain(*OWN_ALLOCATOR),
+    *CONFIG_FILE,
+    *chain(*RANK_OPTIONS),
+    "--hf-token",
+)
+# Begin like one of those, and are options of their own (to vLLM 0.10).
+WHOLE_NAMES: Final = frozenset({"--device"})
 
 ALWAYS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -100,17 +116,35 @@ def _gpu_memory(launch: Launch) -> tuple[str, ...]:
 
 
 def adapters(extra_args: Sequence[str]) -> tuple[str, ...]:
-    """Names of LoRA adapters: ``--lora-modules NAME=PATH …`` or JSON objects with a name."""
-    names = (_adapter_name(word) for _, word in _adapter_words(extra_args))
+    """Names of LoRA adapters: ``--lora-modules NAME=PATH …`` or JSON objects with a name. vLLM
+    forgets those of an earlier ``--lora-modules``."""
+    last = find_option(extra_args, (LORA_MODULES,))
+    if last is None:
+        return ()
+    names = (_adapter_name(word) for _, word in _adapter_words(extra_args[last.index :]))
     return tuple(dict.fromkeys(filter(None, names)))
 
 
 def argument_faults(extra_args: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(index, message) of words that vLLM would end with at its start."""
+    """(index, message) of words that vLLM would end with at its start, or that it would read as
+    what llmux does not see in them."""
+    for index, argument in enumerate(extra_args):
+        name, _ = split_option(argument)
+        if stands_for := _stands_for(name):
+            remedy = OWNED_OPTIONS.get(stands_for, "write it out")
+            yield index, f"cannot pass {name} to vLLM, which takes it for {stands_for}: {remedy}"
     for index, word in _adapter_words(extra_args):
         if not _adapter_name(word):
-            needed = "NAME=PATH, or a JSON object with name and path"
+            needed = "NAME=PATH without a comma, or a JSON object with name and path"
             yield index, f"{LORA_MODULES} needs {needed}, got {json.dumps(word)}"
+
+
+def _stands_for(name: str) -> str | None:
+    """The option that llmux owns or reads and that vLLM may find under another ``name``."""
+    head, dot, _ = name.partition(".")
+    if not head.strip("-") or head in WHOLE_NAMES or (head in READ_OPTIONS and not dot):
+        return None
+    return next((option for option in READ_OPTIONS if option.startswith(head)), None)
 
 
 def _adapter_words(extra_args: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -130,7 +164,7 @@ def _adapter_words(extra_args: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 def _adapter_name(word: str) -> str:
     """Empty for what names none."""
-    if word.lstrip().startswith("{"):
+    if "=" not in word or "," in word or word.lstrip().startswith("{"):
         try:
             found = json.loads(word)
             name, path = found["name"], found["path"]
@@ -271,7 +305,7 @@ VLLM: Final = EngineType(
         {"VLLM_API_KEY": KEY_REMEDY, "VLLM_SLEEP_OFFLOAD_CUDA_CONTEXT": CONTEXT_REMEDY}
     ),
     gpu_memory_option=GPU_MEMORY,
-    max_model_len_option=("--max-model-len",),
+    max_model_len_option=MAX_MODEL_LEN,
     rank_options=RANK_OPTIONS,
     adapters=adapters,
     argument_faults=argument_faults,
