@@ -77,10 +77,11 @@ class Dispatch:
             stream = incoming.wants_stream()
         alias = None
         if model != name:
-            info = worker.models.get(model)
-            if info is None or name not in info.adapters:  # the engine knows adapters by name
+            if not self._is_adapter(name, model):  # the engine knows adapters by name
                 alias = name
                 incoming.replace_alias(alias, model)
+            elif match.model == name:
+                incoming.write_adapter(name)
         exchange = Exchange(
             worker, self, client, incoming, match.route, model, alias=alias, stream=stream
         )
@@ -97,10 +98,15 @@ class Dispatch:
         # a path names its model; only what the body says may mean the fallback
         by_path = match.model is not None or not name
         model = worker.names.get(name, None if by_path else worker.fallback) or name
-        if match.model is not None:  # the path decides; the body may use another of its names
+        # the path decides; the body may use another name of the model, never of an adapter
+        if match.model is not None and not self._is_adapter(name, model):
             in_body = incoming.name_in_body()
             name = in_body if in_body and worker.names.get(in_body) == model else name
         return name, model
+
+    def _is_adapter(self, name: str, model: str) -> bool:
+        info = self.worker.models.get(model)
+        return info is not None and name in info.adapters
 
     def _check_response(self, incoming: Incoming, match: Match) -> str | None:
         """Returns the id of a stored response that the supervisor must be asked for. Raises Refused

@@ -74,6 +74,8 @@ class JsonFinder:
         self._escaped = False  # the piece before ended in a backslash
         self._begun = False
         self._ended = False
+        self._end = 0  # offset of the object's closing bracket
+        self._has_members = False
         self._key: bytes | None = None  # the current member's key, once its colon was read
         self._capture: bytearray | None = None  # the string or literal being read at the top level
         self._began = 0  # offset of that string
@@ -102,6 +104,15 @@ class JsonFinder:
         """Call after the last piece. Raises JsonError."""
         if not self._ended:
             raise JsonError("the object is not complete")
+
+    def naming(self, model: str) -> tuple[int, int, bytes]:
+        """(start, end, replacement): the change after which ``model`` is the one named. Where no
+        string is, as the last member: it counts. Call after ``close``."""
+        name = json.dumps(model).encode()
+        if self.model is not None:
+            return *self.span, name
+        comma = b", " if self._has_members else b""
+        return self._end, self._end, b'%b"model": %b' % (comma, name)
 
     def _begin(self, data: bytes) -> int:
         start = len(data) - len(data.lstrip(_SPACE))
@@ -174,6 +185,7 @@ class JsonFinder:
             self._capture = bytearray(b'"') if self._key in _READ else None
         elif token == 0x3A:  # a colon
             self._key = self._end_key()
+            self._has_members = True
             self._capture = bytearray() if self._key in _WANTED else None
         elif token == 0x2C:  # a comma
             self._end_member()
@@ -184,6 +196,7 @@ class JsonFinder:
             self._end_member()
             self._depth = 0
             self._ended = True
+            self._end = self._at + stop
         return stop + 1
 
     def _end_key(self) -> bytes:

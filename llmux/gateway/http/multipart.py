@@ -118,6 +118,16 @@ class ModelFinder:
         self._value: bytes | None = None  # the model's part, while inside it
         self._ended = False
 
+    def naming(self, model: str) -> tuple[int, int, bytes]:
+        """(start, end, replacement): the change of the complete form after which ``model`` is the
+        one named; a part of its own at the end where none is. Raises FormError."""
+        if self.model is not None:
+            return *self.span, model.encode()
+        if not self._ended:
+            raise FormError("the form is not complete")
+        head = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
+        return self._at, self._at, head + model.encode() + self._delimiter
+
     def feed(self, data: bytes) -> None:
         """Raises FormError."""
         self._rest += data

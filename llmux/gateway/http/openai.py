@@ -21,6 +21,19 @@ JsonBody = tuple[str, bool, str | None]
 
 
 def read_body(body: bytes) -> JsonBody:
+    """Raises Refused."""
+    parsed = _read_object(body)
+    model = parsed.get("model")
+    if not isinstance(model, str) or not model:
+        what = "missing" if model is None else "not a string" if model != "" else "empty"
+        raise no_model(what)
+    previous = parsed.get("previous_response_id")
+    if previous is not None and not isinstance(previous, str):
+        previous = None
+    return model, is_true(parsed.get("stream")), previous
+
+
+def _read_object(body: bytes) -> dict[str, Any]:
     """Raises Refused.
 
     The engine reads the body with the same parser (json.loads), so both see the same value of a key
@@ -36,14 +49,7 @@ def read_body(body: bytes) -> JsonBody:
         raise Refused(
             Reason.BAD_REQUEST, "cannot read the request body: expected a JSON object with a model"
         )
-    model = parsed.get("model")
-    if not isinstance(model, str) or not model:
-        what = "missing" if model is None else "not a string" if model != "" else "empty"
-        raise no_model(what)
-    previous = parsed.get("previous_response_id")
-    if previous is not None and not isinstance(previous, str):
-        previous = None
-    return model, is_true(parsed.get("stream")), previous
+    return parsed
 
 
 def _parse(body: bytes) -> Any:
@@ -60,16 +66,16 @@ def _parse(body: bytes) -> Any:
 
 
 def replace_model(body: bytes, model: str) -> bytes:
-    """The body with another ``model`` and all other bytes unchanged. It must have one."""
-    name = json.dumps(model).encode()
+    """The body with ``model`` for its own or for none, and all other bytes unchanged. Raises
+    Refused."""
     finder = JsonFinder()
     try:
         finder.feed(body)
-    except JsonError:  # not UTF-8, which json.loads takes as well
-        parsed: dict[str, Any] = json.loads(body)
-        return json.dumps(parsed | {"model": model}).encode()
-    start, end = finder.span
-    return body[:start] + name + body[end:]
+        finder.close()
+    except JsonError:  # also what is not UTF-8, which json.loads takes
+        return json.dumps(_read_object(body) | {"model": model}).encode()
+    start, end, naming = finder.naming(model)
+    return body[:start] + naming + body[end:]
 
 
 def no_model(what: str) -> Refused:

@@ -7,7 +7,6 @@ measured by us, and none of the headers that concern the client's connection.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from itertools import chain
@@ -255,12 +254,29 @@ class Incoming:
         assert self.match is not None, "called for requests to engines only"
         if self.match.model is not None and self.name_in_body() != alias:
             return  # the alias was in the path
-        if self.upload is None:
-            self.body = openai.replace_model(self.body, model)
-        elif self._scan is not None:
-            self.upload.replace(*self._scan.span, json.dumps(model).encode())
-        elif self._form is not None:
-            self.upload.replace(*self._form.span, model.encode())
+        self._name_model(model)
+
+    def write_adapter(self, adapter: str) -> None:
+        """Write the adapter in the path into the body: an engine goes by that, and answers a body
+        that names none with its own model. Raises Refused when it cannot be written."""
+        assert self.match is not None, "called for requests to engines only"
+        has_model = self.match.route.source in (Source.JSON, Source.FORM)
+        if has_model and self.name_in_body() != adapter:
+            self._name_model(adapter)
+
+    def _name_model(self, model: str) -> None:
+        try:
+            if self.upload is None:
+                self.body = openai.replace_model(self.body, model)
+            elif self._scan is not None:
+                self._scan.close()
+                self.upload.replace(*self._scan.naming(model))
+            elif self._form is not None:
+                self.upload.replace(*self._form.naming(model))
+        except JsonError as error:
+            raise _unreadable(error, "not JSON: ") from None
+        except FormError as error:
+            raise _unreadable(error) from None
 
     @property
     def anthropic(self) -> bool:

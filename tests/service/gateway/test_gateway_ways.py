@@ -174,6 +174,10 @@ async def test_an_adapter_is_a_model_of_its_own_and_passes_unchanged() -> None:
         client.chat("alef")
         assert (await client.answer()).json()["model"] == "alef"
         assert json.loads(engine.requests[-1].body)["model"] == "alpha"
+        for body in (b'{"n": 1}', b'{"model": "alef", "n": 1}', b'{"model": "alpha", "n": 1}'):
+            client.send("/upstream/org/two/v1/completions", body=body)
+            assert (await client.answer()).json()["model"] == "org/two"
+            assert json.loads(engine.requests[-1].body) == {"model": "org/two", "n": 1}
         client.send("/v1/models", method="GET")
         listed = {entry["id"]: entry for entry in (await client.answer()).json()["data"]}
         assert set(listed) == {"alpha", "sql", "org/two"}

@@ -94,8 +94,8 @@ def test_it_sees_what_the_engines_parser_sees(
     if finder.model is not None:
         start, end = finder.span
         assert json.loads(body[start:end]) == model
-        renamed = json.loads(body[:start] + b'"renamed"' + body[end:])
-        assert renamed == whole | {"model": "renamed"}
+    start, end, naming = finder.naming("renamed")
+    assert json.loads(body[:start] + naming + body[end:]) == whole | {"model": "renamed"}
 
 
 @pytest.mark.parametrize(
