@@ -11,10 +11,11 @@ import re
 from typing import Any, Final
 
 # CSI and OSC sequences, begun by ESC or by their own control character; other escapes of two
-# characters; control characters but tab; surrogates; directions of the Unicode bidi algorithm.
+# characters; control characters but tab; surrogates; directions of the Unicode bidi algorithm. An
+# OSC sequence ends where another begins: else many without an end cost quadratic time.
 _ESCAPES: Final = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|\x1b[@-Z\\-_]"
     r"|[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )

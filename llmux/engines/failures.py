@@ -35,7 +35,7 @@ _IGNORED_LEVELS: Final = frozenset({"DEBUG", "INFO", "WARNING"})  # a traceback 
 _LINES: Final = tuple(
     re.compile(pattern)
     for pattern in (
-        r"((?:torch\.)?(?:cuda\.)?OutOfMemoryError: .*|.*CUDA out of memory.*)",
+        r"((?:torch\.)?(?:cuda\.)?OutOfMemoryError: .*|^.*CUDA out of memory.*)",
         r"^[\w./ -]*: error: (.*)$",  # argparse
         r"^((?:[\w./-]+: )+(?:No such file or directory|Permission denied|command not found).*)$",
         r"^([A-Za-z_][\w.]*(?:Error|Exception): .*)$",
@@ -87,7 +87,7 @@ def _with_details(match: re.Match[str], following: Sequence[str]) -> str:
     text = match["text"] or ""
     if following and ("validation error" in text or not text or text.endswith(":")):
         detail = next((line.strip() for line in following if line.startswith("  ")), "")
-        detail = re.sub(r"\s*\[type=.*", "", detail).removeprefix("Value error, ")
+        detail = detail.partition("[type=")[0].rstrip().removeprefix("Value error, ")
         cause = f"{cause.rstrip(':')}: {detail}" if detail else cause
     return cause
 

@@ -16,12 +16,16 @@ class Stage:
     total: int = 0
 
 
+READ: Final = 512  # characters of a line: what follows is no progress of vLLM's
 # vLLM 0.9 to 0.32; a progress bar's counts are its two groups.
-_BAR: Final = r"[^|]*\|[^|]*\|\s*(\d+)/(\d+)\s"
+_BAR: Final = r"[^|]*\|[^|]*\|\s*(\d{1,9})/(\d{1,9})\s"
 _VLLM: Final = tuple(
     (re.compile(pattern), stage)
     for pattern, stage in (
-        (r"oading \w+ checkpoint shards.*?:\s*\d+% Completed \| (\d+)/(\d+)", "load_weights"),
+        (
+            r"oading \w+ checkpoint shards.*?:\s*\d+% Completed \| (\d{1,9})/(\d{1,9})\b",
+            "load_weights",
+        ),
         (r"Capturing CUDA graph[^:]*:" + _BAR, "capture_graphs"),
         (r"Capturing CUDA graph", "capture_graphs"),
         (r"(?:Model loading|Loading weights) took ", "profile"),
@@ -37,7 +41,7 @@ _VLLM: Final = tuple(
 def vllm_stage(line: str) -> Stage | None:
     """The stage that a line of vLLM's output announces; None when it announces none."""
     for pattern, name in _VLLM:
-        if (found := pattern.search(line)) is not None:
+        if (found := pattern.search(line, 0, READ)) is not None:
             counts = [int(group) for group in found.groups()]
             return Stage(name, *counts)
     return None

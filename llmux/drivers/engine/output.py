@@ -35,8 +35,10 @@ _LOGS: Final = ("stdout.log", "stderr.log")
 KEEP_LINES: Final = 200
 MAX_LINE: Final = 16 * 1024  # longer lines are split
 MAX_FILE: Final = 16 * 1024 * 1024  # truncated in place beyond it, once passed on
-CHUNK: Final = 32 * 1024  # read in one turn of the loop: about 5 ms of work
-MOST_BEHIND: Final = 1024 * 1024  # what is older is counted, not passed on: 0.2 s of work at most
+CHUNK: Final = 32 * 1024  # read in one turn of the loop, and at most so many lines:
+MOST_LINES: Final = 256  # about 5 ms of work
+MOST_BEHIND: Final = 1024 * 1024  # what is older is counted, not passed on
+MOST_TURNS: Final = 64  # before lines are left out, where the loop has to wait for all of them
 LEAST_ROOM: Final = 64 * 1024  # free bytes, below which a line more may fail
 
 
@@ -250,8 +252,13 @@ class EngineFiles:
         return file
 
     def _drain_all(self, model: _Model, file: _File) -> None:
-        while self._read(model, file):
-            pass
+        """Without a turn of the loop between; of very many short lines only the last."""
+        for turn in range(2 * MOST_TURNS):
+            if not self._read(model, file):
+                return
+            behind = os.fstat(file.fd).st_size - file.offset - len(file.partial)
+            if turn == MOST_TURNS and behind > CHUNK:
+                self._leave_out(model, file, behind - CHUNK)
 
     def _drain(self, model: _Model, file: _File) -> None:
         if file not in model.files:
@@ -284,11 +291,13 @@ class EngineFiles:
                 self._note(model, file)
             return False
         file.partial += data
-        *lines, rest = bytes(file.partial).split(b"\n")
+        *lines, rest = bytes(file.partial).split(b"\n", MOST_LINES)
+        file.offset += len(file.partial) - len(rest)
+        if len(lines) == MOST_LINES:
+            rest = b""  # there may be more lines in it: it is read again
+        file.partial = bytearray(rest)
         for line in lines:
             self._pass_on(model, line)
-        file.offset += len(file.partial) - len(rest)
-        file.partial = bytearray(rest)
         if len(rest) > MAX_LINE:
             self._pass_on(model, rest)
             file.offset += len(rest)

@@ -29,7 +29,7 @@ from llmux.gateway.http.routes import Match, Source
 _TARGET = bytes(range(0x21, 0x7F))
 # A target in absolute-form, which a server must take (RFC 9112 3.2.2); one with user information
 # is an error (RFC 9110 4.2.4).
-_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(?![^/?#]*@)", re.IGNORECASE)
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]++)(?!@)", re.IGNORECASE)  # without user information
 UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 NO_BUDGET = BodyBudget(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
@@ -13,6 +14,8 @@ from llmux.image_ports import Image
 from llmux.ports import UnitHandle
 from llmux.runtime.engines.facts import EngineFacts
 from llmux.runtime.engines.vitals import Progress
+
+log = logging.getLogger("llmux")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Instance:
     # phase, bytes done, bytes in all: progress for an operator
     follower: Callable[[str, int, int], None] | None = None
     step: Step | None = None  # set while an operation runs
+    unread: bool = False  # a line of its output could not be read, and this was said
 
     def report(self, phase: str, done: int = 0, total: int = 0) -> None:
         """A step begins, or has come this far."""
@@ -54,7 +58,13 @@ class Instance:
         """A line of the engine's output; while it starts or loads, its stage is in it."""
         if self.step is None:
             return
-        stage = self.config.engine_type.stage(line)
+        try:
+            stage = self.config.engine_type.stage(line)
+        except Exception:  # a line that is not understood must not end the following of the output
+            if not self.unread:
+                log.exception("cannot read how far %s has come", self.config.name)
+            self.unread = True
+            return
         if stage is not None:
             self.report(stage.name, stage.done, stage.total)
 

@@ -124,6 +124,48 @@ def test_what_is_just_not_too_far_behind_is_all_passed_on(
     follow(body)
 
 
+def test_very_many_short_lines_are_passed_on_some_at_a_time(
+    follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "MOST_LINES", 2)
+
+    def body(out: Followed) -> None:
+        out.files._max_file = 1000
+        assert out.say("a\nb\n") == ["a", "b"]
+        assert out.say("c\nd\ne\nf\ng") == ["c", "d", "e", "f"]
+        assert (out.offset, out.size) == (12, 13)
+        assert out.say("\n\n\n\nh\n") == ["g", "h"]
+        (model,) = out.files._models.values()
+        out.path.write_text("1\n2\n3\n4\n5\n")
+        model.files[0].offset = 0
+        assert [out.files._read(model, model.files[0]) for _ in range(4)] == [
+            True,
+            True,
+            True,
+            False,
+        ]
+        assert out.seen[-5:] == ["1", "2", "3", "4", "5"]
+
+    follow(body)
+
+
+def test_the_last_of_more_short_lines_than_there_is_time_for(
+    follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MOST_LINES", 2), ("MOST_TURNS", 3), ("CHUNK", 8)):
+        monkeypatch.setattr(output, name, value)
+
+    def body(out: Followed) -> None:
+        out.files._max_file = 1000
+        first = [*"abcdefgh"]  # four turns of two lines
+        assert out.say("".join(f"{line}\n" for line in first)) == first
+        seen = out.say("".join(f"{line}\n" for line in range(100, 200)))
+        assert seen == ["100", "101", "102", "103", "104", "105", "106", "107", "198", "199"]
+        assert out.offset == out.size
+
+    follow(body)
+
+
 def test_a_line_longer_than_the_bound_is_passed_on_in_pieces(
     follow: Follow, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,15 @@ def test_a_traceback_that_was_only_a_warning_is_no_cause() -> None:
     assert cause == "ValueError: it"
 
 
+def test_pydantic_s_detail_is_told_without_its_type() -> None:
+    said = [
+        *FRAMES,
+        "ValidationError: 1 validation error for X",
+        "  Value error, it [type=a] b [type=c]",
+    ]
+    assert root_cause(said) == "ValidationError: 1 validation error for X: it"
+
+
 @pytest.mark.parametrize("lines", [[], ["INFO 11-28 10:11:12 [x.py:1] all is well"], ["", "  "]])
 def test_nothing_is_made_up(lines: list[str]) -> None:
     assert root_cause(lines) is None

@@ -68,6 +68,12 @@ LINES = [
     ('INFO:     127.0.0.1:36870 - "GET /health HTTP/1.1" 200 OK', None),
     ("WARNING [envs.py:3] Loading a chat template", None),
     ("", None),
+    # Counts that are none of a model's: they are not read.
+    (f"Loading safetensors checkpoint shards: 5% Completed | {'7' * 5000}/1 [", None),
+    (f"Loading safetensors checkpoint shards: 5% Completed | 1/{'7' * 5000} [", None),
+    (f"Capturing CUDA graph shapes: 5%|#| {'7' * 5000}/35 [", Stage("capture_graphs")),
+    (f"Capturing CUDA graph shapes: 5%|#| 35/{'7' * 5000} [", Stage("capture_graphs")),
+    (f"{'x' * 600} Starting to load model /srv/models/qwen...", None),
 ]
 
 

@@ -15,6 +15,7 @@ from llmux.core.effects import RestoreAhead
 from llmux.core.events import EngineExited
 from llmux.core.plans import PlanKind
 from llmux.core.records import ModelRecord, Serving
+from llmux.engines.progress import Stage
 from llmux.errors import EngineUnhealthy, LlmuxError
 from llmux.ports import Canary, Vitals
 from llmux.runtime.engines.canary import compare, same_answer
@@ -273,3 +274,20 @@ def test_an_instance_says_how_far_it_is_and_forgets_its_process() -> None:
     assert instance.facts == EngineFacts(gpus=(1,), cold_seconds=5.0)
     left: tuple[Any, ...] = (instance.handle, instance.used_before, instance.progress)
     assert left == (None, {}, None)
+
+
+def test_a_line_that_cannot_be_read_is_said_once_and_ends_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def stage(line: str) -> Stage | None:
+        if "bad" in line:
+            raise ValueError(line)
+        return Stage("load_weights", 1, 4)
+
+    odd = SimpleNamespace(name="a", engine_type=replace(CONFIG.engine_type, stage=stage))
+    instance = Instance(cast(Any, odd))
+    instance.report("wait_healthy")
+    for line in ("bad", "good", "bad again"):
+        instance.heard(line)
+    assert instance.step is not None and instance.step.name == "load_weights"
+    assert [record.getMessage() for record in caplog.records] == ["cannot read how far a has come"]
