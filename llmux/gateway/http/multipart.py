@@ -11,9 +11,12 @@ import os
 import re
 import tempfile
 
+from llmux.gateway.http.json_finder import is_true
+
 MEMORY_BYTES = 128 * 1024  # of one upload; a longer one is kept in an unlinked file
 MAX_PART_HEAD = 16 * 1024
 MAX_MODEL = 1024
+MAX_YES = 8  # bytes of a yes or no; a longer value is none
 
 # On disk, where $TMPDIR names no other directory: /tmp is memory on many systems.
 SPOOL_DIR = "/var/tmp"  # noqa: S108  # mkstemp, unlinked at once
@@ -105,17 +108,20 @@ def _parameters(value: bytes) -> dict[bytes, bytes]:
 class ModelFinder:
     """Finds the part named "model" in a form that is fed piece by piece.
 
+    ``stream``: whether vLLM takes the part of that name for true; the last of several counts.
     Holds at most one part's head or the model's name, never the content of a file.
     """
 
     def __init__(self, boundary: bytes) -> None:
         self.model: str | None = None
+        self.stream = False
         self.span = (0, 0)  # the name's offsets in the form
         self._at = -2  # the offset of ``_rest`` in the form
         self._delimiter = b"\r\n--" + boundary
         self._rest = b"\r\n"  # the first delimiter may stand at the very beginning
         self._in_head = False
-        self._value: bytes | None = None  # the model's part, while inside it
+        self._value: bytes | None = None  # of the part, while inside one that is read
+        self._name: bytes | None = None  # of that part
         self._ended = False
 
     def naming(self, model: str) -> tuple[int, int, bytes]:
@@ -162,22 +168,28 @@ class ModelFinder:
         self._in_head = False
         self._at += len(head) + len(found)
         self._rest = after
-        if _part_name(head) == b"model":
-            if self.model is not None:
-                raise FormError('the form has more than one "model"')
-            self._value = b""
+        self._name = _part_name(head)
+        if self._name == b"model" and self.model is not None:
+            raise FormError('the form has more than one "model"')
+        self._value = b"" if self._name in (b"model", b"stream") else None
         return True
 
     def _take(self, data: bytes) -> None:
-        if self._value is not None:
-            self._value += data
-            if len(self._value) > MAX_MODEL:
-                raise FormError(f'"model" is longer than {MAX_MODEL} bytes')
+        if self._value is None:
+            return
+        self._value += data
+        if self._name != b"model":
+            self._value = self._value[:MAX_YES]
+        elif len(self._value) > MAX_MODEL:
+            raise FormError(f'"model" is longer than {MAX_MODEL} bytes')
 
     def _end_value(self, end: int) -> None:
         if self._value is None:
             return
         value, self._value = self._value, None
+        if self._name != b"model":
+            self.stream = is_true(value.decode("latin-1"))
+            return
         self.span = (end - len(value), end)
         try:
             self.model = value.decode()

@@ -218,8 +218,10 @@ class Incoming:
         return name
 
     def wants_stream(self) -> bool:
-        """Whether a JSON body asks for an event stream."""
+        """Whether the body asks for an event stream."""
         assert self.match is not None, "called for requests to engines only"
+        if self._form is not None:
+            return self._form.stream
         if self.match.route.source is not Source.JSON:
             return False
         try:

@@ -119,6 +119,46 @@ def test_where_the_models_name_stands(step: int) -> None:
         assert form[slice(*finder.span)] == b"name" == (finder.model or "").encode()
 
 
+@pytest.mark.parametrize("step", [1, 7, 10_000])
+@pytest.mark.parametrize(
+    ("parts", "stream"),
+    [
+        ([(b"stream", b"true"), (b"file", b"x")], True),
+        ([(b"file", b"false"), (b"stream", b"On")], True),
+        ([(b"stream", b"false")], False),
+        ([(b"stream", b"")], False),
+        ([(b"stream", b"true"), (b"stream", b"0")], False),
+        ([(b"stream", b"0"), (b"stream", b"1")], True),
+        ([(b"stream", b"true" + b" " * 100_000)], False),
+        ([(b"stream", b"\xff")], False),
+        ([(b"streams", b"true")], False),
+        ([], False),
+    ],
+)
+def test_a_form_asks_for_a_stream_as_vllm_reads_it(
+    parts: list[tuple[bytes, bytes]], stream: bool, step: int
+) -> None:
+    request = Incoming()
+    request.method, request.target = b"POST", b"/v1/audio/transcriptions"
+    request.headers = [(b"content-type", FORM_TYPE)]
+    request.find_route()
+    request.begin_form()
+    body = b"".join(PART % name + value + b"\r\n" for name, value in [*parts, (b"model", b"a")])
+    body += b"--XX--"
+    for at in range(0, len(body), step):
+        request.add_upload(body[at : at + step])
+    assert request.wants_stream() is stream
+    assert request.model() == "a"
+
+
+def test_what_is_held_of_a_forms_values_is_bounded() -> None:
+    finder = ModelFinder(b"XX")
+    finder.feed(PART % b"stream")
+    for _ in range(100):
+        finder.feed(b"y" * 1000)
+    assert len(finder._value or b"") < 100
+
+
 def test_a_piece_of_an_upload_is_replaced() -> None:
     for data, piece in ((b"0123456789", b"abc"), (b"0123456789", b""), (b"0123456789", b"x" * 99)):
         upload = Upload()
