@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from llmux.errors import Reason, Refused
 from llmux.gateway.dispatch import Dispatch
+from llmux.gateway.exchange.exchange import Exchange
 from llmux.gateway.http.openai import names_of
 from llmux.gateway.http.problems import reason_of, supervisor_lost
 from llmux.protocol import (
@@ -75,9 +76,7 @@ class Supervisor:
             case Revoke():
                 self._revoke(message)
             case Cut():
-                problem = Refused(reason_of(message.code), message.message)
-                for exchange in self._admission.in_flight_on(message.model, message.epoch):
-                    exchange.refuse(problem)
+                self._cut(message)
             case Refuse():
                 refusal = Refused(
                     reason_of(message.code), message.message, retry_after=message.retry_after
@@ -118,6 +117,24 @@ class Supervisor:
             self._dispatch.retry_or_fail(
                 exchange, problem, between_chunks=between_chunks, begun=True
             )
+
+    def _cut(self, message: Cut) -> None:
+        """What an engine hangs on is not repeated, only what it never began."""
+        problem = Refused(reason_of(message.code), message.message)
+        hangs = problem.reason is Reason.ENGINE_DIED
+        for exchange in self._admission.in_flight_on(message.model, message.epoch):
+            if hangs and self._never_begun(exchange):
+                between = exchange.between_chunks
+                self._dispatch.retry_or_fail(exchange, problem, between_chunks=between, begun=False)
+            else:
+                exchange.refuse(problem)
+
+    @staticmethod
+    def _never_begun(exchange: Exchange) -> bool:
+        connection = exchange.connection
+        if connection is None:  # still to be accepted, or its whole answer is a 500 that is held
+            return not exchange.holds
+        return connection.unread
 
     def _take_catalog(self, catalog: Catalog) -> None:
         worker = self._worker

@@ -7,6 +7,10 @@ themselves are passed on unchanged.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import socket
+import sys
+import termios
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,6 +142,20 @@ class EngineConnection(asyncio.Protocol):
     @property
     def between_chunks(self) -> bool:
         return self._between
+
+    @property
+    def unread(self) -> bool:
+        """Whether the engine has yet to read of the request; vLLM begins none before it has all.
+        Seen on unix sockets only: a process that is stopped has its kernel acknowledge TCP's."""
+        if self._request is None:
+            return False
+        if self._upload is not None or self.transport.get_write_buffer_size():
+            return True
+        link = self.transport.get_extra_info("socket")
+        if link.family != socket.AF_UNIX:
+            return False
+        unread = fcntl.ioctl(link.fileno(), termios.TIOCOUTQ, bytes(4))  # SIOCOUTQ
+        return int.from_bytes(unread, sys.byteorder) > 0
 
     def pause(self) -> None:
         if not self.transport.is_closing():
