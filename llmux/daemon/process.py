@@ -19,6 +19,8 @@ def setup_logging(verbose: bool) -> None:
     journald.setup_logging(verbose)
     for name in ("sanic", "sanic.root", "sanic.server"):  # silence its banner
         logging.getLogger(name).setLevel(logging.WARNING)
+    # uvloop warns at each chunk for a TLS client that said goodbye and reads no more.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 def run(main: Awaitable[None]) -> None:
