@@ -60,16 +60,19 @@ class Families:
         self._reported -= self._seen.pop(key_of(handle), set())
 
     def _report(self, handle: UnitHandle, outside: Iterable[ProcessKey]) -> None:
-        for key in outside:
-            if key not in self._reported:
-                self._reported.add(key)
-                log.warning(
-                    "process %d of %s left its cgroup for %s",
-                    key[0],
-                    handle.unit,
-                    cgroup.cgroup_of(key[0]),
-                    extra={"model": handle.model, "unit": handle.unit},
-                )
+        """One line for all that are new: an engine may move thousands."""
+        new = [key for key in outside if key not in self._reported]
+        if not new:
+            return
+        self._reported.update(new)
+        log.warning(
+            "process %d of %s left its cgroup for %s%s",
+            new[0][0],
+            handle.unit,
+            cgroup.cgroup_of(new[0][0]),
+            f", as did {len(new) - 1} more" if len(new) > 1 else "",
+            extra={"model": handle.model, "unit": handle.unit},
+        )
 
     async def kill_outside(self, handle: UnitHandle, members: Members, end: float) -> list[int]:
         """Kill what is outside the cgroup; returns what still lives at ``end`` (monotonic).

@@ -62,6 +62,22 @@ def test_a_root_that_left_is_seen_and_named_once(
     assert f"process {handle.pid} of llmux-m.scope left its cgroup for /" in record.getMessage()
 
 
+def test_many_that_left_are_one_line_of_a_look(
+    tree: tuple[UnitHandle, int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    handle, child, below = tree
+    families = Families()
+    assert families.note(handle, [handle.pid, child, below]) == []
+    for _ in range(2):
+        assert families.note(handle, [handle.pid]) == sorted([child, below])
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"process {min(child, below)} of llmux-m.scope left its")
+    assert record.getMessage().endswith(", as did 1 more")
+    assert families.note(handle, []) == sorted([handle.pid, child, below])
+    said = caplog.records[1].getMessage()
+    assert (len(caplog.records), "more" in said) == (2, False), "of what was not said before"
+
+
 def test_what_is_below_it_left_as_well(tree: tuple[UnitHandle, int, int]) -> None:
     handle, child, below = tree
     families = Families()
