@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +34,53 @@ def test_every_described_answer_is_one_that_we_send() -> None:
     for path, operations in paths().items():
         for method, operation in operations.items():
             assert set(operation["responses"]) <= sent | {"default"}, (method, path)
+
+
+def test_the_description_says_what_the_table_says() -> None:
+    """``tests/fixtures/openapi.txt`` was read through by a person; so is each change of it."""
+    table = (Path(__file__).parents[2] / "fixtures" / "openapi.txt").read_text().splitlines()
+    assert [line for path in paths() for line in described(path)] == table
+
+
+def described(path: str) -> list[str]:
+    """A line for each method: everything that is said of it."""
+    return [
+        " | ".join(
+            (
+                f"{method} {path}",
+                operation.pop("summary"),
+                " ".join(map(parameter, operation.pop("parameters", []))),
+                body(operation.pop("requestBody", None)),
+                " ".join(answer(*one) for one in operation.pop("responses").items()),
+                str(operation or ""),
+            )
+        )
+        for method, operation in deepcopy(paths()[path]).items()
+    ]
+
+
+def parameter(one: dict[str, Any]) -> str:
+    schema = one["schema"]
+    bounds = f"{schema['minimum']}..{schema['maximum']}" if "minimum" in schema else ""
+    return f"{one['in']}:{one['name']}:{schema['type']}{bounds}{'!' * one.get('required', False)}"
+
+
+def body(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    assert one["required"] is True
+    ((kind, content),) = one["content"].items()
+    schema = content["schema"]
+    assert schema["type"] == "object"
+    names = (f"{name}{'!' * (name in schema['required'])}" for name in schema["properties"])
+    return f"{kind} {' '.join(names)}"
+
+
+def answer(status: str, one: dict[str, Any]) -> str:
+    ((kind, content),) = one["content"].items()
+    shape = content["schema"].get("$ref", kind).rpartition("/schemas/")[2]
+    told = one["description"] == openapi._TEXTS.get(int(status), "Done")
+    return f"{status}:{shape}{'' if told else '?'}"
 
 
 def paths() -> dict[str, Any]:
