@@ -90,7 +90,8 @@ def _authorize_with_keys(
 ) -> None:
     secret = secret_of(incoming.head.authorization, incoming.head.x_api_key)
     incoming.withheld = True
-    path = b"" if incoming.match else incoming.path  # an engine's /health is not our own
+    # an engine's /health is not our own; ours with a slash too many is only redirected
+    path = b"" if incoming.match else incoming.path.rstrip(b"/")
     incoming.key = guard.identify(path, secret, transport)
     if incoming.match is None:
         check_role(incoming.key, incoming.path)
@@ -105,7 +106,7 @@ def _authorize_own_path(incoming: Incoming, transport: asyncio.Transport | None)
         return
     check_page(path, incoming.head.origin, incoming.header(b"sec-fetch-site"))
     _check_changing_get(incoming)
-    if incoming.method in (b"GET", b"HEAD") and path in READ_PATHS:
+    if incoming.method in (b"GET", b"HEAD") and path.rstrip(b"/") in READ_PATHS:
         return
     # Also what is not described: a route that was forgotten there must not be open to all.
     if openapi.is_ours(path) and not is_trusted_peer(transport):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from llmux.gateway.http import openai, routes
+from llmux.gateway.http import openai, openapi
 from llmux.gateway.http.problems import Moved, too_large, unsupported_encoding
 from llmux.gateway.http.request import Incoming
 from llmux.gateway.http.routes import JSON, Match, Source
@@ -58,7 +58,7 @@ class BodyReceiver:
     def _begin_other(self, incoming: Incoming, match: Match | None) -> int:
         """No JSON for an engine. Returns the limit."""
         if match is None:
-            if location := routes.without_slash(incoming.target):
+            if location := openapi.without_slash(incoming.target):
                 raise Moved(incoming.target, location)
             self._skip = not _takes_body(incoming)
             return MAX_SKIPPED_BODY if self._skip else MAX_CONTROL_BODY

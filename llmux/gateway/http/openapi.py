@@ -272,3 +272,15 @@ def methods_of(path: bytes) -> tuple[str, ...]:
         return methods
     text = path.decode("latin-1")
     return next((methods for pattern, methods in _patterns() if pattern.fullmatch(text)), ())
+
+
+def without_slash(target: bytes) -> bytes | None:
+    """The target without the "/" at the end of its path, where only that has a route, of an engine
+    or of our own for GET. Orders are not redirected."""
+    path, mark, query = target.partition(b"?")
+    if not path.endswith(b"/"):
+        return None
+    shorter = path.rstrip(b"/")
+    if routes.methods_of(shorter) or (shorter != b"*" and "GET" in methods_of(shorter)):
+        return shorter + mark + query
+    return None

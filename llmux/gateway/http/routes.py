@@ -158,15 +158,6 @@ def methods_of(path: bytes) -> tuple[str, ...]:
     return tuple(m for m in ("GET", "POST") if find(m.encode(), path) is not None)
 
 
-def without_slash(target: bytes) -> bytes | None:
-    """The target without the "/" at the end of its path, where only that has a route."""
-    path, mark, query = target.partition(b"?")
-    if not path.endswith(b"/"):
-        return None
-    shorter = path.rstrip(b"/")
-    return shorter + mark + query if shorter == b"/v1/models" or methods_of(shorter) else None
-
-
 def speaks_anthropic(path: bytes) -> bool:
     """Whether errors for this path have Anthropic's shape, for any method."""
     match = find(b"POST", path)

@@ -158,6 +158,8 @@ async def test_identity_is_no_encoding() -> None:
         ("/v1/chat/completions/", "/v1/chat/completions"),
         ("/v1/completions//?a=/", "/v1/completions?a=/"),
         ("/v1/models/", "/v1/models"),
+        ("/health/", "/health"),
+        ("/v1/models/alpha/", "/v1/models/alpha"),
         ("/upstream/alpha/v1/embeddings/", "/upstream/alpha/v1/embeddings"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from llmux.errors import Refused
 from llmux.gateway.event_feed import check_news, read_page
 from llmux.gateway.exchange.response_id import SEARCHED_BYTES, ResponseIdFinder
-from llmux.gateway.http import routes
+from llmux.gateway.http import openapi, routes
 from llmux.gateway.http.heads import BadHead
 from llmux.gateway.http.json_finder import JsonError, JsonFinder
 from llmux.gateway.http.multipart import MAX_MODEL, MAX_PART_HEAD, FormError, ModelFinder
@@ -248,15 +248,24 @@ def test_a_path_may_name_the_model(path: bytes, model: str | None) -> None:
         (b"/v1/models/", b"/v1/models"),
         (b"/v1/completions//?x=1/", b"/v1/completions?x=1/"),
         (b"/v1/responses/r1/", b"/v1/responses/r1"),
+        (b"/health/", b"/health"),
+        (b"/health/live/?a", b"/health/live?a"),
+        (b"/v1/models/org/alpha/", b"/v1/models/org/alpha"),
+        (b"/openapi.json//", b"/openapi.json"),
+        (b"/control/status/", b"/control/status"),
+        (b"/control/pin/", None),
         (b"/v1/completions", None),
-        (b"/control/status/", None),
+        (b"/version/", None),
+        (b"//health/", None),
+        (b"*/", None),
+        (b"/ui/", None),
         (b"/", None),
     ],
 )
 def test_a_slash_too_many_leads_to_where_there_is_a_route(
     target: bytes, shorter: bytes | None
 ) -> None:
-    assert routes.without_slash(target) == shorter
+    assert openapi.without_slash(target) == shorter
 
 
 # ---- the supervisor's events ---------------------------------------------------------------------
