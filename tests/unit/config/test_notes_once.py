@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from llmux.config.advice import WITHOUT_KEYS
 from llmux.config.load import load_marked
 from llmux.daemon.duties import Notes
+from llmux.errors import Problem
 
 
 def test_a_note_is_said_once_until_it_changes(
@@ -45,3 +47,22 @@ def test_the_same_note_on_two_keys_is_two(tmp_path: Path, caplog: pytest.LogCapt
     assert len({note.message for note in marked.notes}) == 1
     Notes().say(marked)
     assert [path for path in "ab" if f"models.{path}." in caplog.text] == ["a", "b"]
+
+
+def test_notes_differ_by_file_key_and_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", logger="llmux")
+    file = tmp_path / "config.yaml"
+    file.write_text("models: {a: {model_path: m}}\n")
+    marked = load_marked(file)
+    one = Problem("x.yaml", 1, 1, "a", "it has no effect")
+    others = [
+        replace(one, file="other"), replace(one, path="other"), replace(one, message="other")
+    ]  # fmt: skip
+    notes = Notes()
+    notes.say(replace(marked, notes=(one, *others)))
+    assert caplog.messages == [str(note) for note in (one, *others)]
+    caplog.clear()
+    notes.say(replace(marked, notes=(replace(others[2], line=7, column=3), one)))
+    assert caplog.messages == []

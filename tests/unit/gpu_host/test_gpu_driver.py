@@ -16,6 +16,7 @@ from llmux.core.plans import SPAWN_SECS
 from llmux.daemon.gpu_driver import INITIALISE_SECS, CudaStart, restart_for_driver
 from llmux.drivers.cuda.driver import CudaDriver
 from llmux.drivers.gpu import nvml_is_here
+from llmux.errors import DriverError
 from llmux.runtime.engines.gpu_memory import ROOM_SECS
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "fake_libcuda")]
@@ -88,6 +89,26 @@ def test_what_failed_is_tried_again_by_the_next_start(
 
     asyncio.run(body())
     assert "CUDA cannot be initialised" not in caplog.text
+
+
+def test_what_was_initialised_is_not_begun_again_and_what_failed_is() -> None:
+    class Driver:
+        asked = 0
+
+        async def initialise(self) -> None:
+            self.asked += 1
+            if self.asked == 1:
+                raise DriverError("initialise", "CUDA", "the fabric manager still starts")
+
+    driver = Driver()
+    start = CudaStart(driver)  # type: ignore[arg-type]  # all of it that is called
+
+    async def body() -> None:
+        for asked in (1, 2, 2, 2):
+            await start.wait()
+            assert driver.asked == asked
+
+    asyncio.run(body())
 
 
 def test_an_engine_waits_for_less_than_its_spawn_may_take() -> None:

@@ -331,6 +331,8 @@ async def test_what_an_order_ends_with_is_its_answer_and_is_told() -> None:
         with pytest.raises(LlmuxError, match="the disk is full"):
             await book.carry_out("load", ["a"], "bob", fails, wait=wait)
     assert told == ["given", "done"] * 2 + ["given", "the disk is full"] * 2
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing waits for what has ended"
 
 
 @in_loop

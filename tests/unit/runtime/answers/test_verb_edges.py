@@ -75,3 +75,28 @@ async def test_lines_before_one_that_does_not_fit_are_left_out_with_it() -> None
     async with desk() as d:
         d.world.output["a"] = ["first", "x" * (MAX_LINE // 2), "last but one", "last"]
         assert (await d.ask("logs", model="a"))["lines"] == ["last but one", "last"]
+
+
+@pytest.mark.parametrize(
+    ("args", "first"),
+    [({}, 50), ({"lines": 1}, 149), ({"lines": 149}, 1), ({"lines": 150}, 0), ({"lines": 999}, 0)],
+)
+@pytest.mark.parametrize("previous", [True, False])
+@in_loop
+async def test_a_hundred_lines_are_shown_or_as_many_as_were_asked_for(
+    args: dict[str, Any], first: int, previous: bool
+) -> None:
+    async with desk() as d:
+        d.world.output |= {"a": [f"{n}" for n in range(150)], "a before": ["former"] * 150}
+        shown = (await d.ask("logs", model="a", **args, previous=previous))["lines"]
+        assert shown == ["former" if previous else f"{n}" for n in range(first, 150)]
+        if not previous:
+            assert (await d.ask("logs", model="a", **args))["lines"] == shown
+
+
+@pytest.mark.parametrize("lines", [0, -1, "5", 1.5, None])
+@in_loop
+async def test_lines_are_a_whole_number_above_nothing(lines: Any) -> None:
+    async with desk() as d:
+        refused = await d.refusal("logs", model="a", lines=lines)
+        assert str(refused) == f"cannot show {lines!r} lines: a whole number > 0"

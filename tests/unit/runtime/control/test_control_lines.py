@@ -24,6 +24,7 @@ from llmux.core.events import LoadAsked
 from llmux.errors import ControlError
 from llmux.gateway.control.app import CONTROL_VERBS
 from llmux.protocol import (
+    MAX_ANSWER,
     Answer,
     Ask,
     Catalog,
@@ -34,6 +35,7 @@ from llmux.protocol import (
     Hello,
     KeepAliveHint,
     Message,
+    News,
     ResponseOwners,
     Watch,
     decode,
@@ -246,6 +248,53 @@ async def no_verbs(_ask: Ask, _report: object) -> None:
 
 def empty_catalog() -> Catalog:
     return Catalog.of([])
+
+
+# ---- what is sent, what is said ------------------------------------------------------------------
+
+
+class Sent:
+    """A peer that takes everything."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.transport = self
+        self.write = self.lines.append
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+def test_only_an_answer_is_replaced_where_it_is_too_long() -> None:
+    """What an engine prints, and a catalogue, go as they are: they have no number to answer to."""
+    control = ControlSocket(post=lambda _event: None, ask=no_verbs, catalog=empty_catalog)
+    peer: Any = Sent()
+    news = News("logs", "a", "x" * MAX_ANSWER)
+    control._write(peer, news)
+    assert len(peer.lines.pop()) > MAX_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (Ask(1, "status", {}).encode(), "that does not begin with hello"),
+        (b'{"type":"hello","role":"cli","version":-1}\n', "a peer of protocol version -1"),
+        (b"[]\n", ""),
+    ],
+)
+@in_loop
+async def test_a_connection_that_is_dropped_is_said_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes, told: str
+) -> None:
+    async with stage(tmp_path) as s:
+        peer = await s.connect()
+        peer.say(line)
+        assert await peer.hear() is None
+    (message,) = caplog.messages
+    assert message.startswith("control connection dropped: ") and told in message
 
 
 # ---- what only a worker may say ------------------------------------------------------------------

@@ -142,3 +142,24 @@ async def test_only_models_on_the_same_gpu_are_in_the_way(
         with pytest.raises(Refused, match="GPU 0 has no room for it beside b"):
             await life.validation("a").run([OFFLOAD])
     await life.drop()
+
+
+@in_loop
+async def test_a_model_that_is_removed_meanwhile_is_not_brought_up_again(tmp_path: Path) -> None:
+    life = await begin_life(CONFIG, World(), str(tmp_path), MemoryStore())
+    life.loop.post(LoadAsked("a"))
+    await life.until_state("a", "serving")
+    removed = replace(CONFIG, models=MappingProxyType({"b": CONFIG.models["b"]}))
+    asked: list[str] = []
+
+    def report(phase: str, _seconds: float, _done: int, _total: int) -> None:
+        if phase == "sleep" and not asked:
+            asked.append(phase)
+            life.loop.post(ConfigChanged(removed))
+
+    result = await life.validation("a", report).run([OFFLOAD])
+    assert asked and not result["passed"]
+    await life.settled()
+    assert set(life.loop.state.models) == {"b"}
+    assert not life.loop.state.manual
+    await life.drop()
