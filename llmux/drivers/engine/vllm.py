@@ -97,9 +97,12 @@ class _Operation:
         if reply.status != 200:
             raise self.bad_answer(path, reply)
         try:
-            return bool(reply.json()["is_sleeping"])
+            asleep = reply.json()["is_sleeping"]
         except ODD as error:
             raise self.bad_answer(path, reply) from error
+        if not isinstance(asleep, bool):
+            raise self.bad_answer(path, reply)
+        return asleep
 
 
 class VllmEngine:
