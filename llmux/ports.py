@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from llmux.errors import StateFileError
 from llmux.protocol import Address
 
 
@@ -309,10 +310,15 @@ class Notifier(Protocol):
 
 
 class StateStore(Protocol):
-    """A small versioned document, replaced atomically. A hint for reconcile, never the truth."""
+    """A small versioned document, replaced atomically. A hint for reconcile, never the truth.
+
+    ``load`` raises StateFileError for a damaged one, which it has put aside. ``put_aside``: what
+    was loaded cannot be used, so the next ``load`` is to find nothing; what to say of it.
+    """
 
     def load(self) -> Mapping[str, Any]: ...
     def save(self, document: Mapping[str, Any]) -> None: ...
+    def put_aside(self, why: str) -> StateFileError: ...
 
 
 class EventStore(Protocol):

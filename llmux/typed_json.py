@@ -55,6 +55,15 @@ def read(cls: type[T], value: Any) -> T:
     return found
 
 
+def fits(annotation: Any, value: Any) -> bool:
+    """Is ``value`` of that type, and in its range?"""
+    try:
+        _value(annotation, value, "", 0)
+    except BadJson:
+        return False
+    return True
+
+
 @cache
 def _annotations(cls: type[Any]) -> Mapping[str, tuple[Field[Any], Any]]:
     hints = get_type_hints(cls, include_extras=True)

@@ -10,11 +10,11 @@ from typing import Any
 from llmux import __version__
 from llmux.config.diff import diff_config
 from llmux.config.schema import Config
-from llmux.core.effects import SwitchFinished
+from llmux.core.effects import Effect, SwitchFinished
 from llmux.core.events import ConfigChanged
 from llmux.core.records import State
 from llmux.drivers.engine.output import EngineFiles
-from llmux.errors import ConfigError, DriverError, Reason, Refused, StateFileError
+from llmux.errors import ConfigError, DriverError, LlmuxError, Reason, Refused, StateFileError
 from llmux.ports import EventStore, StateStore
 from llmux.protocol import Ask, Catalog, Collect, ProgressCallback
 from llmux.runtime.arrivals import ArrivalLog
@@ -83,13 +83,26 @@ class Supervisor:
         except StateFileError as error:
             log.warning("%s; relying on observation", error)
             notes = {}
-        state = self.loop.state
-        adopted, effects = await adopt_engines(
-            state, self.loop.executor, self.images, self.drivers, notes
-        )
+        adopted, effects = await self._adopt(notes)
         self.events.resume()
         self.loop.enter(adopted, effects)
         self.events.adopted(adopted)
+
+    async def _adopt(self, notes: Mapping[str, Any]) -> tuple[State, tuple[Effect, ...]]:
+        """What fails with the notes and not without them comes of them: a next start with the same
+        notes would fail as well."""
+        parts = self.loop.state, self.loop.executor, self.images, self.drivers
+        try:
+            return await adopt_engines(*parts, notes)
+        except LlmuxError:
+            raise  # a driver's word
+        except Exception as error:
+            if not notes:
+                raise
+            adopted = await adopt_engines(*parts, {})
+            unusable = self._store.put_aside(f"{type(error).__name__}: {error}")
+            log.error("%s; relying on observation", unusable, exc_info=error)
+            return adopted
 
     async def prepare(self) -> None:
         """Build everything without observing any engine: enough to list images."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, TypeGuard
+from typing import Annotated, Any
 
 from llmux.config.schema import Eviction
 from llmux.core.adopt import Note
@@ -13,9 +13,13 @@ from llmux.core.events import ModeSet
 from llmux.core.records import Draining, Failed, Parked, Parking, Serving, State, Waking
 from llmux.core.states import ModelState
 from llmux.runtime.engines.executor import Executor
+from llmux.runtime.engines.facts import Gpu
+from llmux.typed_json import Within, fits
 
 VERSION = 1
-MAX_GPUS = 1024  # more than any host has
+Failures = Annotated[int, Within(0, 1_000_000)]
+MAX_EPOCH = 200  # characters; gateways send it back in each line
+MAX_MESSAGE = 10_000
 
 
 def notes_of(state: State, executor: Executor, mode: ModeSet) -> dict[str, Any]:
@@ -66,18 +70,17 @@ def note_from(document: Mapping[str, Any]) -> Note:
         state = ModelState(str(document.get("state")))
     with suppress(ValueError):
         eviction = Eviction.parse(str(document.get("eviction")))
-    epoch = document.get("epoch")
-    gpus = document.get("gpus")
-    message, failures = document.get("message"), document.get("failures")
+    epoch, message = document.get("epoch"), document.get("message")
+    gpus, failures = document.get("gpus"), document.get("failures", 0)
     return Note(
         since=_moment(document.get("since")),
         until=_moment(document.get("until")),
-        message=message if isinstance(message, str) else "",
-        failures=failures if _is_count(failures) else 0,
+        message=message[:MAX_MESSAGE] if isinstance(message, str) else "",
+        failures=failures if fits(Failures, failures) else 0,
         state=state,
-        epoch=epoch if isinstance(epoch, str) else None,
+        epoch=epoch if isinstance(epoch, str) and len(epoch) <= MAX_EPOCH else None,
         eviction=eviction,
-        gpus=tuple(filter(_is_gpu, gpus)) if isinstance(gpus, list) else (),
+        gpus=tuple(gpu for gpu in gpus if fits(Gpu, gpu)) if isinstance(gpus, list) else (),
     )
 
 
@@ -86,22 +89,12 @@ def pins_in(document: Mapping[str, Any]) -> dict[str, float]:
     pins = document.get("pins")
     if not isinstance(pins, dict):
         return {}
-    numbers = {name: math.inf if until is None else until for name, until in pins.items()}
     return {
-        name: float(until)
-        for name, until in numbers.items()
-        if isinstance(until, (int, float)) and not isinstance(until, bool)
+        name: math.inf if until is None else float(until)
+        for name, until in pins.items()
+        if fits(float | None, until)
     }
 
 
-def _is_gpu(value: Any) -> bool:
-    return _is_count(value) and value < MAX_GPUS
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _moment(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if fits(float, value) else None

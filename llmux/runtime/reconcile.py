@@ -108,7 +108,7 @@ def restore_orders(state: State, document: Mapping[str, Any]) -> State:
         state,
         models=MappingProxyType(models),
         manual=document.get("manual") is True,
-        pinned=pinned if pinned in models else None,
+        pinned=pinned if isinstance(pinned, str) and pinned in models else None,
         pins=MappingProxyType(pins),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ class TestStateStore:
         store.save({"models": {"alpha": {"pid": 7}}, "n": 1})
         store.save({"models": {}})
         assert store.load() == {"models": {}}
+
+    def test_what_cannot_be_used_is_put_aside_and_said(self, store: StateStore) -> None:
+        store.save({"n": 1})
+        said = store.put_aside("n is odd")
+        assert re.match(r"cannot read the state file .*: n is odd", str(said))
+        assert store.load() == {}
+        store.save({"n": 2})
+        assert store.load() == {"n": 2}
 
 
 class TestTheFile:

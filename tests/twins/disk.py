@@ -194,6 +194,7 @@ class MemoryStore:
     def __init__(self, document: Mapping[str, Any] | None = None) -> None:
         self.document: Mapping[str, Any] = dict(document or {})
         self.broken: str | None = None
+        self.aside: Mapping[str, Any] | None = None
         self.saves = 0
 
     def load(self) -> Mapping[str, Any]:
@@ -205,6 +206,10 @@ class MemoryStore:
         self.document = dict(document)
         self.broken = None
         self.saves += 1
+
+    def put_aside(self, why: str) -> StateFileError:
+        self.aside, self.document = self.document, {}
+        return StateFileError(f"cannot read the state file (memory): {why}")
 
 
 class MemoryEvents:

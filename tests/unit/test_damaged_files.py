@@ -92,12 +92,21 @@ def test_a_damaged_state_file_is_a_hint_that_is_lost(tmp_path: Path, damage: Dam
     store = FileStateStore(str(path))
     store.save({"models": {"a": {"epoch": 7}}})
     damage(path)
-    with pytest.raises(StateFileError, match=str(path)):
+    with pytest.raises(StateFileError, match=f"{path}.*kept as {path}.damaged"):
         store.load()
-    if path.is_dir():
-        with pytest.raises(StateFileError, match=str(path)):
-            store.save({"models": {}})
-        return
+    assert os.path.lexists(f"{path}.damaged")
+    assert store.load() == {}, "it is met once"
+    store.save({"models": {}})
+    assert store.load() == {"models": {}}
+
+
+def test_a_state_file_that_cannot_be_put_aside_is_said_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("{")
+    (tmp_path / "state.json.damaged").mkdir()
+    store = FileStateStore(str(path))
+    with pytest.raises(StateFileError, match=r"cannot be put aside as .*: Is a directory"):
+        store.load()
     store.save({"models": {}})
     assert store.load() == {"models": {}}
 
@@ -240,11 +249,13 @@ def test_a_configuration_that_is_no_file_is_refused_and_waited_for_by_nobody(
     assert "not a plain file" in str(caught.value)
 
 
-def test_a_state_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+def test_a_state_file_of_a_newer_version_is_kept_for_that(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    path.write_text(json.dumps({"version": 99, "state": {}}))
+    written = json.dumps({"version": 99, "state": {}})
+    path.write_text(written)
     with pytest.raises(StateFileError, match="newer"):
         FileStateStore(str(path)).load()
+    assert (tmp_path / "state.json.damaged").read_text() == written
 
 
 # ---- the events of the last hour -----------------------------------------------------------------

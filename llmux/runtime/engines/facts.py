@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from llmux import typed_json
 from llmux.config.schema import Eviction
 from llmux.ports import Canary
 from llmux.protocol import Address
-from llmux.typed_json import BadJson
+from llmux.typed_json import LARGEST_INT, BadJson, Within
 
 COLD_SECS = 60.0  # assumed cost of a cold start before the first was measured
+
+Gpu = Annotated[int, Within(0, 1023)]  # more than any host has
+Pid = Annotated[int, Within(1, 2**22)]  # the kernel's PID_MAX_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,9 @@ class EngineFacts:
     def from_json(cls, document: Any) -> Self:
         """Raises BadJson: damaged facts are no facts."""
         written = typed_json.read(_Written, document)
-        if written.port is not None and not 0 < written.port < 65536:
-            raise BadJson(f"port: {written.port} is none")
         address = None
         if written.uds is not None or written.port is not None:
             address = Address(written.uds, None if written.uds else written.port)
-        if any(pid <= 0 for pid in written.cuda_pids) or any(gpu < 0 for gpu in written.gpus):
-            raise BadJson("cuda_pids, gpus: a negative number")
         return cls(
             address=address,
             canary=None if written.canary is None else Canary(*written.canary),
@@ -86,14 +85,14 @@ class _Written:
     """The same as JSON has it."""
 
     uds: str | None = None
-    port: int | None = None
+    port: Annotated[int, Within(1, 65535)] | None = None
     canary: tuple[str, tuple[float, ...]] | None = None
-    max_model_len: int | None = None
+    max_model_len: Annotated[int, Within(0, LARGEST_INT)] | None = None
     version: str | None = None
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
     identity: dict[str, str] = field(default_factory=dict)
-    cold_seconds: float = COLD_SECS
-    cuda_pids: tuple[int, ...] = ()
+    cold_seconds: Annotated[float, Within(0, LARGEST_INT)] = COLD_SECS
+    cuda_pids: tuple[Pid, ...] = ()
     cuda_bytes: int = 0
     started_as: str | None = None
     resumed: bool = False

@@ -101,6 +101,44 @@ async def test_an_order_that_fails_leaves_nothing_at_work(tmp_path: Path) -> Non
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+class Unforeseen(dict[str, Any]):
+    """Notes of a kind that no check knows."""
+
+    def items(self) -> Any:
+        raise OverflowError("int too large to convert to float")
+
+
+@in_loop
+async def test_notes_that_end_the_adoption_are_met_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world, store = World(), MemoryStore()
+    await order(supervisor_on(world, tmp_path, store), "load", model="a")
+    pid, notes = world.engines["a"].handle.pid, dict(store.document)
+    store.document = damaged = notes | {"models": Unforeseen(notes["models"])}
+    states = (await order(supervisor_on(world, tmp_path, store), "status"))["models"]
+    assert states["a"]["state"] == "serving", "by what is observed"
+    assert world.engines["a"].handle.pid == pid
+    assert store.aside == damaged
+    assert caplog.text.count("cannot read the state file (memory): OverflowError: int too") == 1
+    assert world.violations == []
+
+
+@in_loop
+async def test_a_fault_that_does_not_come_of_the_notes_is_none_of_theirs(tmp_path: Path) -> None:
+    world, store = World(), MemoryStore()
+    await order(supervisor_on(world, tmp_path, store), "load", model="a")
+    before = dict(store.document)
+
+    class Broken(MemoryUnits):
+        async def observe(self) -> Any:
+            raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        await supervisor_on(world, tmp_path, store, units=Broken(world)).start()
+    assert (store.document, store.aside) == (before, None)
+
+
 class Faulty(MemoryStore):
     def save(self, document: Mapping[str, Any]) -> None:
         raise RuntimeError("a fault of ours")

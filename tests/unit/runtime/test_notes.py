@@ -92,6 +92,15 @@ def test_words_that_are_not_ours_count_as_not_written() -> None:
         ("since", True, None),
         ("since", math.inf, None),
         ("since", math.nan, None),
+        ("since", 10**400, None),
+        ("until", 10**400, None),
+        ("until", -(10**400), None),
+        ("failures", 10**400, 0),
+        ("failures", [3], 0),
+        ("epoch", "e1", "e1"),
+        ("epoch", "e" * 1000, None),
+        ("gpus", [[0], {"a": 1}, 10**400, 1], (1,)),
+        ("message", "m" * 20_000, "m" * 10_000),
         ("until", 2.5, 2.5),
         ("until", "2.5", None),
         ("message", "it is odd", "it is odd"),
@@ -136,6 +145,28 @@ def test_what_operators_ordered_and_what_was_learned_outlives_the_supervisor() -
 def test_damaged_pins_count_as_not_written() -> None:
     assert pins_in({"pins": []}) == {}
     assert pins_in({"pins": {"a": "x", "b": True, "c": 7}}) == {"c": 7.0}
+    odd = {"a": 10**400, "b": -(10**400), "c": math.inf, "d": [1], "e": None}
+    assert pins_in({"pins": odd}) == {"e": math.inf}
+
+
+@pytest.mark.parametrize("pinned", [["a"], {"a": 1}, 1, True, None])
+def test_a_damaged_pin_pins_nothing(pinned: object) -> None:
+    fresh = initial(config_of(model("a")), gpu_count=1, epoch_prefix="n")
+    assert restore_orders(fresh, {"version": VERSION, "pinned": pinned}).pinned is None
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"cuda_pids": [2**40]}, {"cuda_pids": [0]}, {"gpus": [2**40]}, {"gpus": [-1]},
+        {"port": 0}, {"port": 2**40}, {"cold_seconds": -1.0},
+        {"max_model_len": -1}, {"cold_seconds": 10**400}, {"identity": {"a": 1}},
+        {"identity": [[]]}, {"cuda_pids": [True]}, {"canary": ["x", [10**400]]},
+    ],
+)  # fmt: skip
+def test_facts_out_of_range_are_no_facts(damaged: dict[str, object]) -> None:
+    with pytest.raises(BadJson, match=next(iter(damaged))):
+        EngineFacts.from_json(damaged)
 
 
 def test_evictions_are_read_as_they_are_printed() -> None:
