@@ -16,17 +16,20 @@ from llmux.protocol import ModelInfo
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # unknown to typeshed
 
 
-# (model, the response will be an event stream, id of the stored response that it continues)
+# (model, the response will be an event stream, id of the stored response that it continues); no
+# model: "", where the path names it
 JsonBody = tuple[str, bool, str | None]
 
 
-def read_body(body: bytes) -> JsonBody:
-    """Raises Refused."""
+def read_body(body: bytes, *, named: bool = True) -> JsonBody:
+    """``named``: it must name a model. Raises Refused."""
     parsed = _read_object(body)
     model = parsed.get("model")
     if not isinstance(model, str) or not model:
         what = "missing" if model is None else "not a string" if model != "" else "empty"
-        raise no_model(what)
+        if named:
+            raise no_model(what)
+        model = ""
     previous = parsed.get("previous_response_id")
     if previous is not None and not isinstance(previous, str):
         previous = None

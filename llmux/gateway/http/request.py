@@ -187,19 +187,23 @@ class Incoming:
     def json(self) -> JsonBody:
         """See ``JsonBody``; parsed once. Raises Refused."""
         if self._json is None:
-            scan = self._scan
-            self._json = openai.read_body(self.body) if scan is None else self._scanned(scan)
+            scan, named = self._scan, self.match is None or self.match.model is None
+            self._json = (
+                openai.read_body(self.body, named=named)
+                if scan is None
+                else self._scanned(scan, named)
+            )
         return self._json
 
     @staticmethod
-    def _scanned(scan: JsonFinder) -> JsonBody:
+    def _scanned(scan: JsonFinder, named: bool) -> JsonBody:
         try:
             scan.close()
         except JsonError as error:
             raise _unreadable(error, "not JSON: ") from None
-        if scan.model is None:
+        if named and scan.model is None:
             raise openai.no_model(scan.wrong)
-        return scan.model, scan.stream, scan.previous
+        return scan.model or "", scan.stream, scan.previous
 
     def model(self) -> str | None:
         """The name the client gave, from the complete body; None: see the response id of the path.
@@ -247,7 +251,7 @@ class Incoming:
         if self.match.route.source is not Source.JSON:
             return None
         try:
-            return self.json()[0]
+            return self.json()[0] or None
         except Refused:
             return None  # left to the engine to refuse
 

@@ -15,6 +15,7 @@ from llmux.gateway.http.heads import BadHead
 from llmux.gateway.http.hosts import Hosts
 from llmux.gateway.http.request import Incoming
 from llmux.gateway.http.request_head import Headers, HeadReader, read_head
+from llmux.gateway.http.routes import Source
 
 HOST = (b"host", b"h")
 
@@ -170,7 +171,11 @@ STREAM = b'{"model": "a", "stream": true, "previous_response_id": "resp_1"}'
         ("POST /v1/completions", b'{"model": "a", "stream": 1}', True, "a", None),
         ("POST /v1/completions", b'{"model": "a"}', False, "a", None),
         ("POST /upstream/b/v1/completions", STREAM, True, "b", "resp_1"),
-        ("POST /upstream/b/v1/completions", b'{"stream": true}', False, "b", None),
+        ("POST /upstream/b/v1/completions", b'{"stream": true}', True, "b", None),
+        ("POST /upstream/b/v1/responses", STREAM.replace(b'"a"', b"null"), True, "b", "resp_1"),
+        ("POST /upstream/b/v1/responses", STREAM.replace(b'"a"', b"5"), True, "b", "resp_1"),
+        ("POST /upstream/b/v1/responses", STREAM.replace(b'"a"', b'""'), True, "b", "resp_1"),
+        ("POST /upstream/b/v1/responses", STREAM.replace(b"model", b"x"), True, "b", "resp_1"),
         ("POST /upstream/b/v1/completions", b"not JSON", False, "b", None),
         ("GET /upstream/b/v1/models", b"", False, "b", None),
         ("GET /v1/responses/resp_2", STREAM, False, None, "resp_2"),
@@ -190,6 +195,12 @@ def test_each_way_to_an_engine_says_its_model_its_stream_and_its_response(
     assert request.wants_stream() is stream
     assert request.model() == model
     assert request.named_response() == named
+    if request.match.route.source is Source.JSON and body != b"not JSON":
+        request.body, request._json = b"", None
+        request.begin_json()
+        request.add_upload(body)  # as a long one is read
+        assert (request.wants_stream(), request.model()) == (stream, model)
+        assert request.named_response() == named
 
 
 @pytest.mark.parametrize("body", [b"", b"1", b"null", b"[]", b'{"model": null}', b'{"model": {}}'])

@@ -310,17 +310,20 @@ async def test_a_stored_response_is_there_for_the_key_that_made_it(
 
 
 @pytest.mark.parametrize("continues", ["resp_1", "resp_2", None])
+@pytest.mark.parametrize("in_path", [True, False])
 @in_a_loop
 async def test_a_key_continues_its_own_responses_alone(
-    continues: str | None, monkeypatch: pytest.MonkeyPatch
+    continues: str | None, in_path: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = Desk(monkeypatch, keys=lambda: (ONE, TWO))
     pool = desk.grant()
     desk.worker.responses.keep(
         {"resp_1": "alpha", "resp_2": "alpha"}, {"resp_1": "one", "resp_2": "two"}
     )
-    body = json.dumps({"model": "alpha", "previous_response_id": continues}).encode()
-    incoming = with_key(desk, desk.incoming(body, path="/v1/responses"), ONE)
+    named = {} if in_path else {"model": "alpha"}
+    body = json.dumps({**named, "previous_response_id": continues}).encode()
+    path = "/upstream/alpha/v1/responses" if in_path else "/v1/responses"
+    incoming = with_key(desk, desk.incoming(body, path=path), ONE)
     if continues == "resp_2":
         with pytest.raises(Refused, match="no response"):
             desk.asks(incoming)
