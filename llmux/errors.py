@@ -20,6 +20,7 @@ class Reason(StrEnum):
     BACKING_OFF = "model_backing_off"
     ENGINE_DIED = "engine_died"
     ENGINE_UNREACHABLE = "engine_unreachable"
+    MALFORMED_ANSWER = "malformed_answer"
     CUT_BY_SWITCH = "cut_by_switch"
     MANUAL_MODE = "manual_mode"
     CANCELLED = "cancelled"

@@ -37,8 +37,7 @@ def _no_response(response_id: str | None) -> Refused:
 
 
 def _failed(model: str, failure: EngineFailure) -> Refused:
-    reason = Reason.ENGINE_DIED if failure.connected else Reason.ENGINE_UNREACHABLE
-    return Refused(reason, f'cannot get an answer from model "{model}": {failure.error}')
+    return Refused(failure.reason, f'cannot get an answer from model "{model}": {failure.error}')
 
 
 def _is_limited(key: KeyUse | None) -> TypeGuard[KeyUse]:
@@ -190,7 +189,13 @@ class Dispatch:
     # ---- failures -------------------------------------------------------------------------------
 
     def engine_failed(self, exchange: Exchange, failure: EngineFailure) -> None:
-        """The engine broke or refused the connection that ``exchange`` was on."""
+        """The engine broke or refused the connection that ``exchange`` was on, or its answer is
+        malformed."""
+        problem = _failed(exchange.model, failure)
+        if failure.malformed:
+            # It lives and has begun this request: the others are well, and a repetition is in vain.
+            self._end(exchange, problem, between_chunks=failure.between_chunks)
+            return
         lease: Lease[Exchange] | None = exchange.lease
         if lease is not None:
             # Broken mid-response: its other requests may be well. Not even begun: send no others.
@@ -200,7 +205,6 @@ class Dispatch:
                 lease.reported_at = now
                 self.worker.link.send(EngineLost(lease.model, lease.epoch, failure.error))
             self._set_timer()
-        problem = _failed(exchange.model, failure)
         self.retry_or_fail(
             exchange,
             problem,
@@ -240,13 +244,18 @@ class Dispatch:
             worker.log.again(problem, request=exchange.request_id, model=exchange.model)
             self._set_timer()
             self.send_admitted(self._admission.admit_waiting(exchange.model))
-        elif exchange.repeatable:
-            if exchange.deaths > 1:
-                # The engine may live: it closed the connection, or answered what is not HTTP.
+        else:
+            if exchange.repeatable and exchange.deaths > 1:
+                # The engine may live: it closed the connection.
                 problem.hint = (
                     f"{exchange.deaths} times the engine died with this request or broke off:"
                     " it is not repeated"
                 )
+            self._end(exchange, problem, between_chunks=between_chunks)
+
+    @staticmethod
+    def _end(exchange: Exchange, problem: Refused, *, between_chunks: bool) -> None:
+        if exchange.repeatable:
             exchange.refuse(problem)
         else:
             exchange.break_off(problem, between_chunks=between_chunks)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import httptools
 
+from llmux.errors import Reason
 from llmux.gateway.engine.answer_head import AnswerHead, read_answer_head
 from llmux.gateway.engine.request import EngineRequest
 from llmux.gateway.http.heads import BadHead
@@ -30,12 +31,20 @@ class EngineFailure:
     """Why a response did not complete.
 
     ``connected``: the engine accepted the connection. ``between_chunks``: the bytes passed on end
-    at a chunk's border, so another chunk can follow.
+    at a chunk's border, so another chunk can follow. ``malformed``: it answered, but not in HTTP;
+    so it lives, and would answer the same again.
     """
 
     error: str
     connected: bool = True
     between_chunks: bool = False
+    malformed: bool = False
+
+    @property
+    def reason(self) -> Reason:
+        if self.malformed:
+            return Reason.MALFORMED_ANSWER
+        return Reason.ENGINE_DIED if self.connected else Reason.ENGINE_UNREACHABLE
 
 
 class Sink(Protocol):
@@ -265,11 +274,12 @@ class EngineConnection(asyncio.Protocol):
             sink.response_end()
 
     def _fail(self, error: str) -> None:
+        """The answer is malformed, and what follows on this connection has no meaning."""
         sink = self.sink
         self.abort()
         if sink is not None:
             sink.connection = None
-            sink.response_failed(EngineFailure(error, True, self._between))
+            sink.response_failed(EngineFailure(error, True, self._between, malformed=True))
 
     # ---- httptools' callbacks -------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ _REQUEST: Final = EngineRequest(
 
 class HealthQuestion:
     """A sink of the engine pool. Calls ``judged`` once: with the failure of an engine that says it
-    is dead or cannot be reached, with None for any other."""
+    is dead or cannot be reached, with None for any other, also one that talks nonsense."""
 
     def __init__(self, pool: EnginePool, judged: Callable[[EngineFailure | None], None]) -> None:
         self.connection: EngineConnection | None = None
@@ -43,7 +43,7 @@ class HealthQuestion:
         self._judge(self._failure)
 
     def response_failed(self, failure: EngineFailure) -> None:
-        self._judge(failure)
+        self._judge(None if failure.malformed else failure)
 
     def _give_up(self) -> None:
         connection, self.connection = self.connection, None

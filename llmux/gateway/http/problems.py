@@ -20,6 +20,7 @@ PROBLEMS: dict[Reason, tuple[int, str]] = {
     Reason.BACKING_OFF: (503, "server_error"),
     Reason.ENGINE_DIED: (502, "server_error"),
     Reason.ENGINE_UNREACHABLE: (502, "server_error"),
+    Reason.MALFORMED_ANSWER: (502, "server_error"),
     Reason.CUT_BY_SWITCH: (503, "server_error"),
     Reason.MANUAL_MODE: (503, "server_error"),
     Reason.CANCELLED: (409, "invalid_request_error"),

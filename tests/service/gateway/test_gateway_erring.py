@@ -1,4 +1,4 @@
-"""An engine that answers 500: its answer when it lives, its last word when it dies."""
+"""An engine that answers 500, its last word when it dies, and one that answers what is no HTTP."""
 
 from __future__ import annotations
 
@@ -159,3 +159,51 @@ async def test_a_client_that_leaves_meanwhile_leaves_nothing_behind() -> None:
         s.supervisor.revoke("e1")
         async with asyncio.timeout(20):
             await engine.requests[1].gone.wait()
+
+
+# ---- what is no HTTP -----------------------------------------------------------------------------
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+MALFORMED = {
+    "a length with a sign": HEAD + b"content-length: +2\r\n\r\n{}",
+    "two lengths": HEAD + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}x",
+    "a chunk's size": HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+    "an error's chunk": HEAD.replace(b"200 OK", b"500 E") + b"transfer-encoding: chunked\r\n\r\n-",
+    "trailing bytes": HEAD + b"content-length: 2\r\n\r\n{}junk",
+    "a body after 204": b"HTTP/1.1 204 No\r\ncontent-length: 5\r\n\r\nhello",
+    "a head without an end": HEAD + b"x: " + b"y" * 70_000,
+}
+
+
+@pytest.mark.parametrize("answer", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_answer_ends_its_request_alone(answer: bytes) -> None:
+    """It was taken for a death: the request came six times, and all others of the model waited."""
+
+    async def talk(request: EngineRequest) -> None:
+        if b"neighbour" in request.body:
+            await go_on.wait()
+            request.json({"fine": True})
+        else:
+            request.writer.write(answer)
+
+    go_on = asyncio.Event()
+
+    @in_loop
+    async def body() -> None:
+        async with stage() as s:
+            engine = await s.granted(talk)
+            neighbour = await s.chat(user="neighbour")
+            client = await s.chat()
+            refused = await client.answer()
+            assert (refused.status, refused.code) == (502, "malformed_answer")
+            assert "the engine" in refused.json()["error"]["message"]
+            another = await s.chat(user="neighbour")
+            await engine.next_request(3)
+            go_on.set()
+            for other in (neighbour, another):
+                assert (await other.answer()).status == 200
+            assert len(engine.requests) == 3
+            await until(lambda: s.in_flight() == 0)
+            assert not any(isinstance(message, EngineLost) for message in s.supervisor.heard)
+
+    body()

@@ -64,6 +64,7 @@ def test_one_without_an_end_ends_with_the_connection(size: int) -> None:
     cut.hear(ENDLESS)
     cut.connection.connection_lost(ConnectionResetError("reset"))
     assert [one.error for one in sink.failures] == ["the engine closed the connection: reset"]
+    assert not sink.failures[0].malformed
 
 
 @pytest.mark.parametrize(
@@ -74,14 +75,17 @@ def test_one_without_an_end_ends_with_the_connection(size: int) -> None:
         (SHORT + SHORT, "the engine sent more than one answer"),
         (CHUNKED + b"HTTP", "the engine"),
         (CHUNKED.replace(b"2\r\n!!", b"2\r\n!!!"), "the engine's answer is not HTTP"),
+        (SHORT.replace(b": 5", b": +5"), "the engine's answer is not HTTP"),
+        (EMPTY + b"hello", "the engine's answer is not HTTP"),
     ],
-    ids=range(5),
+    ids=range(7),
 )
 def test_what_is_no_answer_ends_the_connection(answer: bytes, said: str) -> None:
     line = Line()
     sink = line.ask()
     line.hear(answer)
     assert [said in one.error and one.connected for one in sink.failures] == [True]
+    assert [one.malformed for one in sink.failures] == [True], "the engine lives"
     assert (sink.ended, sink.connection, line.wire.closing) == (0, None, True)
     assert line.owners.released == []
 

@@ -73,6 +73,19 @@ async def test_one_whose_engine_died_is_repeated(how: str, monkeypatch: pytest.M
 
 
 @in_a_loop
+async def test_an_engine_that_talks_nonsense_about_its_health_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    pool = desk.grant()
+    client, exchange = desk.asks()
+    answers(exchange, ERRED)
+    exchange.response_end()
+    pool.sent[-1][1].response_failed(EngineFailure("no HTTP", malformed=True))
+    assert client.got.startswith(b"HTTP/1.1 500 Oh\r\n")
+
+
+@in_a_loop
 async def test_of_an_endless_or_a_long_one_nothing_is_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -57,6 +57,24 @@ async def test_a_death_is_reported_once_and_its_requests_wait_again(
     assert {sink for _, sink in pool.sent} <= set(exchanges)
 
 
+@in_a_loop
+async def test_a_malformed_answer_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine lives: nobody else is held up, and it would answer the same again."""
+    desk = Desk(monkeypatch)
+    pool = desk.grant()
+    (client, exchange), (begun_client, begun) = desk.asks(), desk.asks()
+    answers(begun, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na")
+    for one in (exchange, begun):
+        one.response_failed(EngineFailure("it is not HTTP", malformed=True))
+    assert told(client) == (
+        502, "malformed_answer", 'cannot get an answer from model "alpha": it is not HTTP'
+    )  # fmt: skip
+    assert begun_client.aborted == 1
+    assert (said(desk, EngineLost), desk.worker.observer.retried) == ([], {})
+    _, after = desk.asks()
+    assert [sink for _, sink in pool.sent] == [exchange, begun, after]
+
+
 @pytest.mark.parametrize(("later", "reports"), [(0.0, 1), (REPORT_SECS, 2)])
 @in_a_loop
 async def test_streams_that_break_off_are_reported_at_intervals(

@@ -25,6 +25,7 @@ TOLD: dict[str, tuple[int, str, str, int | None]] = {
     "model_backing_off": (503, "server_error", "overloaded_error", 1),
     "engine_died": (502, "server_error", "api_error", None),
     "engine_unreachable": (502, "server_error", "api_error", None),
+    "malformed_answer": (502, "server_error", "api_error", None),
     "cut_by_switch": (503, "server_error", "overloaded_error", 1),
     "manual_mode": (503, "server_error", "overloaded_error", 1),
     "cancelled": (409, "invalid_request_error", "api_error", None),
