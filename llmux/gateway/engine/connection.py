@@ -23,6 +23,7 @@ from llmux.gateway.http.heads import BadHead
 from llmux.gateway.http.multipart import Upload
 
 MAX_HEAD = 64 * 1024  # h11's and uvicorn's own bound for a head
+MAX_INTERIM = 16  # answers of 1xx before the one
 COPY_BYTES = 64 * 1024
 
 
@@ -77,13 +78,14 @@ class EngineConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_between", "_broken", "_chunks", "_complete", "_full", "_head", "_head_done",
+        "_between", "_broken", "_chunks", "_complete", "_full", "_head", "_head_done", "_interim",
         "_keep_alive", "_parser", "_pieces", "_request", "_sent", "_upload", "paused", "pool",
         "served", "sink", "transport", "until_close",
     )  # fmt: skip
     # Of one response, from ``send`` on:
     _head: bytes
     _head_done: bool  # the parser saw the end of the head
+    _interim: int  # answers of 1xx so far
     _complete: bool
     _between: bool
     until_close: bool
@@ -110,6 +112,7 @@ class EngineConnection(asyncio.Protocol):
         self.sink = sink
         sink.connection = self
         self._head = b""
+        self._interim = 0
         self._head_done = self._complete = self.until_close = False
         self._between = True
         self._request = request
@@ -195,6 +198,9 @@ class EngineConnection(asyncio.Protocol):
         except (httptools.HttpParserError, BadHead) as error:
             self._fail(f"the engine's answer is not HTTP: {error}")
             return
+        except httptools.HttpParserUpgrade:
+            self._fail("the engine's answer is not HTTP: it switches protocols")
+            return
         if self._chunks and data[-1] != 0x0A:
             self._between = False  # in a chunk, or in its size, of which the parser says nothing
         if self._broken is None:
@@ -229,7 +235,14 @@ class EngineConnection(asyncio.Protocol):
         self._request = None
         if self._head:
             data = self._head + data
-        end = data.find(b"\r\n\r\n") + 4
+        while (end := data.find(b"\r\n\r\n") + 4) >= 4 and data[9:10] == b"1":
+            # 100 Continue, 103 Early Hints: not the response
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                raise BadHead(f"more than {MAX_INTERIM} interim responses")
+            self._parser.feed_data(data[:end])
+            self._head_done = self._complete = False
+            data = data[end:]
         if end < 4:
             if len(data) > MAX_HEAD:
                 self._fail(f"the engine's answer has a head of more than {MAX_HEAD} bytes")
@@ -237,12 +250,6 @@ class EngineConnection(asyncio.Protocol):
             return
         self._head = b""
         rest = data[end:]
-        if data[9:10] == b"1":  # 100 Continue, 103 Early Hints: not the response
-            self._parser.feed_data(data[:end])
-            self._head_done = self._complete = False
-            if rest:
-                self._feed_head(rest)
-            return
         sink = self.sink
         assert sink is not None, "data_received checked it"
         self._parser.feed_data(data)

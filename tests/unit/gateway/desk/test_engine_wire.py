@@ -15,7 +15,7 @@ from engine_wire import (
     pieces_of,
 )
 
-from llmux.gateway.engine.connection import COPY_BYTES, MAX_HEAD
+from llmux.gateway.engine.connection import COPY_BYTES, MAX_HEAD, MAX_INTERIM
 from llmux.gateway.engine.request import Delivery, EngineRequest, Rename
 from llmux.gateway.engine.rewriting import RenamingConnection, UnchunkingConnection
 from llmux.gateway.http.multipart import Upload
@@ -31,6 +31,7 @@ from llmux.gateway.http.multipart import Upload
         (EMPTY, 204, b"", True),
         (EARLY + SHORT, 200, b"content-length: 5\r\n", True),
         (EARLY + EARLY + CHUNKED, 200, b"", True),
+        (EARLY * MAX_INTERIM + SHORT, 200, b"content-length: 5\r\n", True),
     ],
 )
 def test_an_answer_is_the_same_in_whatever_pieces_it_comes(
@@ -42,7 +43,7 @@ def test_an_answer_is_the_same_in_whatever_pieces_it_comes(
         sink = line.ask()
         line.hear(*pieces_of(answer, size))
         assert sink.heads == [(status, length)]
-        assert sink.body == answer.removeprefix(EARLY).removeprefix(EARLY).partition(b"\r\n\r\n")[2]
+        assert sink.body == answer.replace(EARLY, b"").partition(b"\r\n\r\n")[2]
         assert (sink.ended, sink.failures, sink.connection) == (1, [], None)
         assert line.owners.released == [reusable] * number
         assert line.connection.served == number
@@ -67,6 +68,9 @@ def test_one_without_an_end_ends_with_the_connection(size: int) -> None:
     assert not sink.failures[0].malformed
 
 
+SWITCHES = b"HTTP/1.1 101 X\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -77,8 +81,13 @@ def test_one_without_an_end_ends_with_the_connection(size: int) -> None:
         (CHUNKED.replace(b"2\r\n!!", b"2\r\n!!!"), "the engine's answer is not HTTP"),
         (SHORT.replace(b": 5", b": +5"), "the engine's answer is not HTTP"),
         (EMPTY + b"hello", "the engine's answer is not HTTP"),
+        (EARLY * (MAX_INTERIM + 1) + SHORT, "more than 16 interim responses"),
+        (EARLY * 5000 + SHORT, "more than 16 interim responses"),
+        (SWITCHES, "it switches protocols"),
+        (EARLY + SWITCHES + b"abc", "it switches protocols"),
+        (SHORT + SWITCHES, "it switches protocols"),
     ],
-    ids=range(7),
+    ids=range(12),
 )
 def test_what_is_no_answer_ends_the_connection(answer: bytes, said: str) -> None:
     line = Line()
