@@ -19,6 +19,7 @@ from llmux.errors import ConfigError, Problem
 from llmux.small_files import read_small
 
 MAX_BYTES: Final = 8 * 1024 * 1024  # forty thousand keys
+MIN_RATE: Final = 0.001  # a request in 17 hours; less is a mistake, or a number near no number
 PREFIX: Final = "sk-llmux-"
 _KNOWN: Final = (
     "name", "sha256", "role", "models", "max_in_flight", "max_waiting", "requests_per_minute",
@@ -154,8 +155,9 @@ def _limit(key: str, entry: Mapping[Any, Any], name: str, *, whole: bool) -> Any
     if value is None:
         return None
     good = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if not good or isinstance(value, bool) or not 0 < value < 1e9:
-        raise ValueError(f"{key}: {name}: expected a number above 0")
+    if not good or isinstance(value, bool) or not (1 if whole else MIN_RATE) <= value < 1e9:
+        expected = "a number above 0" if whole else f"a number from {MIN_RATE} to below 1e9"
+        raise ValueError(f"{key}: {name}: expected {expected}")
     return value
 
 

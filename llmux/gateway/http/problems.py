@@ -45,6 +45,7 @@ PROBLEMS: dict[Reason, tuple[int, str]] = {
 # an overload worse.
 DEFAULT_RETRY_AFTER = 1.0
 AWAY_RETRY_SECS = 10.0  # while the supervisor is away
+MAX_RETRY_AFTER = 86400.0  # more is no time that a client waits
 
 STATUS_LINES: dict[int, bytes] = {
     307: b"307 Temporary Redirect",
@@ -126,11 +127,11 @@ def status_of(problem: Refused) -> int:
 
 
 def retry_after_of(problem: Refused) -> int | None:
-    """Whole seconds for Retry-After, at least 1; None when a retry cannot succeed."""
+    """Whole seconds for Retry-After, of 1 to a day; None when a retry cannot succeed."""
     if problem.retry_after is None and status_of(problem) not in (429, 503):
         return None
     seconds = DEFAULT_RETRY_AFTER if problem.retry_after is None else problem.retry_after
-    return max(1, math.ceil(seconds))
+    return max(1, math.ceil(min(seconds, MAX_RETRY_AFTER)))
 
 
 # Anthropic's error types by status; any other status is an "api_error".

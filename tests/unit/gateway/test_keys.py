@@ -75,7 +75,7 @@ def test_yaml_will_do_as_well(tmp_path: Path) -> None:
         ('{"name": "a", "sha256": "' + "0" * 64 + '", "role": "x"}', "role: expected"),
         ('{"name": "a", "sha256": "' + "0" * 64 + '", "models": "x"}', "models: expected"),
         ('{"name": "a", "sha256": "' + "0" * 64 + '", "max_in_flight": 1.5}', "max_in_flight"),
-        ('{"name": "a", "sha256": "' + "0" * 64 + '", "requests_per_minute": 0}', "above 0"),
+        ('{"name": "a", "sha256": "' + "0" * 64 + '", "requests_per_minute": 0}', "from 0.001"),
         ("{", "not a JSON object"),
         ("- [", "neither YAML nor"),
         ("a: 1", "expected a list"),

@@ -99,10 +99,11 @@ def test_each_reason_has_its_status_its_type_and_its_headers(code: str) -> None:
     [
         ("queue_full", 0.0, "1"), ("queue_full", 1.0, "1"), ("queue_full", 1.01, "2"),
         ("queue_full", 40.0, "40"), ("model_overloaded", 7.5, "8"), ("cancelled", 2.0, "2"),
-        ("cancelled", None, None),
+        ("cancelled", None, None), ("queue_full", 86400.5, "86400"),
+        ("rate_limit_exceeded", float("inf"), "86400"),
     ],
 )  # fmt: skip
-def test_retry_after_is_rounded_up_and_one_at_the_least(
+def test_retry_after_is_rounded_up_one_at_the_least_and_a_day_at_the_most(
     code: str, seconds: float | None, said: str | None
 ) -> None:
     _, headers, _ = read(error_response(Refused(Reason(code), "no", retry_after=seconds)))
