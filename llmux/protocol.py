@@ -86,8 +86,8 @@ class Demand(Message):
 
     ``in_flight`` counts requests admitted on any epoch until their last byte or their client's
     disconnect. ``progress`` grows whenever the engine sent bytes for any of them. ``completed``
-    counts requests that succeeded since the worker started. ``repeated`` of those that wait were in
-    flight when an engine died.
+    counts requests that succeeded since the worker started. ``repeated`` were in flight when the
+    last engine died: until one succeeded and what killed it is not sought any more.
     """
 
     kind: ClassVar[str] = "demand"

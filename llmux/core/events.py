@@ -28,8 +28,8 @@ class WorkerLeft:
 class DemandChanged:
     """One worker's aggregate for one model. ``oldest_since``: when the oldest waiter began to wait,
     on the reducer's clock, computed when the message arrived: it may be handled later.
-    ``completed`` counts requests that ended well since the worker started, ``repeated`` those of
-    ``waiting`` that were in flight when an engine died."""
+    ``completed`` counts requests that ended well since the worker started, ``repeated`` those that
+    were in flight when the last engine died, until one ends well and none is suspected."""
 
     worker: str
     model: str

@@ -33,9 +33,10 @@ from llmux.errors import Reason
 CUT_GRACE_SECS = 5.0  # a worker that does not answer a cut for so long is ignored from then on
 UNCUT_DRAINS = 10.0  # drain timeouts for the answers of a model that was cut in its last turn
 HEALTHY_SECS = 60.0  # an engine that served so long was not failing to start
-# Deaths in a row after which an engine is started at once where requests are repeated: the gateway
-# finds the one that kills it after two among 8, four among 512 (gateway/admission/suspects.py).
-SEARCH_DEATHS = 5
+# Deaths in a row, without one answer in between, after which an engine is started at once where
+# requests are repeated: the gateway finds those that kill it (gateway/admission/suspects.py), and
+# may meet many of them first. One that dies still more often is bad, whatever it is sent.
+SEARCH_DEATHS = 20
 
 # ---- bringing up ------------------------------------------------------------------------------
 

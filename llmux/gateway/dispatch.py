@@ -185,6 +185,7 @@ class Dispatch:
                     exchange.queued = False
                     exchange.key.served()
                 exchange.admitted(self.pool(exchange.lease))
+        self._set_timer()  # they may be on trial, and others wait for its end
 
     # ---- failures -------------------------------------------------------------------------------
 

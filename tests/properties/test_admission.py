@@ -76,7 +76,7 @@ class Gateway(RuleBasedStateMachine):
         ticket = Ticket(model, self.now, self.now + WAIT)
         held = self.admission.held(model)
         usable = held is not None and held.suspect_until is None
-        room = usable and held is not None and len(held.in_flight) < MAX_IN_FLIGHT
+        room = held is not None and held.open and len(held.in_flight) < MAX_IN_FLIGHT
         waiting = self.waiting(model)
         try:
             lease = self.admission.submit(ticket)
@@ -155,6 +155,7 @@ class Gateway(RuleBasedStateMachine):
         for ticket in tickets:
             lease = ticket.lease
             assert lease is not None
+            broken = ticket.broken_on if ticket.deaths else None
             may = self.admission.wait_again(ticket)
             assert ticket.repeatable or not may
             assert not (self.closed and may)
@@ -162,7 +163,8 @@ class Gateway(RuleBasedStateMachine):
                 assert ticket.deaths <= MAX_DEATHS
                 self.check_admitted(self.admission.admit_waiting(ticket.model))
             else:
-                bad = lease.culprit is ticket or ticket.deaths > MAX_DEATHS
+                alone = lease.died_with == 1 and ticket.deaths > 1
+                bad = alone or broken is lease or ticket.deaths > MAX_DEATHS
                 assert bad or self.closed or not ticket.repeatable
                 self.admission.leave(ticket)
                 self.answers[ticket] += 1
@@ -211,7 +213,6 @@ class Gateway(RuleBasedStateMachine):
             if held is not None and held.suspect_until is None:
                 assert (demand.waiting, demand.in_flight) == (0, len(waiting) + in_flight)
                 full = len(held.in_flight) == MAX_IN_FLIGHT
-                assert full or all(ticket.deaths for ticket in waiting)
                 assert full or not waiting or held.queue.trial
                 continue
             assert (demand.waiting, demand.in_flight) == (len(waiting), in_flight)

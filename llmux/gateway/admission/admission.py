@@ -11,7 +11,7 @@ Invariants, tested by tests/properties/test_admission.py:
   last byte, its failure or its client's disconnect;
 - nothing is admitted on a revoked lease, or beyond the limit of requests in flight on one lease;
 - no ticket waits while a usable lease with room is held, and no ticket overtakes a waiting one, but
-  for those that may have killed an engine (``suspects``);
+  while what may have killed an engine is tried (``suspects``);
 - ``grant`` itself counts the waiting tickets as in flight: a revoke read after it waits for them.
 """
 
@@ -23,7 +23,7 @@ from typing import Generic
 
 from llmux.errors import Reason, Refused
 from llmux.gateway.admission.queue import ENDED, IN_FLIGHT, Lease, ModelQueue, Stage, T
-from llmux.gateway.admission.suspects import Deaths, choose
+from llmux.gateway.admission.suspects import Deaths, choose, count_completed, put_back
 from llmux.protocol import Address, Demand
 
 # How long an engine that refused a connection is left alone when the supervisor says nothing about
@@ -68,7 +68,7 @@ class Admission(Generic[T]):
         """The lease the ticket is now in flight on, or None when it waits. Raises Refused."""
         queue = self._queues.get(ticket.model)
         lease, most = None if queue is None else queue.lease, self._max_in_flight
-        if lease is None or lease.suspect_until is not None or len(lease.in_flight) >= most:
+        if lease is None or not lease.open or len(lease.in_flight) >= most:
             self._enqueue(ticket, queue)
             return None
         self._admit(ticket, lease, self._clock())
@@ -125,9 +125,11 @@ class Admission(Generic[T]):
     def leave(self, ticket: T, *, completed: bool = False) -> None:
         """End the ticket. Does nothing when it had ended already."""
         if ticket.stage is IN_FLIGHT:
-            self._release(ticket)
-            if completed and ticket.lease is not None:
-                ticket.lease.queue.completed += 1
+            queue = self._release(ticket)
+            if completed:
+                count_completed(queue)
+            if queue.waiting and queue.usable:  # maybe on another lease: they waited for a trial
+                self.on_room(self.admit_waiting(queue.model))
         elif ticket.stage is Stage.WAITING:
             del self._queues[ticket.model].waiting[ticket]
         else:
@@ -136,18 +138,16 @@ class Admission(Generic[T]):
         ticket.stage = ENDED
         self._on_change(ticket.model)
 
-    def _release(self, ticket: T) -> None:
+    def _release(self, ticket: T) -> ModelQueue[T]:
         lease: Lease[T] | None = ticket.lease
         assert lease is not None, "a ticket in flight has a lease"
         lease.in_flight.remove(ticket)
         queue = lease.queue
         queue.in_flight -= 1
         queue.trial.discard(ticket)
-        if lease.revoked:
-            if not lease.in_flight:
-                self.on_idle(lease)
-        elif queue.waiting and queue.usable:
-            self.on_room(self.admit_waiting(queue.model))
+        if lease.revoked and not lease.in_flight:
+            self.on_idle(lease)
+        return queue
 
     def answered(self, ticket: T) -> None:
         """Its first byte has come: the engine outlived it."""
@@ -162,26 +162,27 @@ class Admission(Generic[T]):
 
     def wait_again(self, ticket: T, *, begun: bool = True) -> bool:
         """Return a ticket in flight to its place in the queue, before its first byte: after its
-        engine died, unless it is what kills engines; once when it was not even ``begun``.
+        engine died, unless it is what kills engines; once a lease when it was not even ``begun``.
 
         Restarts the deadline: the request may now be waiting for a cold start. After True the
         caller must call ``admit_waiting``: a newer lease may be held already.
         """
         lease: Lease[T] | None = ticket.lease
-        if lease is None or ticket.stage is not IN_FLIGHT or not ticket.repeatable:
+        if lease is None or ticket.stage is not IN_FLIGHT:
             return False
         if begun:
             may = self._deaths.saw(ticket, lease, self._clock())
         else:
-            may, ticket.retried = not ticket.retried, True
-        if self._closed or not may:
+            may, ticket.unreached = ticket.unreached is not lease, lease
+        if self._closed or not may or not ticket.repeatable:
             return False
-        self._release(ticket)
+        was_tried = ticket in lease.queue.trial
+        queue = self._release(ticket)
         ticket.lease = None
         ticket.deadline = min(self._clock() + self.wait_secs, ticket.limit)
-        queue = self._queue(ticket.model)
         later = queue.waiting
         self._wait(ticket, queue)
+        put_back(ticket, queue, was_tried)
         if len(later) > 1:
             queue.waiting = dict.fromkeys(sorted(later, key=lambda waiter: waiter.arrived))
         return True
@@ -204,8 +205,7 @@ class Admission(Generic[T]):
         before, queue.lease = queue.lease, lease
         queue.leases[epoch] = lease
         lease.revoked = False
-        lease.suspect_until = None
-        lease.granted_again()
+        lease.tried_again()
         admitted = self.admit_waiting(model)
         if before is not None and before is not lease:
             self._retire(before)
@@ -309,7 +309,7 @@ class Admission(Generic[T]):
             lease = queue.lease
             if lease is not None and lease.suspect_until is not None:
                 if lease.suspect_until <= now:
-                    lease.suspect_until = None
+                    lease.tried_again()
                     admitted += self.admit_waiting(queue.model)
                 else:
                     upcoming.append(lease.suspect_until)
@@ -396,5 +396,5 @@ class Admission(Generic[T]):
             in_flight=in_flight,
             progress=queue.progress,
             completed=queue.completed,
-            repeated=sum(t.deaths > 0 for t in queue.waiting) if queue.suspected else 0,
+            repeated=queue.repeated,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from enum import Enum, auto
 from math import inf
 from typing import Any, Final, Generic, TypeVar
@@ -25,14 +26,17 @@ ENDED: Final = Stage.ENDED
 
 class Ticket:
     """One request as admission sees it; ``repeatable`` until the first byte of its answer.
-    ``deaths``: engines that died with it in flight, the last one after ``lived`` seconds, which is
-    set then, as ``admitted_at`` is with each admission."""
+    ``deaths``: engines that died with it in flight, with nothing else in flight ``alone`` times, on
+    the last lease ``broken_on``, after ``lived`` seconds at most. These are set with the first
+    death, as ``admitted_at`` is with each admission."""
 
     __slots__ = (
-        "admitted_at", "arrived", "deadline", "deaths", "lease", "limit", "lived", "model",
-        "repeatable", "retried", "stage", "switch",
+        "admitted_at", "alone", "arrived", "broken_on", "deadline", "deaths", "lease", "limit",
+        "lived", "model", "repeatable", "stage", "switch", "unreached",
     )  # fmt: skip
     admitted_at: float
+    alone: int
+    broken_on: Lease[Any]
     lived: float
 
     def __init__(self, model: str, arrived: float, deadline: float) -> None:
@@ -43,7 +47,7 @@ class Ticket:
         self.stage = NEW
         self.lease: Lease[Any] | None = None
         self.repeatable = True
-        self.retried = False  # it could not be sent to an engine once
+        self.unreached: Lease[Any] | None = None  # the last one that it could not be sent on
         self.deaths = 0
         self.switch = b"none"  # the switch it waited for, as X-Llmux-Switch names it
 
@@ -57,11 +61,11 @@ T = TypeVar("T", bound=Ticket)
 
 class Lease(Generic[T]):
     """One epoch of one model: the right to send to ``address``. The dispatch sets ``pool``. When
-    its engine died: the ``suspects`` in flight, what was ``counted``, and the ``culprit``."""
+    its engine died: how many were in flight (``died_with``)."""
 
     __slots__ = (
-        "address", "counted", "culprit", "epoch", "in_flight", "pool", "queue", "reported_at",
-        "revoked", "suspect_until", "suspects",
+        "address", "died_with", "epoch", "in_flight", "pool", "queue", "reported_at", "revoked",
+        "suspect_until",
     )  # fmt: skip
 
     def __init__(self, queue: ModelQueue[T], epoch: str, address: Address) -> None:
@@ -72,26 +76,30 @@ class Lease(Generic[T]):
         self.revoked = False
         self.suspect_until: float | None = None
         self.pool: Any = None
-        self.granted_again()
+        self.died_with: int | None = None
         self.reported_at = float("-inf")  # when the supervisor was last sent an EngineLost
 
     @property
     def model(self) -> str:
         return self.queue.model
 
-    def granted_again(self) -> None:
-        """Its engine lives: what is known of a death is of the past."""
-        self.suspects: frozenset[T] | None = None
-        self.counted: set[T] = set()
-        self.culprit: T | None = None
+    @property
+    def open(self) -> bool:
+        """Whether a new request may be sent on it, if there is room."""
+        return self.suspect_until is None and not self.queue.trial
+
+    def tried_again(self) -> None:
+        """Its engine may live: what is known of a death is of the past."""
+        self.suspect_until = None
+        self.died_with = None
 
 
 class ModelQueue(Generic[T]):
     """One model: its waiting tickets in order of arrival, its leases and its counters."""
 
     __slots__ = (
-        "completed", "group", "in_flight", "lease", "leases", "model", "progress", "suspected",
-        "throughput", "trial", "trial_ends", "waiting",
+        "completed", "groups", "in_flight", "lease", "leases", "model", "others", "progress",
+        "repeated", "throughput", "trial", "trial_ends", "tried", "waiting",
     )  # fmt: skip
 
     def __init__(self, model: str) -> None:
@@ -103,10 +111,13 @@ class ModelQueue(Generic[T]):
         self.progress = 0
         self.completed = 0
         self.throughput = Throughput()
-        self.suspected = False  # False: no ticket that waits has seen a death
-        self.trial: set[T] = set()  # suspects in flight that the others wait for
+        # What ``suspects`` keeps. A ticket that waits and has seen a death is in one of the lists.
+        self.groups: deque[list[T]] = deque()  # they go one after the other
+        self.tried: list[T] = []  # with the last death, on trial: to be made groups of, the next
+        self.others: list[T] = []  # with the last death, not on trial: to be the last groups
+        self.trial: set[T] = set()  # in flight, and all that wait wait for them
         self.trial_ends = 0.0
-        self.group = 0  # how many are tried together; 0: not known since the last death
+        self.repeated = 0  # that saw the last death; 0 once one is completed and nobody is sought
 
     @property
     def usable(self) -> bool:

@@ -64,6 +64,17 @@ def test_a_request_that_kills_its_engine_is_answered_alone(daemon: Daemon) -> No
     assert len(starts) == 2  # after the first death, and after the one that named the request
 
 
+def test_several_requests_that_kill_their_engine_are_answered_alone(daemon: Daemon) -> None:
+    """Also what came while they were sought is served, and the model is not given up."""
+    with_alpha(daemon)
+    daemon.load("alpha")
+    daemon.order("alpha", die_on_prompt="poison")
+    prompts = ["poison", "one", "poison too", "two", "three", "a third poison", "four"]
+    asked = [in_background(partial(daemon.chat, "alpha", prompt)) for prompt in prompts]
+    codes = [request.result(SECONDS).status for request in asked]
+    assert codes == [502 if "poison" in prompt else 200 for prompt in prompts]
+
+
 def test_an_engine_whose_core_dies_is_replaced(daemon: Daemon) -> None:
     with_alpha(daemon, env={"STANDIN_DEAD_EXIT_SECS": "0.3", "STANDIN_TOKENS_PER_SEC": "50"})
     daemon.load("alpha")

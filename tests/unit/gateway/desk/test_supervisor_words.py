@@ -11,6 +11,7 @@ from gateway_desk import Desk, answers, in_a_loop, retry_after, said, told
 from llmux.config.keyfile import hash_key
 from llmux.config.schema import Key
 from llmux.gateway.admission.queue import Stage
+from llmux.gateway.admission.suspects import TRIAL_SECS
 from llmux.gateway.dispatch import REPORT_SECS
 from llmux.gateway.engine.connection import EngineFailure
 from llmux.protocol import (
@@ -53,8 +54,14 @@ async def test_a_death_is_reported_once_and_its_requests_wait_again(
     assert desk.worker.observer.retried == {"alpha": 3}
     timer: Any = desk.dispatch._timer
     assert timer.when() == desk.now + 1.0, "then the grant is tried once more"
+    desk.worker.admission.revoke("alpha", "e1")
+    desk.now += 5.0
+    desk.dispatch._tick()
     pool = desk.grant(epoch="e2")
     assert {sink for _, sink in pool.sent} <= set(exchanges)
+    timer = desk.dispatch._timer
+    assert len(pool.sent) == 1
+    assert timer.when() == desk.now + TRIAL_SECS[1][0], "others wait for the end of the trial"
 
 
 @in_a_loop

@@ -160,6 +160,19 @@ def test_each_place_in_the_line_is_known() -> None:
     assert [desk.admission.ahead_of(ticket) for ticket in tickets] == [0, 0, 0, 1]
 
 
+def test_a_death_that_came_sooner_makes_no_trial_shorter() -> None:
+    desk = Desk(alone=10)
+    ticket = desk.ticket()
+    for epoch, lived in (("e1", 7.0), ("e2", 0.5)):
+        desk.admission.grant("a", epoch, ADDRESS)
+        desk.now += lived
+        desk.admission.revoke("a", epoch)
+        assert desk.admission.wait_again(ticket)
+    desk.admission.grant("a", "e3", ADDRESS)
+    (queue,) = desk.admission.queues()
+    assert queue.trial_ends == desk.now + 2 * 7.0
+
+
 def test_how_long_an_engine_lived_with_a_ticket_is_known_and_bounds_its_trial() -> None:
     desk = Desk(max_in_flight=1)
     ticket = desk.ticket()
@@ -178,4 +191,4 @@ def test_how_long_an_engine_lived_with_a_ticket_is_known_and_bounds_its_trial() 
         ticket.repeatable = True
         desk.admission.revoke("a", epoch + "'")
         desk.admission.wait_again(ticket, begun=False)
-        ticket.retried = False
+        ticket.deaths = 0

@@ -17,7 +17,7 @@ from llmux.gateway.admission.admission import Admission
 from llmux.gateway.admission.key_limits import KeyUse
 from llmux.gateway.admission.keys import Guard, check_page, is_trusted_peer
 from llmux.gateway.admission.queue import ModelQueue, Stage, Ticket
-from llmux.gateway.admission.suspects import LONG_TRIAL_SECS, MAX_DEATHS, SHORT_TRIAL_SECS, choose
+from llmux.gateway.admission.suspects import LAST_TRIAL_SECS, MAX_DEATHS, TRIAL_SECS, choose
 from llmux.protocol import Address
 
 ADDRESS = Address(port=1)
@@ -79,10 +79,10 @@ def test_who_was_in_flight_with_the_one_is_not_blamed_for_it() -> None:
     admission.grant("a", "e2", ADDRESS)
     bad = next(one for one in tickets if one.in_flight)
     fresh = asks(admission)
-    assert fresh.in_flight
-    assert dies(admission, "e2", [fresh, bad]) == [bad]
+    assert not fresh.in_flight
+    assert dies(admission, "e2", [*tickets, fresh]) == [bad]
     assert (bad.deaths, fresh.deaths) == (2, 0)
-    assert admission.demand("a").repeated == 1, "the other one of the first death"
+    assert admission.demand("a").repeated == 1, "it was alone"
 
 
 def test_an_engine_that_dies_again_and_again_is_not_asked_for_ever() -> None:
@@ -98,33 +98,43 @@ def test_an_engine_that_dies_again_and_again_is_not_asked_for_ever() -> None:
 
 @pytest.mark.parametrize(
     ("deaths", "lived", "secs"),
-    [(1, 0.5, 2.0), (1, 2.0, 4.0), (1, 9.0, 10.0), (2, 0.5, 5.0), (2, 10.0, 20.0), (3, 99.0, 60.0)],
+    [
+        (1, 0.5, 2.0),
+        (1, 2.0, 4.0),
+        (1, 9.0, 10.0),
+        (2, 0.5, 5.0),
+        (2, 10.0, 20.0),
+        (2, 99.0, 60.0),
+        (3, 99.0, 198.0),
+    ],
 )
 def test_a_trial_lasts_twice_as_long_as_the_engine_did_within_bounds(
     deaths: int, lived: float, secs: float
 ) -> None:
     queue: ModelQueue[Ticket] = ModelQueue("a")
-    assert (queue.group, queue.trial, queue.suspected) == (0, set(), False)
-    tickets = [Ticket("a", 0.0, 9.0) for _ in range(17)]
+    tickets = [Ticket("a", float(number), 9.0) for number in range(17)]
     for number, ticket in enumerate(tickets):
         ticket.deaths, ticket.lived = deaths, lived + number
+        ticket.stage = Stage.WAITING
         queue.waiting[ticket] = None
-    newer = Ticket("a", 0.0, 9.0)
+    newer = Ticket("a", 99.0, 9.0)
     queue.waiting[newer] = None
-    queue.suspected = True
+    queue.tried = tickets[::-1]
     assert choose(queue, 0, 100.0) == []
     assert choose(queue, 3, 100.0) == tickets[:3], "an eighth of them"
-    assert queue.group == 3
-    least, most = SHORT_TRIAL_SECS if deaths == 1 else LONG_TRIAL_SECS
+    least, most = TRIAL_SECS.get(deaths, LAST_TRIAL_SECS)
     assert queue.trial_ends == pytest.approx(100.0 + min(max(2 * (lived + 2), least), most))
-    assert choose(queue, 9, 200.0) == [newer], "one group at a time"
+    assert choose(queue, 9, 200.0) == [], "one group at a time"
     queue.trial.clear()
-    for ticket in tickets[:3]:
-        del queue.waiting[ticket]
-    assert choose(queue, 9, 200.0) == [*tickets[3:6], newer]
+    tickets[4].stage = Stage.ENDED
+    assert choose(queue, 9, 200.0) == [tickets[3], tickets[5]]
+    queue.trial.clear()
+    assert choose(queue, 2, 200.0) == tickets[6:8], "no more than there is room for"
+    queue.trial.clear()
+    assert choose(queue, 9, 200.0) == tickets[8:9]
     only: ModelQueue[Ticket] = ModelQueue("a")
     only.waiting[tickets[0]] = None
-    only.suspected = True
+    only.others = [tickets[0]]
     assert choose(only, 1, 100.0) == [tickets[0]]
     assert only.trial_ends == pytest.approx(100.0 + secs)
 

@@ -60,7 +60,7 @@ def test_what_has_a_limit_is_shared_among_the_workers(workers: int, most: int) -
     admission = worker.admission
     assert (worker.max_connections, worker.bodies.limit) == (most, most)
     assert (admission._max_waiting, admission._max_in_flight) == (most, most)
-    assert admission._deaths._needed == (2 if workers == 1 else 3)
+    assert admission._deaths._alone == (1 if workers == 1 else 2)
 
 
 @pytest.mark.parametrize("told", [True, False])
