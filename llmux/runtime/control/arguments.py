@@ -7,6 +7,7 @@ from typing import Any
 
 from llmux.config.schema import Eviction, Process
 from llmux.errors import Reason, Refused
+from llmux.runtime.control.orders import record_of
 from llmux.runtime.host import Drivers
 from llmux.runtime.loop import Loop
 
@@ -41,7 +42,7 @@ class Arguments:
 
     def check_parking(self, name: str, eviction: Eviction | None) -> None:
         """Refuse what the configuration's checks refuse, and what this host has no means for."""
-        config = self._loop.state.models[name].config
+        config = record_of(self._loop, name).config
         if eviction is None:
             return
         if obstacle := config.parking_obstacle(eviction):

@@ -26,7 +26,7 @@ from llmux.errors import LlmuxError, Reason, Refused
 from llmux.image_ports import Checkpointer, Image, NoImage
 from llmux.ports import Canary
 from llmux.protocol import ProgressCallback
-from llmux.runtime.control.orders import bring_down, bring_up, followed
+from llmux.runtime.control.orders import bring_down, bring_up, followed, record_of
 from llmux.runtime.engines.executor import Executor
 from llmux.runtime.engines.facts import eviction_of
 from llmux.runtime.engines.images import ImageLifecycle
@@ -59,7 +59,7 @@ class Checkpoints:
         self, name: str, eviction: Eviction | None, *, warm_up: bool, report: ProgressCallback
     ) -> dict[str, Any]:
         """Make an image of the model, parked by ``eviction``; reuse the one that is there."""
-        record = self._loop.state.models[name]
+        record = record_of(self._loop, name)
         wanted = eviction or record.eviction
         self._check(record, wanted)
         served = isinstance(record.phase, Serving)
@@ -102,7 +102,7 @@ class Checkpoints:
     async def check_room(self, name: str, wanted: Eviction) -> None:
         """Before anything is drained: raises where the disk cannot take what the image holds at
         the least. Discarded weights are in none; how much that is shows after the sleep only."""
-        handle = self._executor.instance(self._loop.state.models[name].config).handle
+        handle = self._executor.instance(record_of(self._loop, name).config).handle
         if self._checkpointer is None or handle is None:
             return
         resident = await self._units.memory_bytes(handle)
@@ -153,7 +153,7 @@ class Checkpoints:
     async def restore(self, name: str, *, report: ProgressCallback) -> dict[str, Any]:
         """Wake the model from its image. Raises when it was started cold instead."""
         loop = self._loop
-        record = loop.state.models[name]
+        record = record_of(loop, name)
         if isinstance(record.phase, Serving):
             raise Refused(
                 Reason.ALREADY_RUNNING,
@@ -239,7 +239,7 @@ class Checkpoints:
     async def remove(self, name: str) -> dict[str, Any]:
         """Remove the model's own image. A model that is parked in it is stopped."""
         checkpointer = self._required()
-        record = self._loop.state.models[name]
+        record = record_of(self._loop, name)
         if isinstance(record.phase, (Draining, Parking, Waking)):
             raise Refused(
                 Reason.ALREADY_RUNNING,
@@ -299,7 +299,7 @@ class Checkpoints:
 
 async def ask_canary(loop: Loop, executor: Executor, name: str) -> Canary:
     """One short inference by the engine itself."""
-    instance = executor.instance(loop.state.models[name].config)
+    instance = executor.instance(record_of(loop, name).config)
     instance.report("inference")
     return await executor.steps.ask_canary(instance, CANARY_SECS)
 

@@ -13,7 +13,7 @@ from llmux.core.records import Draining, Failed, Serving, Stopped
 from llmux.errors import Reason, Refused
 from llmux.runtime.control.arguments import Arguments
 from llmux.runtime.control.order_book import Order
-from llmux.runtime.control.orders import bring_down, bring_up
+from llmux.runtime.control.orders import bring_down, bring_up, record_of
 from llmux.runtime.control.status import process_state
 from llmux.runtime.engines.executor import Executor
 from llmux.runtime.loop import Loop
@@ -70,7 +70,7 @@ class OrderVerbs:
         return {"message": f"Model {name} is stopped"}
 
     async def _stop(self, name: str, order: Order) -> None:
-        weights = self._loop.state.models[name].eviction.weights
+        weights = record_of(self._loop, name).eviction.weights
         eviction = Eviction(weights, Process.STOP)
         record = await bring_down(self._loop, name, eviction, order.accepted.set)
         if record is not None and not isinstance(record.phase, Stopped):
@@ -81,7 +81,8 @@ class OrderVerbs:
         """Stop engines after a drain, so that they start as configured now; those that served are
         started again."""
         restarted = [name for name in order.models if await self._restart_one(name, order)]
-        idle = [name for name in order.models if name not in restarted]
+        left = self._loop.state.models  # a reload may have removed some meanwhile
+        idle = [name for name in order.models if name in left and name not in restarted]
         said = f"restarted: {', '.join(restarted)}" if restarted else "nothing was restarted"
         if idle:
             said += f"; they start as configured when they are asked for: {', '.join(idle)}"
@@ -89,18 +90,22 @@ class OrderVerbs:
 
     async def _restart_one(self, name: str, order: Order) -> bool:
         """True when the model serves again; one that did not serve is stopped."""
-        served = isinstance(self._loop.state.models[name].phase, (Serving, Draining))
+        record = self._loop.state.models.get(name)
+        if record is None:
+            return False
+        served = isinstance(record.phase, (Serving, Draining))
         await self._stop(name, order)
-        if served:
-            await bring_up(self._loop, name)
-        return served
+        if not served or name not in self._loop.state.models:
+            return False
+        await bring_up(self._loop, name)
+        return True
 
     async def _sleep(self, args: Mapping[str, Any], order: Order) -> Any:
         name = self._arguments.model(args)
         eviction = self._arguments.eviction(args)
         self._arguments.check_parking(name, eviction)
         await bring_down(self._loop, name, eviction, order.accepted.set)
-        record = self._loop.state.models[name]
+        record = record_of(self._loop, name)
         return {"message": f"Model {name} is {record.state}", "state": process_state(record)}
 
     async def _pin(self, args: Mapping[str, Any], order: Order) -> Any:

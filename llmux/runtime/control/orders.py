@@ -32,6 +32,16 @@ def nothing() -> None:
     """For a caller that need not know when its order was accepted."""
 
 
+def record_of(loop: Loop, name: str) -> ModelRecord:
+    """Raises Refused where a reload has removed the model since the order was taken."""
+    record = loop.state.models.get(name)
+    if record is None:
+        raise Refused(
+            Reason.UNKNOWN_MODEL, f'the model "{name}" was removed from the configuration meanwhile'
+        )
+    return record
+
+
 async def bring_up(loop: Loop, name: str, accepted: Callable[[], None] = nothing) -> None:
     """The model serves. Raises Refused with the reason when it does not. ``accepted`` is called
     once the core has taken the order; cancelled, the order is withdrawn."""
@@ -42,7 +52,7 @@ async def bring_up(loop: Loop, name: str, accepted: Callable[[], None] = nothing
     if answer.verdict is Verdict.ALREADY:
         return
     config = loop.state.config
-    model = loop.state.models[name].config
+    model = record_of(loop, name).config
     # room has to be made first: other models' drains and parking, then the start itself
     patience = (
         config.policy.min_active_secs
@@ -89,7 +99,7 @@ async def bring_down(
     if answer.verdict is Verdict.ALREADY:
         return loop.state.models.get(name)
     config = loop.state.config
-    model = loop.state.models[name].config
+    model = record_of(loop, name).config
     plan = park_plan(model, eviction or model.eviction)
     parking = max(model.sleep_timeout_secs + BEHIND_OTHERS_SECS, plan.deadline)
     patience = config.policy.drain_timeout_secs + parking
@@ -147,7 +157,7 @@ async def followed(
             follow(*last)
             await asyncio.sleep(HEARTBEAT_SECS)
 
-    instance = executor.instance(loop.state.models[name].config)
+    instance = executor.instance(record_of(loop, name).config)
     instance.follower = follow
     beating = asyncio.create_task(beat(), name=f"progress of {name}")
     try:

@@ -12,6 +12,7 @@ from llmux.core.events import ImageKnown
 from llmux.core.records import Draining, Parking, Starting, Waking
 from llmux.errors import LlmuxError, Reason, Refused
 from llmux.image_ports import Checkpointer, Image
+from llmux.runtime.control.orders import record_of
 from llmux.runtime.engines.facts import eviction_of
 from llmux.runtime.engines.images import ImageLifecycle
 from llmux.runtime.engines.launch import engine_address
@@ -53,12 +54,12 @@ class Transfers:
 
     async def adopt(self, name: str) -> dict[str, Any]:
         """Take over the image that arrived in the model's directory."""
-        phase = self._loop.state.models[name].phase
+        phase = record_of(self._loop, name).phase
         if isinstance(phase, (Draining, Parking, Starting, Waking)):
             raise Refused(
                 Reason.ALREADY_RUNNING,
                 f"cannot take over the image of {name}: the model is"
-                f" {self._loop.state.models[name].state}",
+                f" {record_of(self._loop, name).state}",
                 hint="run the same command again when the model serves or is parked",
             )
         config, gpus = self._engine(name)
@@ -80,7 +81,7 @@ class Transfers:
         return self._drivers.checkpointer
 
     def _engine(self, name: str) -> tuple[Any, tuple[int, ...]]:
-        record = self._loop.state.models[name]
+        record = record_of(self._loop, name)
         config = record.engine
         gpus = record.gpus
         if not gpus:

@@ -28,7 +28,7 @@ from llmux.image_ports import Image
 from llmux.ports import Canary, UnitHandle
 from llmux.protocol import ProgressCallback
 from llmux.runtime.control.checkpoints import ask_canary
-from llmux.runtime.control.orders import bring_down, bring_up, followed
+from llmux.runtime.control.orders import bring_down, bring_up, followed, record_of
 from llmux.runtime.engines.canary import same_answer
 from llmux.runtime.engines.executor import Executor
 from llmux.runtime.engines.gpu_memory import SLACK_BYTES, total_held
@@ -185,9 +185,9 @@ class Validation:
 
         began = monotonic()
         self._reasons.clear()
-        record = await bring_down(loop, name, policy)
+        record = await bring_down(loop, name, policy) or record_of(loop, name)
         row.sleep_secs = monotonic() - began
-        phase = record.phase if record is not None else None
+        phase = record.phase
         row.gpu["parked"] = await self._held(before)
         if policy.process is not Process.STOP and not isinstance(phase, Parked):
             reason = phase.reason if isinstance(phase, Stopped) else ""
@@ -225,10 +225,10 @@ class Validation:
             )
 
     def _configured(self) -> Eviction:
-        return self._loop.state.models[self._name].eviction
+        return record_of(self._loop, self._name).eviction
 
     def _handle(self) -> UnitHandle:
-        instance = self._executor.instance(self._loop.state.models[self._name].config)
+        instance = self._executor.instance(record_of(self._loop, self._name).config)
         if instance.handle is None:
             raise LlmuxError(f"cannot measure {self._name}: it has no engine")
         return instance.handle
@@ -238,7 +238,7 @@ class Validation:
         return await total_held(self._drivers, handle)
 
     async def _allowed(self, policy: Eviction) -> int | None:
-        record = self._loop.state.models[self._name]
+        record = record_of(self._loop, self._name)
         if (policy.weights, policy.process) in (
             (Weights.RETAIN, Process.KEEP_RUNNING),
             (Weights.RETAIN, Process.FREEZE),
