@@ -17,7 +17,7 @@ from llmux.errors import Reason, Refused
 from llmux.gateway.client.authorize import authorize
 from llmux.gateway.client.body import MAX_PIECES_BYTES, BodyReceiver
 from llmux.gateway.client.sanic_bridge import SanicBridge
-from llmux.gateway.client.turns import Reading
+from llmux.gateway.client.turns import SLICE, Reading
 from llmux.gateway.dispatch import Dispatch
 from llmux.gateway.exchange.exchange import Exchange
 from llmux.gateway.http import openapi, problems
@@ -58,12 +58,11 @@ class ClientConnection(SanicBridge):
         self._queue: list[Incoming] = []  # a deque takes 700 bytes more, of each connection
         self._current: Incoming | None = None  # being received
         self._headers: Headers | None = None  # headers of ``_current``; None once complete
-        self._head_bytes = 0
+        self._head_bytes = self._window = 0  # … and of the body before the present window
         self._at_once = False  # it was received in one piece no larger than a head may be
         self._fed = 0  # the size of the piece being parsed
         self._url = b""
         self._body = BodyReceiver(self.worker)
-        self._window = 0  # bytes of the body received before the present window
         self._began = 0.0  # of the present window; 0 = no request was received yet
         self._discarding = False  # further input is discarded
         self._advancing = False
@@ -93,6 +92,9 @@ class ClientConnection(SanicBridge):
         self._next()
 
     def data_received(self, data: bytes) -> None:
+        if len(data) > SLICE:
+            self._reading.in_slices(data, self.data_received)
+            return
         if self._discarding:
             self._reading.wait_turn()
             return
@@ -158,8 +160,7 @@ class ClientConnection(SanicBridge):
         self._current = Incoming(self.worker.bodies)
         self._headers = self._current.headers
         self._began = self.worker.clock()
-        self._window = 0
-        self._head_bytes = 0
+        self._window = self._head_bytes = 0
         self._at_once = self._fed <= MAX_HEAD
         self._url = b""
 

@@ -15,6 +15,7 @@ from llmux.gateway.http.json_finder import is_true
 
 MEMORY_BYTES = 128 * 1024  # of one upload; a longer one is kept in an unlinked file
 MAX_PART_HEAD = 16 * 1024
+MAX_PARTS = 1000  # vLLM's server takes as many fields and files
 MAX_MODEL = 1024
 MAX_YES = 8  # bytes of a yes or no; a longer value is none
 
@@ -120,6 +121,7 @@ class ModelFinder:
         self._delimiter = b"\r\n--" + boundary
         self._rest = b"\r\n"  # the first delimiter may stand at the very beginning
         self._in_head = False
+        self._parts = 0
         self._value: bytes | None = None  # of the part, while inside one that is read
         self._name: bytes | None = None  # of that part
         self._ended = False
@@ -136,43 +138,47 @@ class ModelFinder:
 
     def feed(self, data: bytes) -> None:
         """Raises FormError."""
-        self._rest += data
-        while not self._ended and (self._read_head() if self._in_head else self._read_part()):
-            pass
+        if self._ended:
+            return
+        data = self._rest + data
+        at, more = 0, True
+        while more and not self._ended:
+            at, more = self._read_head(data, at) if self._in_head else self._read_part(data, at)
+        self._rest = data[at:]
+        self._at += at
 
-    def _read_part(self) -> bool:
-        """Read up to the next delimiter. False: more data is needed."""
-        before, found, after = self._rest.partition(self._delimiter)
-        if not found:
-            keep = len(self._delimiter) - 1
-            self._take(self._rest[:-keep])
-            self._at += max(0, len(self._rest) - keep)
-            self._rest = self._rest[-keep:]
-            return False
-        if len(after) < 2:  # "--" ends the form, CRLF begins a part
-            return False
-        self._take(before)
-        self._end_value(self._at + len(before))
-        self._at += len(before) + len(found)
-        self._rest = after
-        self._ended = after.startswith(b"--")
+    def _read_part(self, data: bytes, at: int) -> tuple[int, bool]:
+        """Read up to the next delimiter. Returns (where it stopped, False: more data is needed)."""
+        end = data.find(self._delimiter, at)
+        if end < 0:
+            end = max(at, len(data) - len(self._delimiter) + 1)
+            self._take(data[at:end])
+            return end, False
+        self._take(data[at:end])
+        after = end + len(self._delimiter)
+        if len(data) < after + 2:  # "--" ends the form, CRLF begins a part
+            return end, False
+        self._end_value(self._at + end)
+        self._ended = data.startswith(b"--", after)
         self._in_head = True
-        return True
+        if not self._ended:
+            self._parts += 1
+            if self._parts > MAX_PARTS:
+                raise FormError(f"the form has more than {MAX_PARTS} parts")
+        return after, True
 
-    def _read_head(self) -> bool:
-        head, found, after = self._rest.partition(b"\r\n\r\n")
-        if len(head) > MAX_PART_HEAD:
+    def _read_head(self, data: bytes, at: int) -> tuple[int, bool]:
+        end = data.find(b"\r\n\r\n", at)
+        if (len(data) if end < 0 else end) - at > MAX_PART_HEAD:
             raise FormError(f"a part's head is larger than {MAX_PART_HEAD} bytes")
-        if not found:
-            return False
+        if end < 0:
+            return at, False
         self._in_head = False
-        self._at += len(head) + len(found)
-        self._rest = after
-        self._name = _part_name(head)
+        self._name = _part_name(data[at:end])
         if self._name == b"model" and self.model is not None:
             raise FormError('the form has more than one "model"')
         self._value = b"" if self._name in (b"model", b"stream") else None
-        return True
+        return end + 4, True
 
     def _take(self, data: bytes) -> None:
         if self._value is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from llmux.gateway.client.turns import AT_ONCE, Reading, Turns
+from llmux.gateway.client.turns import AT_ONCE, SLICE, SLICES_SECS, Reading, Turns
 
 
 class Client:
@@ -119,5 +119,61 @@ def test_what_is_released_still_waits_for_its_turn() -> None:
         assert read == []
         await one_pass()
         assert read == [client]
+
+    asyncio.run(body())
+
+
+class Parsing:
+    """A client whose every slice takes ``secs`` of the turns' clock; ``order`` is what happened."""
+
+    def __init__(self, turns: Turns, secs: float) -> None:
+        self.now, self.secs = 0.0, secs
+        turns.clock = lambda: self.now
+        self.client = Client(turns, [], 1)
+        self.order: list[Any] = []
+
+    def parse(self, piece: Any) -> None:
+        assert len(piece) <= SLICE
+        self.order.append(bytes(piece[:1]))
+        self.now += self.secs
+
+
+PIECE = b"".join(bytes([65 + at]) * SLICE for at in range(5)) + b"Z"
+ALL = [b"A", b"B", b"C", b"D", b"E", b"Z"]
+
+
+def test_what_is_parsed_slowly_lets_others_have_their_turn() -> None:
+    """A piece of tiny members or parts took 0.1 s and more, in which nobody else got anything."""
+
+    async def body() -> None:
+        turns = Turns()
+        slow = Parsing(turns, SLICES_SECS / 2)
+        slow.client.reading.in_slices(PIECE, slow.parse)
+        assert (slow.order, slow.client.paused) == ([b"A", b"B"], True)
+        asyncio.get_running_loop().call_soon(slow.order.append, "another")
+        for _ in range(5):
+            await one_pass()
+        assert slow.order == [b"A", b"B", b"C", b"D", "another", b"E", b"Z"]
+        assert slow.client.read == [slow.client], "read on once all is parsed"
+
+    asyncio.run(body())
+
+
+def test_what_is_parsed_fast_waits_for_nobody() -> None:
+    async def body() -> None:
+        fast = Parsing(Turns(), 0.0)
+        fast.client.reading.in_slices(PIECE, fast.parse)
+        assert (fast.order, fast.client.paused) == (ALL, False)
+
+    asyncio.run(body())
+
+
+def test_who_leaves_is_parsed_no_further() -> None:
+    async def body() -> None:
+        gone = Parsing(Turns(), SLICES_SECS)
+        gone.client.reading.in_slices(PIECE, gone.parse)
+        gone.client.closing = True
+        await one_pass()
+        assert gone.order == [b"A"]
 
     asyncio.run(body())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -75,6 +76,8 @@ def found(body: bytes, cuts: list[int]) -> JsonFinder:
 @given(members, st.booleans(), st.integers(0, 2), st.lists(st.integers(0, 500), max_size=8))
 @example([("model", "a"), ("x", {"model": "b"}), ("model", None)], True, 0, [])
 @example([("stream", True), ("stream", "")], True, 0, [])
+@example([("x", 1), ("", [[], {"model": "b"}]), ("model", "a"), ("models", 1)], True, 1, [20, 40])
+@example([("model", "a"), ("x", [[[["]"]]]]), ("model", "c"), ("x", '"')], True, 0, [])
 @example([("stream", 1)], True, 0, [])
 @example([("stream", [1])], True, 0, [])
 @example([("stream", "Yes"), ("model", "a")], True, 1, [3, 7, 9])
@@ -177,3 +180,30 @@ def test_its_work_is_linear_and_its_memory_bounded(inner: bytes) -> None:
         finder.feed(body[at : at + (1 << 16)])
     assert finder.model == "a"
     assert finder._capture is None or len(finder._capture) < 1 << 16
+
+
+@pytest.mark.parametrize(
+    "member",
+    [b'"a":1,', b'"":"",', b' "model " : [[],{"model":"b"}] ,', b'"streams":"\\"model\\":",',
+     b'"previous_response_id2":null,'],
+)  # fmt: skip
+def test_members_that_nobody_looks_for_cost_no_turns_of_python(member: bytes) -> None:
+    """20 MiB of them took 13 s, five turns a member."""
+    turns = 0
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal turns
+        turns += event == "call"
+
+    body = b'{"stream":true,' + member * (100_000 // len(member)) + b'"model":"a"}'
+    finder = JsonFinder()
+    sys.setprofile(count)
+    try:
+        for at in range(0, len(body), 16_384):
+            finder.feed(body[at : at + 16_384])
+    finally:
+        sys.setprofile(None)
+    finder.close()
+    assert (finder.model, finder.stream, finder.previous) == ("a", True, None)
+    assert body[slice(*finder.span)] == b'"a"'
+    assert turns < 500

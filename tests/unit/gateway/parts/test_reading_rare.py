@@ -13,7 +13,7 @@ from llmux.gateway.exchange.response_id import SEARCHED_BYTES, ResponseIdFinder
 from llmux.gateway.http import openapi, routes
 from llmux.gateway.http.heads import BadHead
 from llmux.gateway.http.json_finder import JsonError, JsonFinder
-from llmux.gateway.http.multipart import MAX_MODEL, MAX_PART_HEAD, FormError, ModelFinder
+from llmux.gateway.http.multipart import MAX_MODEL, MAX_PART_HEAD, MAX_PARTS, FormError, ModelFinder
 from llmux.gateway.http.request import Incoming, new_request_id, plain_head
 from llmux.gateway.http.request_head import HeadReader
 from llmux.protocol import News
@@ -139,6 +139,35 @@ def test_what_a_form_names_has_a_bound(room: int) -> None:
         else:
             finder.feed(body)
             assert finder.model
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_form_has_no_more_parts_than_its_engine_takes(room: int, size: int) -> None:
+    """A form of 20 MiB of empty parts took 16 s, and others waited 0.8 s for each piece of it."""
+    body = form(*[(b"", b"")] * (MAX_PARTS - 1 + room), (NAMED, b"alpha"))
+    finder = ModelFinder(b"B")
+
+    def feed() -> None:
+        for at in range(0, len(body), size):
+            finder.feed(body[at : at + size])
+
+    if room:
+        with pytest.raises(FormError, match="more than 1000 parts"):
+            feed()
+    else:
+        feed()
+        assert finder.model == "alpha"
+        assert body[slice(*finder.span)] == b"alpha"
+
+
+def test_nothing_is_kept_of_what_follows_a_form() -> None:
+    finder = ModelFinder(b"B")
+    finder.feed(form((NAMED, b"alpha")))
+    kept = len(finder._rest)
+    for _ in range(3):
+        finder.feed(b"x" * 1000)
+    assert len(finder._rest) == kept
 
 
 # ---- heads and paths -----------------------------------------------------------------------------
