@@ -79,6 +79,8 @@ def test_the_same_head_with_another_length_or_status_is_not_taken_for_the_one_be
         b"a: b\rc: d\n",
         b"a: b\r\n\nc: d",
         b"a: b\rc: d",
+        b"a: b\0c",
+        b"date: b\0",
         b" transfer-encoding: chunked",  # a continuation of the line before, to some
         b"content-length : 5",
         b"content-length: 5\nset-cookie: c",

@@ -160,6 +160,8 @@ def test_a_histogram_is_whole_or_left_out(group: str) -> None:
         ('s{quantile="0.5"} 1|s{quantile="0.9"} 2|s_sum 3|s_count 2', True),
         ('s{quantile="0"} 0|s{quantile="1"} 0|s_sum 0|s_count 0', True),  # nothing was seen yet
         ("s_sum 0|s_count 0", True),
+        ('s{quantile="0.5"} 0.25|s_sum 0.5|s_count 2', True),
+        ("s_sum 0|s_count 0.5", False),
         ('s{quantile="1.5"} 1|s_sum 3|s_count 2', False),
         ('s{quantile="-0.5"} 1|s_sum 3|s_count 2', False),
         ('s{quantile="0.5"} 1|s{quantile="0.50"} 2|s_sum 3|s_count 2', False),
@@ -299,3 +301,23 @@ vllm:no_help 4
     assert told == {
         "vllm:h": "How long.", "vllm:tokens": "Tokens that were made.", "vllm:no_help": "",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["histogram", "summary"])
+@pytest.mark.parametrize("suffix", ["odd", "total", "created", "info", "bucket", ""])
+def test_a_name_that_only_begins_as_a_familys_is_one_of_its_own(kind: str, suffix: str) -> None:
+    bucket = 'vllm:f_bucket{le="+Inf"} 2\n' if kind == "histogram" else ""
+    whole = f"# TYPE vllm:f {kind}\n{bucket}vllm:f_count 2\nvllm:f_sum 0.5\n"
+    other = f"vllm:f_{suffix} 7\n"
+    families, dropped = read({"a": whole + other})
+    count = 3 if kind == "histogram" else 2
+    if suffix == "bucket" and kind == "histogram":  # one without a bound
+        assert (families, dropped) == ({}, {"a": count + 1})
+        return
+    assert [one.value for one in families["vllm:f"].samples] == [2.0, 2.0, 0.5][-count:]
+    assert dropped == {"a": 0}
+    if suffix == "created":
+        assert set(families) == {"vllm:f"}, "it is known of the family"
+    else:
+        (own,) = (one for name, one in families.items() if name != "vllm:f")
+        assert [(one.name, one.value) for one in own.samples] == [(f"vllm:f_{suffix}", 7.0)]

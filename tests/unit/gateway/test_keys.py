@@ -300,6 +300,22 @@ def test_a_reload_keeps_what_runs_and_a_broken_file_changes_nothing() -> None:
         keys.identify(b"/", b"new", TCP)
 
 
+def test_a_reload_that_fails_of_itself_is_not_taken_for_a_broken_file() -> None:
+    answers: list[Any] = [(a_key("s"),), ValueError("ours")]
+
+    def load() -> tuple[Key, ...]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+    keys = Guard(load, workers=1, clock=Clock())
+    use = keys.identify(b"/", b"s", TCP)
+    with pytest.raises(ValueError, match="ours"):
+        keys.reload()
+    assert keys.identify(b"/", b"s", TCP) is use
+
+
 # ---- limits --------------------------------------------------------------------------------------
 
 

@@ -267,6 +267,23 @@ def test_the_client_gets_the_name_that_it_used(
         assert (unchunked(sink.body) if framed else (sink.body, True)) == (expected, True)
 
 
+@pytest.mark.parametrize(
+    "body", [b"x" * 300 + NAMED + b"y" * 300, b"x" * 90 + SPACED], ids=range(2)
+)
+def test_a_name_is_found_wherever_it_is_cut(body: bytes) -> None:
+    expected = body.replace(b'"model":"org/long-name"', b'"model":"chat"')
+    expected = expected.replace(b'"model": "org/long-name"', b'"model": "chat"')
+    line = Line(RenamingConnection)
+    head, _, _ = answer_of(body, chunked=False).partition(b"\r\n\r\n")
+    for at in range(len(body)):
+        asked = EngineRequest(
+            b"h", b"", Delivery.RENAMED, Rename("org/long-name", "chat", chunked=True)
+        )
+        sink = line.ask(asked)
+        line.hear(head + b"\r\n\r\n" + body[:at], body[at:])
+        assert (unchunked(sink.body), sink.ended) == ((expected, True), 1), at
+
+
 def test_an_answer_without_a_body_gets_none() -> None:
     line = Line(RenamingConnection)
     sink = line.ask(EngineRequest(b"h", b"", Delivery.RENAMED, Rename("a", "b", chunked=True)))

@@ -137,6 +137,30 @@ async def test_what_kills_its_engine_is_told_so(monkeypatch: pytest.MonkeyPatch)
     assert "2 times the engine died with this request" in told(client)[2]
 
 
+@pytest.mark.parametrize("deaths", [0, 1])
+@pytest.mark.parametrize("gone", ["supervisor", "gateway"])
+@in_a_loop
+async def test_what_was_there_at_one_death_is_not_said_to_kill(
+    deaths: int, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(monkeypatch)
+    client, exchange = desk.asks()
+    for number in range(deaths):
+        desk.grant(epoch=f"e{number}")
+        desk.dispatch.engine_failed(exchange, DIED)
+    desk.grant(epoch="last")
+    if gone == "supervisor":
+        desk.worker.supervisor_lost = True
+    else:
+        desk.dispatch.stop_queueing()
+        exchange.deaths = 0  # this death is counted
+    desk.dispatch.engine_failed(exchange, DIED)
+    assert told(client) == (
+        502, "engine_died", 'cannot get an answer from model "alpha": it died',
+    )  # fmt: skip
+    assert desk.worker.observer.retried == ({"alpha": 1} if deaths else {})
+
+
 @pytest.mark.parametrize("dead", [True, False])
 @in_a_loop
 async def test_a_revoke_drains_and_a_dead_engines_requests_go_on(

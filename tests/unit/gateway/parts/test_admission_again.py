@@ -9,7 +9,7 @@ import pytest
 
 from llmux.errors import Reason, Refused
 from llmux.gateway.admission.admission import SUSPECT_SECS, Admission
-from llmux.gateway.admission.queue import Lease, Stage, Ticket
+from llmux.gateway.admission.queue import Lease, ModelQueue, Stage, Ticket
 from llmux.protocol import Address
 
 ADDRESS = Address(port=1)
@@ -192,3 +192,54 @@ def test_how_long_an_engine_lived_with_a_ticket_is_known_and_bounds_its_trial() 
         desk.admission.revoke("a", epoch + "'")
         desk.admission.wait_again(ticket, begun=False)
         ticket.deaths = 0
+
+
+@pytest.mark.parametrize("how", ["granted", "after a while"])
+def test_an_engine_that_is_tried_again_may_live_and_its_death_is_of_the_past(how: str) -> None:
+    desk = Desk()
+    desk.admission.grant("a", "e1", ADDRESS)
+    tickets, lease = [desk.ticket() for _ in range(2)], desk.lease()
+    assert desk.admission.suspect(lease)
+    for ticket in tickets:
+        assert desk.admission.wait_again(ticket)
+        assert ticket.lease is None
+    assert (lease.died_with, lease.open, lease.suspect_until is None) == (2, False, False)
+    if how == "granted":
+        assert len(desk.admission.grant("a", "e1", ADDRESS)) == 1
+    else:
+        desk.now += SUSPECT_SECS
+        expired, admitted = desk.admission.tick()
+        assert (expired, len(admitted)) == ([], 1)
+    assert desk.lease() is lease
+    assert (lease.died_with, lease.suspect_until, len(lease.in_flight)) == (None, None, 1)
+
+
+def test_a_lease_begins_without_a_death() -> None:
+    lease: Lease[Ticket] = Lease(ModelQueue("a"), "e1", ADDRESS)
+    assert (lease.model, lease.epoch, lease.address) == ("a", "e1", ADDRESS)
+    assert (lease.revoked, lease.suspect_until, lease.pool) == (False, None, None)
+    assert (lease.died_with, lease.open) == (None, True)
+    assert (lease.in_flight, lease.reported_at) == (set(), float("-inf"))
+
+
+@pytest.mark.parametrize(
+    ("coming", "moving", "new"), [(0.0, 21.0, 14.0), (10.0, 21.0, 24.0), (40.0, 40.0, 54.0)]
+)
+def test_the_last_place_of_a_line_is_some_time_away(
+    coming: float, moving: float, new: float
+) -> None:
+    desk = Desk(max_in_flight=1)
+    assert desk.admission.secs_to_place("a", coming) is None
+    first, *others = (desk.ticket() for _ in range(3))
+    assert desk.admission.secs_to_place("a", coming) is None, "nothing was measured"
+    desk.now += 5.0
+    assert desk.admission.grant("a", "e1", ADDRESS) == [first]
+    desk.admission.revoke("a", "e1")
+    (queue,) = desk.admission.queues()
+    assert [queue.throughput.measured] == [True]
+    assert desk.admission.secs_to_place("a", coming) == moving, "the pace has its absences in it"
+    for ticket in others:
+        desk.admission.leave(ticket)
+    desk.ticket()
+    assert [queue.throughput.measured] == [False]
+    assert desk.admission.secs_to_place("a", coming) == new

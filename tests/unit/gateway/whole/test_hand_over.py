@@ -12,17 +12,19 @@ from llmux.protocol import ModelInfo
 
 
 class Hall:
-    """A server with its connections."""
+    """A server with its connections. ``accepted``: made in the turn after it was closed."""
 
     def __init__(self, desk: Desk, *guests: Guest) -> None:
         self.desk = desk
         self.closed = 0
         self.connections = list(guests)
+        self.accepted: list[Guest] = []
         for guest in guests:
             guest.hall = self
 
     def close(self) -> None:
         self.closed += 1
+        asyncio.get_running_loop().call_soon(self.connections.extend, self.accepted)
 
 
 class Guest:
@@ -74,6 +76,22 @@ async def test_at_a_stop_the_idle_go_and_the_others_are_waited_for(
     busy.leave()
     await task
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@in_a_loop
+async def test_who_was_accepted_as_the_stop_came_is_asked_to_leave_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    idle, busy = Guest(idle=True), Guest(idle=False)
+    hall = Hall(desk, idle, busy)
+    hall.connections.clear()
+    hall.accepted = [idle, busy]
+    task = asyncio.create_task(drain(desk.dispatch, [hall], DrainLimits()))
+    await turns()
+    assert (idle.asked_to_leave, busy.asked_to_leave, hall.connections) == (1, 1, [busy])
+    busy.leave()
+    await task
 
 
 @pytest.mark.parametrize("waiters", [True, False])
