@@ -136,6 +136,19 @@ def test_a_key_or_a_value_may_be_as_long_as_the_bound_and_no_longer(room: int) -
 
 
 @pytest.mark.parametrize(
+    "start",
+    [b'{"model": "', b'{"stream": "', b'{"stream": 1', b'{"previous_response_id": "', b'{"'],
+    ids=range(5),
+)
+def test_what_is_held_of_an_endless_value_is_bounded(start: bytes) -> None:
+    finder = JsonFinder()
+    finder.feed(start)
+    for _ in range(20):
+        finder.feed(b"1" * MAX_VALUE)
+    assert len(finder._capture or b"") == MAX_VALUE + 1
+
+
+@pytest.mark.parametrize(
     ("body", "wrong"),
     [
         (b"{}", "missing"),

@@ -22,9 +22,10 @@ class ClientWire(Wire):
     def __init__(self) -> None:
         super().__init__()
         self.closed = self.ended = False
+        self.limits: dict[str, int] = {}
 
-    def set_write_buffer_limits(self, **_limits: int) -> None:
-        pass
+    def set_write_buffer_limits(self, **limits: int) -> None:
+        self.limits = limits
 
     def can_write_eof(self) -> bool:
         return True

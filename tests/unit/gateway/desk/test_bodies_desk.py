@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from llmux.gateway.client.body import (
     BodyReceiver,
 )
 from llmux.gateway.http.budget import SHORT_BODY, BodyBudget
-from llmux.gateway.http.multipart import MEMORY_BYTES, Upload
+from llmux.gateway.http.multipart import MEMORY_BYTES, SPOOL_DIR, Upload
 from llmux.gateway.http.openai import read_body, replace_model
 from llmux.gateway.http.request import Incoming
 
@@ -196,6 +198,26 @@ def test_an_upload_is_the_same_in_memory_and_on_disk(size: int) -> None:
             whole += piece
         assert whole == data[:start] + new + data[end:size]
         assert upload.size == len(whole)
+
+
+@pytest.mark.parametrize("named", [None, "", "there"])
+def test_a_long_upload_is_where_it_may_be_and_has_no_name(
+    named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if named is None:
+        monkeypatch.delenv("TMPDIR", raising=False)
+    else:
+        monkeypatch.setenv("TMPDIR", named and str(tmp_path))
+    upload = Upload()
+    upload.write(b"x" * MEMORY_BYTES)
+    upload.write(b"y")
+    path = Path(f"/proc/self/fd/{upload._fd}")
+    assert os.stat(path).st_nlink == 0
+    assert os.readlink(path).startswith(f"{tmp_path if named else SPOOL_DIR}/llmux-upload-")
+    assert (os.stat(path).st_size, upload.size) == (MEMORY_BYTES + 1, MEMORY_BYTES + 1)
+    where = os.readlink(path)
+    del upload
+    assert not path.is_symlink() or os.readlink(path) != where
 
 
 @pytest.mark.parametrize(

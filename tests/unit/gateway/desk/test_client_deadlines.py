@@ -108,6 +108,12 @@ async def test_connections_are_counted_and_those_too_many_refused(
 
 
 @in_a_loop
+async def test_what_a_slow_client_does_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each connection: uvloop's own bound is the same, asyncio's is not."""
+    assert Door(Desk(monkeypatch)).wire.limits == {"low": 16 << 10, "high": 64 << 10}
+
+
+@in_a_loop
 async def test_a_client_that_leaves_takes_its_requests_along(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
