@@ -10,7 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmux.gateway.http.json_finder import MAX_KEY, MAX_VALUE, JsonError, JsonFinder, is_true
+from llmux.gateway.http.json_finder import (
+    MAX_DEPTH,
+    MAX_KEY,
+    MAX_VALUE,
+    JsonError,
+    JsonFinder,
+    is_true,
+)
 from llmux.gateway.http.openai import read_body
 
 PREVIOUS = "previous_response_id"
@@ -161,6 +168,17 @@ def test_what_is_held_of_an_endless_value_is_bounded(start: bytes) -> None:
 def test_it_says_what_is_wrong(body: bytes, wrong: str) -> None:
     finder = found(body, [])
     assert finder.model is None and finder.wrong == wrong
+
+
+@pytest.mark.parametrize(("depth", "refused"), [(MAX_DEPTH - 1, False), (MAX_DEPTH, True)])
+def test_an_object_may_be_as_deep_as_the_engines_parser_reads(depth: int, refused: bool) -> None:
+    body = b'{"x":' + b"[" * depth + b"]" * depth + b',"model":"a"}'
+    for cut in (0, 10, 500):
+        if refused:
+            with pytest.raises(JsonError, match="nested too deeply"):
+                found(body, [cut])
+        else:
+            assert found(body, [cut]).model == "a"
 
 
 @pytest.mark.parametrize(

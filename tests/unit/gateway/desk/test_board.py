@@ -228,6 +228,7 @@ async def test_pages_end_with_the_worker_and_when_the_board_fails(
     hall.desk.worker.subscriptions.close()
     await hall.passes()
     assert again.ended.is_set()
+    assert hall.board._running is None, "it does not go on for a page that has not left yet"
     assert caplog.text == ""
 
 

@@ -261,6 +261,19 @@ def test_a_name_is_replaced_and_nothing_else() -> None:
     assert read_body(replace_model('{"model":"a","x":1}'.encode("utf-16"), "b"))[0] == "b"
 
 
+@pytest.mark.parametrize("size", [10, MAX_PIECES_BYTES + 1])
+@in_a_loop
+async def test_a_body_that_is_dropped_is_held_no_longer(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(monkeypatch)
+    incoming = received(desk, desk.incoming(b""), b"{" + b" " * (size - 1))
+    assert desk.worker.bodies.used == size
+    for _ in range(2):
+        incoming.drop_body()
+        assert (incoming.body, incoming.upload, desk.worker.bodies.used) == (b"", None, 0)
+
+
 @in_a_loop
 async def test_after_a_client_has_gone_nothing_of_it_is_begun(
     monkeypatch: pytest.MonkeyPatch,

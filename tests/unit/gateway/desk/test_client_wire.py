@@ -150,6 +150,99 @@ async def test_a_head_has_a_bound(
     assert door.statuses() == [status]
 
 
+def a_head(size: int) -> bytes:
+    """The bound is on the target, the names, the values and four bytes a header."""
+    own = len("/v1/models") + len("Hostx") + 4 + len("a") + 4
+    return b"GET /v1/models HTTP/1.1\r\nHost: x\r\na: %b\r\n\r\n" % (b"y" * (size - own))
+
+
+@pytest.mark.parametrize(
+    ("before", "size", "pieces", "taken"),
+    [
+        (0, MAX_HEAD, 1 << 20, True),
+        (0, MAX_HEAD + 1, 1 << 20, False),
+        (3, MAX_HEAD * 3 // 5, 1000, True),
+        (3, MAX_HEAD * 3 // 5, 1 << 20, True),
+    ],
+)
+@in_a_loop
+async def test_each_head_of_a_connection_has_the_whole_bound(
+    before: int, size: int, pieces: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(monkeypatch)
+    desk.grant()
+    door = Door(desk)
+    target = b"OPTIONS /v1/models"
+    for _ in range(before):
+        door.send(a_head(size).replace(b"GET /v1/models", target), pieces)
+    door.send(a_head(size).replace(b"GET /v1/models", target), pieces)
+    assert door.statuses() == [204] * before + [204 if taken else 431]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (a_request(b"", b"X-Request-Id: mine", b"Content-Encoding: gzip"), 415),
+        (a_request(b"{}", b"X-Request-Id: mine"), 400),
+        (a_request(BODY * 2000, b"X-Request-Id: mine", path=b"/no"), 413),
+        (a_request(b"", b"X-Request-Id: mine", method=b"OPTIONS"), 204),
+        (b"junk\r\n\r\n", 400),
+    ],
+    ids=range(5),
+)
+@in_a_loop
+async def test_what_is_refused_is_named_as_its_client_named_it_and_is_counted(
+    data: bytes, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(monkeypatch)
+    door = Door(desk)
+    door.send(data)
+    assert door.statuses() == [status]
+    assert (b"\r\nx-request-id: mine\r\n" in door.got) is (b"mine" in data)
+    assert b"\r\nx-request-id: " in door.got
+    counted = dict(desk.worker.observer.requests)
+    assert counted == ({} if status == 204 else {("", status): 1})
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [
+        ((), None, False), ((), b"https://a", False), (("https://a",), None, False),
+        (("https://a",), b"https://a", True), (("https://a",), b"https://b", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", [b"OPTIONS", b"POST"])
+@in_a_loop
+async def test_an_answer_of_our_own_is_for_the_pages_of_its_origin(
+    method: bytes,
+    origins: tuple[str, ...],
+    origin: bytes | None,
+    allowed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    door = Door(Desk(monkeypatch, cors_origins=origins))
+    more = [b"Origin: " + origin] if origin else []
+    door.send(a_request(b"", *more, method=method))
+    refused = 403 if origin and not allowed else 400
+    assert door.statuses() == [204 if method == b"OPTIONS" else refused]
+    assert (b"access-control-allow-origin: https://a\r\n" in door.got) is allowed
+    assert (b"access-control" in door.got) is allowed
+
+
+@in_a_loop
+async def test_nothing_is_kept_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, max_body_bytes=MAX_CONTROL_BODY)
+    door = Door(desk)
+    head = a_request(b"", b"Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+    door.send(head + b"4\r\nabcd\r\n" * 3 + b"zz\r\n")
+    assert door.statuses() == [400]
+    assert (door.connection._body.pieces, desk.worker.bodies.used) == ([], 0)
+    door.send(b"more")
+    assert door.wire.reading_paused, "what is discarded is read in turns, too"
+    await door.settle()
+    assert not door.wire.reading_paused
+
+
 @in_a_loop
 async def test_a_head_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     door = Door(Desk(monkeypatch))

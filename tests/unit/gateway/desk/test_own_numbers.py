@@ -176,6 +176,25 @@ async def test_an_engines_own_numbers_are_asked_for_at_intervals(
     assert (await scraped(desk))[1] == 0
 
 
+@in_a_loop
+async def test_an_engines_numbers_may_be_as_long_as_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    desk.grant()
+    page, _ = await scraped(desk, METRICS + (RUNNING + b"#").ljust(MAX_BYTES, b" "))
+    assert b"vllm:running" in page
+
+
+@in_a_loop
+async def test_each_model_has_its_numbers_before_anything_happens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = Desk(monkeypatch).page.snapshot()
+    for name in (m.IN_FLIGHT, m.QUEUE_DEPTH, m.BROKEN, m.ABANDONED, m.RETRIED):
+        assert numbers(store, name) == {("alpha",): 0, ("beta",): 0}
+
+
 @pytest.mark.parametrize(
     ("answer", "end"),
     [

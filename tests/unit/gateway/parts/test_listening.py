@@ -8,10 +8,12 @@ import os
 import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from llmux.gateway.client.listeners import BACKLOG, Access, bind_all
+from llmux.gateway.client.listeners import BACKLOG, Access, bind_all, describe_socket
 
 
 def in_use(path: Path, what: str) -> socket.socket | None:
@@ -72,12 +74,33 @@ def test_what_was_bound_before_one_that_fails_is_free_again(tmp_path: Path) -> N
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"127.0.0.1:{port}: .*who has it: ss -ltnp 'sport = :"):
+        cause = rf"Address already in use \(who has it: ss -ltnp 'sport = :{port}'\)"
+        with pytest.raises(OSError, match=rf"cannot listen on 127.0.0.1:{port}: {cause}$"):
             bind_all([f"unix:{tmp_path}/first", f"127.0.0.1:{port}"])
     with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
         client.connect(f"{tmp_path}/first")
     with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:x: invalid literal"):
         bind_all(["127.0.0.1:x"])
+
+
+def test_an_address_without_a_host_is_for_this_machine_alone() -> None:
+    (listener,) = bind_all([":0"])
+    with listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (("127.0.0.1", 80), "127.0.0.1:80"),
+        (("::1", 80, 0, 0), "[::1]:80"),
+        ("/run/x", "unix:/run/x"),
+        ("", "unix:"),
+    ],
+)
+def test_where_a_socket_listens_is_said(name: object, said: str) -> None:
+    listener: Any = SimpleNamespace(getsockname=lambda: name)
+    assert describe_socket(listener) == said
 
 
 def test_tcp_is_of_the_family_that_was_named() -> None:

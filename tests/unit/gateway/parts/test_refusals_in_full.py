@@ -79,6 +79,10 @@ def given(problem: Refused) -> Callable[[], Any]:
         (given(problems.too_large(7)), Reason.BODY_TOO_LARGE,
          "the request body is larger than 7 bytes, the limit for this path",
          "gateway.max_body_bytes is the limit for inference", None, None),
+        (given(problems.unsupported_encoding(b"gz\xff" + b"i" * 100)),
+         Reason.UNSUPPORTED_ENCODING,
+         f"cannot read a request body with content-encoding 'gz\xff{'i' * 97}'",
+         "send it as it is, without content-encoding", None, None),
         (given(problems.supervisor_lost("m")), Reason.SUPERVISOR_UNREACHABLE,
          'cannot wait for model "m": the supervisor that wakes models is away',
          "systemctl status llmux", None, problems.AWAY_RETRY_SECS),
@@ -100,7 +104,7 @@ def given(problem: Refused) -> Callable[[], Any]:
         (lambda: use(Key("k", b"", max_waiting=0)).wait(), Reason.RATE_LIMITED,
          "this key is limited to 0 waiting requests", None, None, None),
     ],
-    ids=range(16),
+    ids=range(17),
 )  # fmt: skip
 def test_a_refusal_says_all_there_is_to_say(
     refuse: Callable[[], Any],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmux.gateway.control import observation
 from llmux.gateway.control.app import build_app
 from llmux.gateway.control.context import Context
 from llmux.gateway.server import _listen
+from llmux.gateway.ui.pages import add_ui_routes
 
 
 class Page:
@@ -46,6 +48,41 @@ async def test_the_numbers_come_as_they_are_asked_for(
     assert page.asked == [asked]
     whole = await observation._metrics(a_request(desk))
     assert b"llmux_gateway_workers 1.0" in bytes(whole.body or b"")
+
+
+OURS = """
+GET /control/eviction  GET /control/status  POST /control/cancel  POST /control/checkpoint
+POST /control/eviction  POST /control/mode  POST /control/pin  POST /control/restart
+POST /control/sleep  POST /control/switch  POST /control/unpin  POST /control/wake
+GET /events  GET,HEAD /health  GET,HEAD /health/live  GET,HEAD /health/ready
+GET,HEAD /health/weights  GET /logs  GET /logs/<model:path>  GET /logs/stream/<model:path>
+GET,HEAD /metrics  GET,HEAD /models  GET,HEAD /openapi.json  GET /running  GET,HEAD /ui
+GET,HEAD /ui/  GET /ui/feed  GET /ui/history  GET,HEAD /ui/static/<name:str>
+GET,POST /unload  GET,HEAD /v1/models  GET,HEAD /v1/models/<model:path>
+"""
+
+
+@in_a_loop
+async def test_the_application_has_these_routes_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    board: Any = object()
+    app = build_app(desk.config, desk.dispatch, desk.page)
+    add_ui_routes(app, board, keys=False)
+    Sanic.unregister_app(app)
+    found = [
+        f"{','.join(sorted(route.methods))} {re.sub('<name:([a-z]+)>$', named, route.uri)}"
+        for route in app.router.routes
+    ]
+    assert sorted(found) == sorted(OURS.strip().replace("\n", "  ").split("  "))
+    assert app.error_handler.lookup(ValueError()) is not None
+    assert len(app.response_middleware) == 1
+
+
+def named(found: re.Match[str]) -> str:
+    """A verb's own name, which is a pattern to Sanic."""
+    return found[0] if found[1] == "str" else found[1]
 
 
 class Slow:
