@@ -142,6 +142,7 @@ def test_a_bad_line_is_dropped_and_counted(line: str) -> None:
         'h_bucket{le="+Inf"} 1.5|h_count 1.5|h_sum 1',
         'h_bucket{le="+Inf"} NaN|h_count NaN|h_sum 1',
         'h_bucket{le="+Inf"} +Inf|h_count +Inf|h_sum 1',
+        'h_bucket{le="+Inf"} -1|h_count -1|h_sum 1',
         'h_bucket{le="+Inf"} 1|h_count 1|h_sum -1',
         'h_bucket{le="+Inf"} 1|h_count 1|h_sum NaN',
     ],
@@ -162,6 +163,7 @@ def test_a_histogram_is_whole_or_left_out(group: str) -> None:
         ("s_sum 0|s_count 0", True),
         ('s{quantile="0.5"} 0.25|s_sum 0.5|s_count 2', True),
         ("s_sum 0|s_count 0.5", False),
+        ('s_sum{quantile="0.5"} 1|s_count 1', False),
         ('s{quantile="1.5"} 1|s_sum 3|s_count 2', False),
         ('s{quantile="-0.5"} 1|s_sum 3|s_count 2', False),
         ('s{quantile="0.5"} 1|s{quantile="0.50"} 2|s_sum 3|s_count 2', False),
@@ -321,3 +323,21 @@ def test_a_name_that_only_begins_as_a_familys_is_one_of_its_own(kind: str, suffi
     else:
         (own,) = (one for name, one in families.items() if name != "vllm:f")
         assert [(one.name, one.value) for one in own.samples] == [(f"vllm:f_{suffix}", 7.0)]
+
+
+def test_what_is_zero_is_a_value() -> None:
+    text = """\
+# TYPE vllm:h histogram
+vllm:h_bucket{le="0"} 0
+vllm:h_bucket{le="+Inf"} 0
+vllm:h_count 0
+vllm:h_sum 0
+# TYPE vllm:c_total counter
+vllm:c_total 0
+# TYPE vllm:g gauge
+vllm:g 0
+"""
+    families, dropped = read({"a": text})
+    assert ({name: len(one.samples) for name, one in families.items()}, dropped) == (
+        {"vllm:h": 4, "vllm:c": 1, "vllm:g": 1}, {"a": 0},
+    )  # fmt: skip

@@ -300,6 +300,20 @@ def test_a_reload_keeps_what_runs_and_a_broken_file_changes_nothing() -> None:
         keys.identify(b"/", b"new", TCP)
 
 
+def test_what_a_key_may_use_is_known_before_and_after_a_reload() -> None:
+    answers = [a_key("s", models=frozenset({"alias"})), a_key("t", models=frozenset({"alias"}))]
+    keys = Guard(lambda: answers, workers=1, clock=Clock())
+    for names in ({"alias": "m"}, {"alias": "n"}):
+        keys.know(names)
+        for _ in range(2):
+            for secret in (b"s", b"t"):
+                use = keys.identify(b"/", secret, TCP)
+                assert use is not None
+                assert use.models == frozenset(names.values())
+            answers[1] = a_key("t", name="new", models=frozenset({"alias"}))
+            keys.reload()
+
+
 def test_a_reload_that_fails_of_itself_is_not_taken_for_a_broken_file() -> None:
     answers: list[Any] = [(a_key("s"),), ValueError("ours")]
 

@@ -166,3 +166,24 @@ def test_a_connection_that_nobody_wants_any_more_is_kept_and_a_dead_one_is_not_u
         ]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [None, OSError("gone")])
+def test_a_pool_that_is_closed_as_it_connects_is_empty_after_that(error: Exception | None) -> None:
+    async def run() -> None:
+        basin = Basin(error=error)
+        sink = Heard(wants=False)
+        basin.pool.send(ASKED, sink)
+        assert not basin.pool.empty
+        basin.pool.close()
+        assert basin.empty == 0
+        while basin.pool._connecting:  # noqa: ASYNC110  # it has no event
+            await asyncio.sleep(0)
+        if error is None:
+            (line,) = basin.lines
+            assert (line.wire.closing, basin.empty, line.wire.written) == (True, 0, [])
+            line.connection.connection_lost(None)
+        assert basin.empty == 1
+        assert sink.failures == []
+
+    asyncio.run(run())

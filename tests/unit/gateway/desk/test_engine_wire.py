@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from engine_wire import (
     ASKED,
@@ -15,7 +18,7 @@ from engine_wire import (
     pieces_of,
 )
 
-from llmux.gateway.engine.connection import COPY_BYTES, MAX_HEAD, MAX_INTERIM
+from llmux.gateway.engine.connection import COPY_BYTES, MAX_HEAD, MAX_INTERIM, EngineConnection
 from llmux.gateway.engine.request import Delivery, EngineRequest, Rename
 from llmux.gateway.engine.rewriting import RenamingConnection, UnchunkingConnection
 from llmux.gateway.http.multipart import Upload
@@ -305,3 +308,61 @@ def test_an_old_client_gets_the_body_alone(size: int) -> None:
         sink = line.ask()
         line.hear(*pieces_of(CHUNKED, size))
         assert (sink.body, sink.ended) == (b"hello!!", 1)
+
+
+@pytest.mark.parametrize("kind", [EngineConnection, RenamingConnection, UnchunkingConnection])
+def test_one_that_was_closed_says_nothing_more_and_is_free_at_once(
+    kind: type[EngineConnection],
+) -> None:
+    rename = Rename("a", "b", chunked=True)
+    asked = EngineRequest(b"h", b"", Delivery.RENAMED, rename)
+    line = Line(type("Watched", (kind,), {}))  # with weak references
+    sink = line.ask(asked)
+    line.hear(CHUNKED[:-10])
+    body = sink.body
+    line.connection.abort()
+    line.hear(CHUNKED[-10:])
+    line.connection.connection_lost(None)
+    assert (sink.body, sink.ended, sink.failures, line.owners.gone) == (body, 0, [], 1)
+    del line.owners.connection
+    sink.connection = None
+    freed = weakref.ref(line.connection)
+    gc.disable()
+    try:
+        del line.connection
+        assert freed() is None, "without a collection"
+    finally:
+        gc.enable()
+
+
+def test_chunks_of_our_own_are_whole_wherever_the_engines_are_cut() -> None:
+    line = Line(RenamingConnection)
+    rename = Rename("a", "b", chunked=True)
+    head, _, body = CHUNKED.partition(b"\r\n\r\n")
+    for cut in range(1, 12):
+        line.ask(EngineRequest(b"h", b"", Delivery.RENAMED, rename))
+        line.hear(head + b"\r\n\r\n" + body[:cut])
+        assert line.connection.between_chunks, cut
+        line.hear(body[cut:])
+
+
+def test_an_upload_begins_at_once() -> None:
+    upload = Upload()
+    upload.write(b"form")
+    line = Line()
+    line.ask(EngineRequest(b"head", upload))
+    assert line.wire.written == [b"head", b"form"]
+    line.hear(SHORT)
+    assert line.owners.released == [True]
+
+
+@pytest.mark.parametrize(
+    "lines", [b"transfer-encoding: gzip", b"content-length: 5\r\nContent-Length: 5", b"a b: c"]
+)
+def test_a_head_that_is_refused_is_no_answer(lines: bytes) -> None:
+    line = Line()
+    sink = line.ask()
+    line.hear(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\nhello")
+    (failure,) = sink.failures
+    assert failure.error.startswith("the engine's answer is not HTTP: ")
+    assert (failure.malformed, sink.heads, line.wire.closing) == (True, [], True)

@@ -240,6 +240,99 @@ def test_the_last_place_of_a_line_is_some_time_away(
     assert desk.admission.secs_to_place("a", coming) == moving, "the pace has its absences in it"
     for ticket in others:
         desk.admission.leave(ticket)
+    assert desk.admission.secs_to_place("a", coming) == max(coming, 7.0), "for the next one"
     desk.ticket()
     assert [queue.throughput.measured] == [False]
     assert desk.admission.secs_to_place("a", coming) == new
+
+
+def test_each_change_of_demand_is_said_once() -> None:
+    desk = Desk(max_in_flight=1)
+
+    def changes() -> int:
+        count, desk.changed["a"] = desk.changed["a"], 0
+        return count
+
+    desk.admission.leave(Ticket("a", 0.0, 1.0))
+    assert (changes(), desk.admission.refuse("a"), desk.admission.refuse("else")) == (0, [], [])
+    first, second = desk.ticket(), desk.ticket()
+    assert changes() == 2
+    assert desk.admission.grant("a", "e1", ADDRESS) == [first]
+    assert changes() == 1
+    desk.admission.revoke("a", "e1")
+    assert changes() == 1, "the second one waits for the model now, not for a place"
+    desk.admission.leave(first)
+    assert changes() == 1
+    assert desk.admission.refuse("a") == [second]
+    assert (changes(), second.stage) == (1, Stage.ENDED)
+    assert (desk.admission.refuse("a"), changes()) == ([], 0)
+    desk.admission.grant("a", "e2", ADDRESS)
+    desk.admission.revoke("a", "e2")
+    assert changes() == 0, "nobody waits"
+
+
+def test_the_next_look_is_at_the_first_deadline_of_any_kind() -> None:
+    desk = Desk()
+    late, soon = desk.ticket(wait=30.0), desk.ticket("b", wait=5.0)
+    assert desk.admission.wake_at == soon.deadline
+    assert desk.admission.tick() == ([], [])
+    desk.admission.grant("a", "e1", ADDRESS)
+    desk.now = soon.deadline - SUSPECT_SECS / 2
+    desk.admission.suspect(desk.lease())
+    assert desk.admission.wait_again(late)
+    desk.now = soon.deadline
+    assert desk.admission.tick() == ([soon], [])
+    assert desk.admission.wake_at == desk.lease().suspect_until == desk.now + SUSPECT_SECS / 2
+
+
+def test_a_trial_goes_on_while_others_deadlines_pass() -> None:
+    desk = Desk()
+    desk.admission.grant("a", "e1", ADDRESS)
+    tickets = [desk.ticket(), desk.ticket()]
+    desk.admission.revoke("a", "e1")
+    assert all(desk.admission.wait_again(ticket) for ticket in tickets)
+    (tried,) = desk.admission.grant("a", "e2", ADDRESS)
+    (queue,) = desk.admission.queues()
+    hurried = Ticket("b", desk.now, desk.now + 0.5)
+    desk.admission.submit(hurried)
+    desk.now = hurried.deadline
+    assert desk.admission.tick() == ([hurried], [])
+    assert (queue.trial, desk.admission.wake_at) == ({tried}, queue.trial_ends)
+    (other,) = (one for one in tickets if one is not tried)
+    desk.now = queue.trial_ends
+    assert desk.admission.tick() == ([], [other])
+    assert (queue.trial, desk.admission.wake_at) == ({other}, queue.trial_ends)
+
+
+def test_who_is_answered_makes_room_for_the_next_to_be_tried() -> None:
+    desk = Desk()
+    room: list[Ticket] = []
+    desk.admission.on_room = room.extend
+    desk.admission.grant("a", "e1", ADDRESS)
+    tickets = [desk.ticket() for _ in range(3)]
+    desk.admission.revoke("a", "e1")
+    assert all(desk.admission.wait_again(ticket) for ticket in tickets)
+    tried = desk.admission.grant("a", "e2", ADDRESS)
+    for count in (1, 2):
+        assert (len(tried), tried[-1].deaths) == (count, 1)
+        desk.admission.answered(tried[-1])
+        assert (len(room), tried[-1].deaths, tried[-1].repeatable) == (count, 0, False)
+        tried.append(room[-1])
+    assert set(tried) == set(tickets)
+    fresh = desk.ticket()
+    assert fresh.stage is Stage.WAITING
+    desk.admission.answered(tried[0])
+    assert fresh.stage is Stage.WAITING, "it had its answer: one is still tried"
+    desk.admission.answered(tried[-1])
+    assert room[-1] is fresh
+
+
+def test_a_lease_that_is_granted_again_while_it_drains_goes_on() -> None:
+    desk = Desk()
+    desk.admission.grant("a", "e1", ADDRESS)
+    ticket, lease = desk.ticket(), desk.lease()
+    desk.admission.revoke("a", "e1")
+    desk.admission.grant("a", "e1", ADDRESS)
+    desk.admission.leave(ticket)
+    assert (desk.lease() is lease, lease.revoked, desk.idle) == (True, False, [])
+    assert not desk.admission.forget(lease)

@@ -61,3 +61,24 @@ def test_a_line_that_can_never_be_is_not_tried_for_ever() -> None:
                 await Link(other).run()
 
     asyncio.run(body())
+
+
+def test_a_question_that_is_given_up_leaves_nothing_behind() -> None:
+    async def body() -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            link = Link(ours)
+            running = asyncio.get_running_loop().create_task(link.run())
+            await link.here.wait()
+            with pytest.raises(LinkDownError, match="within 0 seconds"):
+                await link.ask("status", {}, 0.0)
+            asking = asyncio.get_running_loop().create_task(link.ask("status", {}, 3600.0))
+            while not link._asked:  # noqa: ASYNC110  # it has no event
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert link._asked == {}
+        await running
+
+    asyncio.run(body())
