@@ -22,10 +22,11 @@ def opened(fd: int) -> BinaryIO:
         raise
 
 
-def read_small(path: str | os.PathLike[str], most: int) -> bytes:
-    """The file's bytes, links followed. Raises OSError: also for more than ``most`` bytes (EFBIG)
-    and for anything but a plain file (EINVAL, for a directory EISDIR)."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def read_small(path: str | os.PathLike[str], most: int, *, links: bool = True) -> bytes:
+    """The file's bytes, links followed if ``links``. Raises OSError: also for more than ``most``
+    bytes (EFBIG) and for anything but a plain file (EINVAL, for a directory EISDIR)."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(path, flags if links else flags | os.O_NOFOLLOW)
     with opened(fd) as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "not a plain file", os.fspath(path))

@@ -15,7 +15,7 @@ from llmux import typed_json
 from llmux.config.load import load_config
 from llmux.drivers.images.budget import check_disk
 from llmux.drivers.images.files import Counter
-from llmux.drivers.images.manifest import NAME, Manifest, ManifestError
+from llmux.drivers.images.manifest import MAX_BYTES, NAME, Manifest, ManifestError
 from llmux.drivers.images.store import ImageStore
 from llmux.drivers.transfer.file import open_file, write_file
 from llmux.drivers.transfer.header import (
@@ -29,6 +29,7 @@ from llmux.drivers.transfer.header import (
 from llmux.drivers.transfer.remote import import_there, received_there
 from llmux.drivers.transfer.stream import Import, receive_header, send
 from llmux.errors import LlmuxError, Reason, Refused
+from llmux.small_files import read_small
 
 AskVerb = Callable[[str, dict[str, Any]], Any]
 # gets the bytes in all, returns what counts those done
@@ -78,8 +79,7 @@ class ExportedImage:
 def _load(directory: str) -> tuple[Manifest, bytes]:
     try:
         manifest = ImageStore(os.path.dirname(directory)).load(directory)
-        with open(os.path.join(directory, NAME), "rb") as file:
-            return manifest, file.read()
+        return manifest, read_small(os.path.join(directory, NAME), MAX_BYTES, links=False)
     except (ManifestError, OSError) as error:
         raise LlmuxError(f"cannot export {directory}: {error}") from error
 

@@ -24,6 +24,7 @@ from llmux.drivers.criu.tree import PROC, SHM, TreeFacts, inspect
 from llmux.drivers.images.checksums import ImageCheck
 from llmux.drivers.images.files import Stopped, fetch
 from llmux.drivers.images.manifest import ManifestError
+from llmux.drivers.images.notes import Begun
 from llmux.drivers.images.room import ImageRoom
 from llmux.drivers.images.store import ImageStore
 from llmux.drivers.processes.run import run
@@ -31,6 +32,7 @@ from llmux.errors import Blame, CheckpointFailed, DriverError, TreeState, Unsupp
 from llmux.image_ports import CriuFacts, DumpPhase, DumpSpec, Image, Interrupted, NoImage, Progress
 from llmux.ports import LaunchSpec, UnitHandle, UnitManager
 from llmux.trusted import USE_OWN_DIRECTORY, make_private
+from llmux.typed_json import BadJson
 
 log = logging.getLogger(__name__)
 
@@ -360,24 +362,28 @@ class Criu:
         interrupted = []
         for model, path, note in self._store.sweep():
             end_dump(path, self._proc)
-            if note:
-                inodes = [(int(device), int(inode)) for device, inode in note.get("shm", ())]
-                groups = shm.find_names(inodes, self._shm)
-                names = [name for group in groups.values() for name in group]
-                names += [str(name) for name in note.get("names", ())]
-                links = [name for name in names if name.startswith("link_remap.")]
-                shm.remove(links, self._shm)
-                shm.remove_leftovers(
-                    note.get("leftovers", ()), int(note.get("uid", 0)), self._shm, self._proc
-                )
-                # The unit may live; what its processes use goes when it has been killed.
-                rest = tuple(sorted(set(names) - set(links)))
-                found = Interrupted(model, str(note["unit"]), str(note["operation"]), rest)
+            try:
+                found = self._clean_up(model, Begun.of(note)) if note else None
+            except (OSError, BadJson) as error:
+                log.warning("cannot use the note %s, and go on without it: %s", path, error)
+                found = None
+            if found is not None:
                 interrupted.append(found)
                 if found.operation == "restore":
                     continue  # its note stays until the unit was killed: see confirm_restore
             self._store.forget(path)
         return interrupted
+
+    def _clean_up(self, model: str, begun: Begun) -> Interrupted:
+        groups = shm.find_names(begun.shm, self._shm)
+        names = [name for group in groups.values() for name in group]
+        names += begun.names
+        links = [name for name in names if name.startswith("link_remap.")]
+        shm.remove(links, self._shm)
+        shm.remove_leftovers(begun.leftovers, begun.uid, self._shm, self._proc)
+        # The unit may live; what its processes use goes when it has been killed.
+        rest = tuple(sorted(set(names) - set(links)))
+        return Interrupted(model, begun.unit, begun.operation, rest)
 
     async def shm_names(self, handle: UnitHandle) -> Sequence[str]:
         def look(members: Sequence[int]) -> list[str]:

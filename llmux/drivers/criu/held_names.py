@@ -24,6 +24,7 @@ from zlib import crc32
 from llmux.drivers.criu import image_format
 from llmux.drivers.images.manifest import NAME, ManifestError, ShmGroup, load_manifest
 from llmux.drivers.images.store import ImageStore
+from llmux.small_files import read_small
 
 _MODE: Final = 0o400
 _LINK: Final = "link_remap."  # CRIU's, with our suffix: no engine ever asks for such a name
@@ -32,6 +33,9 @@ MOST: Final = 4096  # of one image: each is a page of memory, and an engine deci
 
 def is_name(name: str) -> bool:
     return os.path.basename(name) == name and name not in ("", ".", "..")
+
+
+MAX_BYTES: Final = 64 * 1024 * 1024  # of CRIU's list of files; a vLLM's has 0.2
 
 
 class HeldNames:
@@ -261,8 +265,7 @@ def read_remapped(image: str) -> dict[str, str]:
     """``image_format.remapped_names`` of an image; empty without deleted files."""
 
     def read(name: str) -> bytes:
-        with open(os.path.join(image, name), "rb") as file:
-            return file.read()
+        return read_small(os.path.join(image, name), MAX_BYTES, links=False)
 
     try:
         remaps = read(image_format.REMAPS)

@@ -33,6 +33,7 @@ PIECE: Final = 256 * 1024
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 _NO_HOLES: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not hold the thread
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
@@ -137,7 +138,7 @@ def digest_files(
     descriptors: list[int] = []
     jobs: list[tuple[int, int, int]] = []  # index of the file, offset, size
     sizes: list[int] = []
-    flags = (os.O_RDWR if punch else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = (os.O_RDWR if punch else os.O_RDONLY) | _FLAGS
     try:
         for index, name in enumerate(names):
             descriptors.append(os.open(os.path.join(directory, name), flags))
@@ -196,7 +197,7 @@ def fetch(directory: str) -> None:
     already costs nothing."""
     for root, _, files in os.walk(directory):
         for name in files:
-            fd = os.open(os.path.join(root, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(os.path.join(root, name), os.O_RDONLY | _FLAGS)
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
@@ -207,7 +208,7 @@ def sync_tree(directory: str, workers: int = 4) -> None:
     """fsync every file and directory at and below ``directory``; a write error surfaces here."""
 
     def sync(path: str) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | _FLAGS)
         try:
             os.fsync(fd)
         finally:

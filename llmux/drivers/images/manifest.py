@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 from llmux import typed_json
 from llmux.drivers.images.files import SEGMENT, FileSums
-from llmux.small_files import opened
+from llmux.small_files import read_small
 from llmux.typed_json import LARGEST_INT, BadJson
 
 VERSION: Final = 2
@@ -127,12 +127,12 @@ class Manifest:
             manifest = typed_json.read(cls, body)
         except BadJson as error:
             raise ManifestError(f"it cannot be read: {error}") from error
-        if (wrong := next(_out_of_range(manifest), None)) is not None:
+        if (wrong := next(out_of_range(manifest), None)) is not None:
             raise ManifestError(f"it cannot be read: {wrong}")
         return manifest
 
 
-def _out_of_range(manifest: Manifest) -> Iterator[str]:
+def out_of_range(manifest: Manifest) -> Iterator[str]:
     """The first of these would otherwise be found where root acts on it."""
     inside: list[ShmGroup | SmallFile] = [*manifest.shm, *manifest.small]
     owned: list[KeptPath | ShmGroup | SmallFile] = [*manifest.append_files, *inside]
@@ -167,11 +167,7 @@ def load_manifest(directory: str) -> Manifest:
     """Raises ManifestError."""
     path = os.path.join(directory, NAME)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with opened(fd) as file:
-            if os.fstat(fd).st_size > MAX_BYTES:
-                raise ManifestError(f"{path} is too large to be one")
-            return Manifest.from_json(file.read().decode())
+        return Manifest.from_json(read_small(path, MAX_BYTES, links=False).decode())
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist: the image was never completed") from None
     except (OSError, UnicodeDecodeError) as error:

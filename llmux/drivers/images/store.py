@@ -39,6 +39,8 @@ from llmux.drivers.images.notes import DUMPING, RESTORING, read_note
 from llmux.errors import CheckpointFailed, TreeState
 from llmux.image_ports import NONE_MADE, Image, NoImage
 from llmux.names import escape, unescape
+from llmux.printable import printable
+from llmux.small_files import replace_small
 from llmux.trusted import USE_OWN_DIRECTORY, make_private, unsafe_directory, untrusted
 
 log = logging.getLogger(__name__)
@@ -259,7 +261,8 @@ class ImageStore:
         """The model's image was just restored."""
         path = os.path.join(self.directory(model), _LAST_USED)
         with suppress(OSError):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            os.close(os.open(path, flags, 0o600))
             now = self.clock()
             os.utime(path, (now, now))
 
@@ -293,8 +296,8 @@ class ImageStore:
             return path
         with suppress(OSError):  # the log of the restore that failed is what one wants to read
             shutil.copytree(os.path.join(home, RESTORE), os.path.join(path, RESTORE))
-        with suppress(OSError), open(os.path.join(path, "reason"), "w", encoding="utf-8") as file:
-            file.write(reason + "\n")
+        with suppress(OSError):
+            replace_small(os.path.join(path, "reason"), f"{printable(reason)}\n".encode())
         sync_directory(home)
         names = sorted(name for name in os.listdir(home) if name.startswith(_QUARANTINE))
         for name in names[: max(len(names) - self._keep_quarantined, 0)]:

@@ -139,6 +139,7 @@ def _bounds(header: Header) -> Iterator[str]:
             yield f"{path[:100]!r} is not an absolute path"
     if {facts.path for facts in header.paths} != {file.path for file in manifest.known}:
         yield "the paths of its manifest differ from those described"
+    yield from manifests.out_of_range(manifest)
 
 
 def make_header(manifest: Manifest, text: bytes, portable: Mapping[str, str], salt: str) -> Header:

@@ -37,7 +37,7 @@ from llmux.drivers.images.manifest import Manifest
 from llmux.drivers.images.store import IMPORT
 from llmux.drivers.transfer.header import MAX_BYTES, NAME, BadStream, Header
 from llmux.errors import LlmuxError
-from llmux.small_files import replace_small
+from llmux.small_files import read_small, replace_small
 from llmux.trusted import open_private
 
 _BLOCK: Final = tarfile.BLOCKSIZE
@@ -101,7 +101,8 @@ def _open_all(manifest: Manifest, directory: str) -> dict[str, int]:
     try:
         for file in manifest.files:
             path = os.path.join(directory, file.name)
-            opened[file.name] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            opened[file.name] = os.open(path, flags)
             if (size := os.fstat(opened[file.name]).st_size) != file.size:
                 raise LlmuxError(f"cannot export: {path} has {size} bytes, not {file.size}")
     except BaseException:
@@ -183,13 +184,13 @@ class Import:
     def received(self) -> tuple[str, int] | None:
         """(id of the image, segments that have arrived); None when nothing was begun."""
         try:
-            with open(os.path.join(self._home, _HEADER), "rb") as file:
-                header = Header.from_json(file.read(MAX_BYTES + 1))
-            with open(os.path.join(self._home, _DONE), "rb") as file:
-                done = int(file.read(32) or b"0")
+            text = read_small(os.path.join(self._home, _HEADER), MAX_BYTES, links=False)
+            header = Header.from_json(text)
+            done = int(read_small(os.path.join(self._home, _DONE), 32, links=False) or b"0")
         except (OSError, ValueError, BadStream):
             return None
-        return (header.id, done) if os.path.isdir(self.directory) else None
+        most = sum(len(file.sums) for file in header.manifest.files)
+        return (header.id, done) if 0 <= done <= most and os.path.isdir(self.directory) else None
 
     def run(self, header: Header, source: IO[bytes], count: Counter) -> None:
         """Take the segments in, each verified, and in the end the whole. Raises BadStream."""
