@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmux.errors import Refused
 from llmux.gateway.http import openai
 from llmux.gateway.http.heads import BadHead
-from llmux.gateway.http.hosts import Hosts
+from llmux.gateway.http.hosts import MAX_CACHED, Hosts
 from llmux.gateway.http.request import Incoming
 from llmux.gateway.http.request_head import Headers, HeadReader, read_head
 from llmux.gateway.http.routes import Source
@@ -143,13 +143,20 @@ def test_a_head_that_comes_again_is_read_once() -> None:
     again, longer = reader.read([HOST, (b"Content-Length", b"22"), (b"x", b"1")], "1.1")
     assert again is first
     assert (length, longer) == (1, 22)
-    assert reader.read([*usual, (b"y", b"2")], "1.1")[0] is not first
-    assert reader.read([HOST, (b"content-length", b"1"), (b"x", b"1")], "1.1")[0] is not first
+    for other in (
+        [*usual, (b"y", b"2")], [HOST, (b"content-length", b"1"), (b"x", b"1")],
+        [HOST, (b"y", b"1"), (b"x", b"1")], [HOST, (b"Content-Length", b"1"), (b"x", b"2")],
+    ):  # fmt: skip
+        kept = reader.read(list(usual), "1.1")[0]
+        assert kept == first
+        read, length = reader.read(list(other), "1.1")
+        assert read is not kept
+        assert (read, length) == read_head(list(other), "1.1")
     assert reader.read(list(usual), "1.0")[0].version_1_0
     assert not reader.read(list(usual), "1.1")[0].version_1_0
-    for size, kept in ((2048 - 21, True), (2048 - 20, False)):
+    for size, same in ((2048 - 21, True), (2048 - 20, False)):
         long = [HOST, (b"content-length", b"1"), (b"x", b"y" * size)]
-        assert (reader.read(list(long), "1.1")[0] is reader.read(list(long), "1.1")[0]) is kept
+        assert (reader.read(list(long), "1.1")[0] is reader.read(list(long), "1.1")[0]) is same
 
 
 def test_the_last_of_two_model_keys_counts_as_in_the_engine() -> None:
@@ -268,6 +275,38 @@ def test_a_host_is_ours_by_address_by_a_name_without_a_dot_or_by_the_configurati
     for _ in range(2):  # judged, and looked up
         assert hosts[host] is known
     assert Hosts(["*"])[host] is True
+
+
+def test_no_more_hosts_are_remembered_than_the_bound() -> None:
+    hosts = Hosts(())
+    assert [hosts[b"h%d" % number] for number in range(300)] == [True] * 300
+    assert len(hosts) == MAX_CACHED
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize(("close", "keeps"), [(True, True), (False, False), (False, True)])
+def test_our_own_routes_get_a_request_whose_connection_is_ours(
+    version: str, close: bool, keeps: bool
+) -> None:
+    request = incoming(HOST, (b"Connection", b"x"), (b"X-Request-Id", b"r1"), (b"A", b"b"))
+    request.read_head(version, HeadReader())
+    request.body, request.keep_alive = b"{}", keeps
+    kept = b"keep-alive" if keeps and not close else b"close"
+    assert request.sanic_request(close=close) == (
+        b"POST /v1/completions?x=1 HTTP/%b\r\nhost: h\r\nA: b\r\nx-request-id: r1\r\n"
+        b"content-length: 2\r\nconnection: %b\r\n\r\n{}" % (version.encode(), kept)
+    )
+
+
+def test_an_adapter_that_the_body_names_is_not_written_again() -> None:
+    body = b'{"model" : "l\\u006fra"}'
+    for path, written in ((b"lora", body), (b"other", b'{"model" : "other"}')):
+        request = incoming(HOST)
+        request.target = b"/upstream/%b/v1/completions" % path
+        request.find_route()
+        request.body = body
+        request.write_adapter(path.decode())
+        assert request.body == written
 
 
 @pytest.mark.parametrize(

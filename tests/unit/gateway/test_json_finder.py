@@ -128,6 +128,13 @@ def test_the_span_is_that_of_the_value_as_it_is_written() -> None:
         assert body[slice(*finder.span)] == b'"\\u0061lpha"'
 
 
+def test_what_is_escaped_ends_no_string_wherever_the_body_is_cut() -> None:
+    body = b'{"x\\"y":"{\\"","z":[{"\\"]}":"\\\\"}],"model":"c\\"d\\\\"}'
+    model = json.loads(body)["model"]
+    for cut in range(len(body)):
+        assert found(body, [cut, cut + 1, cut + 2]).model == model
+
+
 @pytest.mark.parametrize("room", [0, 1])
 def test_a_key_or_a_value_may_be_as_long_as_the_bound_and_no_longer(room: int) -> None:
     name = "m" * (MAX_VALUE - 2 + room)

@@ -9,6 +9,7 @@ from engine_wire import Wire
 from gateway_desk import Desk, answers
 from sanic import Sanic
 
+from llmux.gateway.admission.key_limits import KeyUse
 from llmux.gateway.client.connection import (
     ClientConnection,
 )
@@ -23,6 +24,10 @@ class ClientWire(Wire):
         super().__init__()
         self.closed = self.ended = False
         self.limits: dict[str, int] = {}
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = self.closing = True
 
     def set_write_buffer_limits(self, **limits: int) -> None:
         self.limits = limits
@@ -40,17 +45,33 @@ class ClientWire(Wire):
         return default
 
 
+class Handing(ClientConnection):
+    """``handed``: what Sanic would get, which is not there; ``sanic_done`` is its answer's end."""
+
+    __slots__ = ("handed",)
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.handed: list[tuple[bytes, KeyUse | None, bytes]] = []
+
+    def hand_to_sanic(self, request: bytes, *, key: KeyUse | None, origin: bytes) -> None:
+        self.sanic_busy = True
+        self.handed.append((request, key, origin))
+
+    def sanic_done(self) -> None:
+        self.sanic_busy = False
+        super().sanic_done()
+
+
 class Door:
     """A connection to a desk's worker."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, kind: type[ClientConnection] = ClientConnection) -> None:
         app = build_app(desk.config, desk.dispatch, desk.page)
         Sanic.unregister_app(app)
         self.desk = desk
         self.wire = ClientWire()
-        self.connection = ClientConnection(
-            loop=asyncio.get_running_loop(), app=app, connections=set()
-        )
+        self.connection = kind(loop=asyncio.get_running_loop(), app=app, connections=set())
         self.connection.connection_made(self.wire)
 
     def send(self, data: bytes, size: int = 1 << 20) -> None:

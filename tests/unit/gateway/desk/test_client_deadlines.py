@@ -29,9 +29,10 @@ async def test_a_deadline_that_passes_ends_what_it_was_for(
     desk.grant()
     idle = Door(desk)
     idle.connection.expire()
-    assert (idle.wire.closed, idle.left) == (True, FLUSH_SECS)
+    assert (idle.wire.closed, idle.wire.aborted, idle.left) == (True, False, FLUSH_SECS)
     idle.connection.expire()
     assert idle.left == 0.0, "it closes already"
+    assert idle.wire.aborted, "and what it has to flush is not read"
     late = Door(desk)
     late.send(a_request()[:-1])
     assert late.left == RECEIVE_SECS

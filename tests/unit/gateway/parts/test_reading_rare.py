@@ -81,11 +81,12 @@ def found(*pieces: bytes) -> JsonFinder:
         (b'{"model":"a","stream":' + b" " * 200 + b"true}", "a", "", False, None),
         (b'{"model":"a",}', "a", "", False, None),
         (b'{"model":,"x":"a"}', None, "missing", False, None),
+        (b'{:"b","model":"a"}', "a", "", False, None),
         (b'{"model"}', None, "missing", False, None),
         (b'{"model":"a" "b"}', "b", "", False, None),
         (b'{"model":{"a":["]"]},"stream":1}', None, "not a string", True, None),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_a_body_that_the_engine_will_refuse_is_read_without_harm(
     body: bytes, model: str | None, wrong: str, stream: bool, previous: str | None
