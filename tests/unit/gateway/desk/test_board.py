@@ -124,7 +124,15 @@ async def test_who_comes_back_gets_what_it_missed(monkeypatch: pytest.MonkeyPatc
         assert got == (sent[seen + 1 :] if missed else [(last[-1], {})])
         hall.board.detach(again)
     name = last[0].split(".")[0]
-    others = ("", f"{name}.", f"{name}.x", f"{name}.99", f"{name}.\u0663", f"{name}.{'9' * 20}")
+    others = (
+        "",
+        f"{name}.",
+        f"{name}.x",
+        f"{name}.99",
+        f"{name}.\u0663",
+        f"{name}.{'9' * 20}",
+        f"{name}.{'9' * 5000}",
+    )
     for unknown in (last[-5], "0badf00d.7", *others):
         again, other = await hall.page(unknown)
         ((_, body),) = frames(other)
@@ -140,6 +148,7 @@ async def test_events_go_to_the_pages_and_into_the_history(
     hall = Hall(monkeypatch)
     hall.events = [an_event(1), an_event(2)]
     assert json.loads(await hall.board.history())["events"] == hall.events
+    assert ("events", {"after": 0, "queues": True}, 10.0) in hall.desk.link.asked
     page, wire = await hall.page()
     await hall.passes()
     frames(wire)

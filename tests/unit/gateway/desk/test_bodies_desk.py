@@ -261,6 +261,27 @@ def test_a_name_is_replaced_and_nothing_else() -> None:
     assert read_body(replace_model('{"model":"a","x":1}'.encode("utf-16"), "b"))[0] == "b"
 
 
+@in_a_loop
+async def test_each_body_of_a_connection_is_received_as_if_it_were_its_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    receiver = BodyReceiver(desk.worker)
+    for method, path, body, kept in (
+        ("GET", "/health", b"x" * 10, b""),
+        ("POST", "/v1/completions", b"{}", b"{}"),
+        ("POST", "/nowhere", b"x" * 10, b""),
+        ("POST", "/control/pin", b"{" + b" " * 50, b"{" + b" " * 50),
+        ("POST", "/v1/completions", b"{" + b" " * (MAX_CONTROL_BODY + 1), b""),
+        ("GET", "/v1/responses/r", b"{}", b"{}"),
+    ):
+        incoming = desk.incoming(b"", path=path, method=method)
+        receiver.begin(incoming)
+        receiver.add(incoming, body)
+        assert (incoming.body, receiver.size) == (kept, len(body))
+        assert (incoming.upload is not None) is (len(body) > MAX_CONTROL_BODY)
+
+
 @pytest.mark.parametrize("size", [10, MAX_PIECES_BYTES + 1])
 @in_a_loop
 async def test_a_body_that_is_dropped_is_held_no_longer(

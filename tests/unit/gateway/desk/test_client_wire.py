@@ -239,6 +239,9 @@ async def test_nothing_is_kept_of_what_is_refused(monkeypatch: pytest.MonkeyPatc
     door.send(head + b"4\r\nabcd\r\n" * 3 + b"zz\r\n")
     assert door.statuses() == [400]
     assert (door.connection._body.pieces, desk.worker.bodies.used) == ([], 0)
+    other = Door(desk)
+    other.send(a_request() + head + b"4\r\nabcd\r\n" * 3 + b"zz\r\n")
+    assert (other.statuses(), desk.worker.bodies.used) == ([], len(BODY)), "in its turn"
     door.send(b"more")
     assert door.wire.reading_paused, "what is discarded is read in turns, too"
     await door.settle()

@@ -258,6 +258,12 @@ async def test_what_the_link_is_told_of_a_worker(monkeypatch: pytest.MonkeyPatch
     assert desk.link.changed[:1] == ["alpha"]
     callbacks["on_message"](Collect(1))
     assert len(said(desk, Collected)) == 1
+    assert callbacks["greetings"]() == []
+    desk.worker.responses.keep({"r1": "alpha"}, {"r1": "one"})
+    with desk.worker.subscriptions.subscribe("logs", "beta"):
+        assert callbacks["greetings"]() == [
+            Watch("logs", "beta"), ResponseOwners({"r1": "alpha"}, {"r1": "one"}),
+        ]  # fmt: skip
 
 
 @in_a_loop

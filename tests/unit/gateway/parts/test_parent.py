@@ -41,6 +41,7 @@ class Unit:
 class Told:
     def __init__(self) -> None:
         self.words: list[str] = []
+        self.pings = 0
 
     def ready(self) -> None:
         self.words.append("ready")
@@ -55,7 +56,7 @@ class Told:
         self.words.append("reloading")
 
     def watchdog(self) -> None:
-        pass
+        self.pings += 1
 
 
 class House:
@@ -226,6 +227,7 @@ def test_a_turn_starts_who_is_due_unless_the_package_was_replaced(
     house.parent._stop_by = house.now + 9.0
     house.parent._turn(Signals())  # type: ignore[arg-type]
     assert waits[4:] == [0.5]
+    assert house.told.pings == 5, "once a turn"
     house.parent._stop_by = None
     house.parent.outdated = lambda: True
     house.parent._turn(Signals())  # type: ignore[arg-type]

@@ -92,6 +92,61 @@ async def test_a_page_is_not_ended_before_all_that_was_asked_is_answered(
 
 
 @in_a_loop
+async def test_what_is_half_received_when_its_connection_ends_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    pool = desk.grant()
+    door = Door(desk)
+    door.send(a_request() + a_request()[:-1])
+    desk.worker.closing = True
+    door.answer()
+    assert (door.statuses(), door.wire.ended, door.wire.closed) == ([200], True, False)
+    assert door.left == LINGER_SECS
+    door.send(a_request()[-1:])
+    assert (len(pool.sent), door.statuses()) == (1, [200])
+
+
+@in_a_loop
+async def test_http_1_0_may_come_without_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    door, connection = handing(Desk(monkeypatch))
+    door.send(b"GET /health HTTP/1.0\r\n\r\n")
+    ((request, _, _),) = connection.handed
+    assert request.startswith(b"GET /health HTTP/1.0\r\n")
+    assert request.endswith(b"connection: close\r\n\r\n")
+
+
+ASKS = b"Access-Control-Request-Method: POST"
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ((), []),
+        ((ASKS,), ["methods: POST, OPTIONS", "max-age: 7200"]),
+        ((ASKS, b"Access-Control-Request-Headers: a, X-b"),
+         ["methods: POST, OPTIONS", "max-age: 7200", "headers: a, X-b"]),
+        ((ASKS, b"Access-Control-Request-Headers: a;b"),
+         ["methods: POST, OPTIONS", "max-age: 7200"]),
+        ((b"Access-Control-Request-Headers: a",), []),
+    ],
+)  # fmt: skip
+@in_a_loop
+async def test_a_preflight_is_told_what_it_asks(
+    headers: tuple[bytes, ...], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = Door(Desk(monkeypatch, cors_origins=("https://a",)))
+    door.send(a_request(b"", b"Origin: https://a", *headers, method=b"OPTIONS"))
+    lines = door.got.decode().split("\r\n")
+    assert lines[:2] == ["HTTP/1.1 204 No Content", "allow: POST, OPTIONS"]
+    found = [line.replace("-allow", "") for line in lines if line.startswith("access-control")]
+    own = [line.removeprefix("access-control-") for line in found]
+    assert own[: len(expected)] == expected
+    assert own[len(expected)] == "origin: https://a"
+    assert [line for line in own if line.startswith(("methods", "max-age", "headers"))] == expected
+
+
+@in_a_loop
 async def test_who_asks_is_handed_on_and_a_100_waits_for_the_answer_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
