@@ -54,3 +54,17 @@ def replace_small(path: str, data: bytes) -> None:
         with suppress(OSError):
             os.unlink(new)
         raise
+
+
+def make_way(path: str) -> str | None:
+    """Remove what is there; a directory is moved aside, and its new path returned. Raises
+    OSError."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        aside = f"{path}.aside-{os.urandom(4).hex()}"
+        os.rename(path, aside)
+        return aside
+    return None

@@ -18,6 +18,7 @@ from llmux.errors import ControlError, LlmuxError
 from llmux.names import identifier
 from llmux.printable import printable_tree
 from llmux.protocol import Hello, News, Watch, decode
+from llmux.typed_json import fits
 
 
 def follow(path: str, watches: Sequence[Watch], first: Callable[[], Any]) -> Iterator[Any]:
@@ -45,10 +46,15 @@ def events(args: argparse.Namespace) -> None:
     last = 0
     for event in next(items)["events"]:
         _print_event(event, args.json)
-        last = event["id"]
+        last = _number(event, last)
     for news in items:
-        if news.item["id"] > last:
+        if _number(news.item, last + 1) > last:
             _print_event(news.item, args.json)
+
+
+def _number(event: Mapping[str, Any], otherwise: int) -> int:
+    number = event.get("id", otherwise)
+    return number if fits(int, number) else otherwise
 
 
 def logs(args: argparse.Namespace) -> None:
@@ -130,6 +136,14 @@ def _print_event(event: Mapping[str, Any], as_json: bool) -> None:
 
 
 def describe(event: Mapping[str, Any]) -> str:
+    """One line; of an event that a supervisor of another version says otherwise, as it is."""
+    try:
+        return _described(event)
+    except (LookupError, TypeError, ValueError, OverflowError, OSError):
+        return f"an event that this llmux does not know: {json.dumps(event)}"
+
+
+def _described(event: Mapping[str, Any]) -> str:
     when = datetime.fromtimestamp(event["time"]).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     model = event["model"]
     if event["type"] == "transition":

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from llmux import typed_json
 from llmux.errors import StateFileError
 from llmux.small_files import read_small
+from llmux.typed_json import BadJson
 
+log = logging.getLogger(__name__)
+
+MAX_EVENT: Final = 64 * 1024  # one is some 300 bytes
 MAX_BYTES: Final = 4 * 1024 * 1024  # of each of the two; some 14,000 events
 
 
@@ -42,7 +48,10 @@ class EventFile:
             except OSError as error:
                 problem = error
                 continue
-            found += [event for event in map(_event, lines) if event is not None]
+            events = [event for event in map(_event, filter(None, lines)) if event is not None]
+            if damaged := sum(map(bool, lines)) - len(events):
+                log.warning("%d damaged lines of the events file %s are left out", damaged, path)
+            found += events
         if problem is not None and not found:
             raise self._error("read", problem) from problem
         return found
@@ -96,8 +105,10 @@ class EventFile:
 
 
 def _event(line: bytes) -> Mapping[str, Any] | None:
+    if len(line) > MAX_EVENT:
+        return None
     try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
+        event = typed_json.parse(line)
+    except BadJson:
         return None
     return event if isinstance(event, dict) else None

@@ -148,14 +148,21 @@ class Loop:
             _log_transitions(old, state)
         elif orders_changed(old, state):
             self._save()
-        for listener in self.listeners:
-            listener.published(old, state)
+        self._tell(lambda listener: listener.published(old, state))
         for effect in effects:
             self._perform(effect)
         for waiter in list(self._waiters):
             predicate, future = waiter
             if not future.done() and predicate(state):
                 future.set_result(state)
+
+    def _tell(self, what: Callable[[Listeners], None]) -> None:
+        """None of them may end the loop, or keep a state from the others."""
+        for listener in self.listeners:
+            try:
+                what(listener)
+            except Exception:
+                log.exception("cannot tell %s what changed", type(listener).__name__)
 
     def _save(self) -> None:
         """Write the notes. They are only a hint: what cannot be written now is written later."""
@@ -205,8 +212,7 @@ class Loop:
                 self._send(worker, Refuse(model, reason, message, retry_after))
             case SwitchFinished():
                 self.last_switches[effect.model] = effect
-                for listener in self.listeners:
-                    listener.switched(effect)
+                self._tell(lambda listener: listener.switched(effect))
             case OrderAnswered(order):
                 future = self._orders.get(order)
                 if future is not None and not future.done():

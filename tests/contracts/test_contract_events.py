@@ -58,6 +58,17 @@ class TestTheFile:
         store.append({"id": 3})
         assert [event["id"] for event in store.load()] == [1, 3]
 
+    @pytest.mark.parametrize(
+        "damaged", ['{"id": NaN}', f'{{"id": {"9" * 4301}}}', f'{{"to": "{"m" * 65536}"}}']
+    )
+    def test_a_line_that_no_reader_takes_is_left_out_and_said(
+        self, tmp_path: Path, damaged: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = tmp_path / "events"
+        path.write_text(f'{{"id": 1}}\n{damaged}\n{{"id": 3}}\n')
+        assert [event["id"] for event in EventFile(str(path)).load()] == [1, 3]
+        assert caplog.messages == [f"1 damaged lines of the events file {path} are left out"]
+
     def test_a_file_larger_than_allowed_is_left_out(self, tmp_path: Path) -> None:
         path = tmp_path / "events"
         path.write_bytes(b'{"id": 1}\n' * 200)

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from time import time
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from llmux.core.effects import SwitchFinished
 from llmux.core.records import (
@@ -33,6 +33,7 @@ from llmux.ports import EventStore
 from llmux.protocol import MAX_LINE
 from llmux.runtime.control.order_book import Order
 from llmux.runtime.control.watchers import Watchers
+from llmux.typed_json import Within, fits
 
 log = logging.getLogger("llmux")
 
@@ -44,6 +45,31 @@ QUEUE_SECS: Final = 1.0  # at most one length per queue in this time
 QUEUE: Final = "queue"
 
 Event = dict[str, Any]
+
+# What a kept event may say: numbers that others can read, and count on from.
+_SECS = Annotated[float, Within(0, 1e9)]
+_FIELDS: Final[Mapping[str, Any]] = {
+    "id": Annotated[int, Within(0, 2**52)],
+    "time": Annotated[float, Within(0, 1e11)],
+    "model": str,
+    "type": str,
+    "from": str | None,
+    "to": str,
+    "reason": str,
+    "gpus": list[int],
+    "duration_secs": _SECS | None,
+    "victims": list[str],
+    "cold": bool,
+    "drain_secs": float,  # may begin before it was decided
+    "park_secs": float,
+    "up_secs": float,
+    "waiting": Annotated[int, Within(0, 10**9)],
+    "order": Annotated[int, Within(0, 2**52)],
+    "verb": str,
+    "by": str | None,
+    "result": str,
+}
+_COMMON: Final = frozenset({"id", "time", "model", "type"})
 
 
 class EventLog:
@@ -63,11 +89,14 @@ class EventLog:
         if self._store is None:
             return
         try:
-            former = [event for event in self._store.load() if _is_event(event)]
+            kept = self._store.load()
         except StateFileError as error:
             log.warning("%s", error)
             return
-        self.recent.extend(dict(event) for event in former)
+        former = [event for event in map(_event, kept) if event is not None]
+        if len(former) < len(kept):
+            log.warning("%d events of before are damaged, and left out", len(kept) - len(former))
+        self.recent.extend(former)
         self._forget_old(time())
         self._number = itertools.count(1 + max((event["id"] for event in former), default=0))
 
@@ -176,10 +205,12 @@ class EventLog:
             self._unwritten = False
 
 
-def _is_event(event: Mapping[str, Any]) -> bool:
-    """A file of another version, or a damaged line, must not disturb the events of today."""
-    kinds = {"id": int, "time": float | int, "model": str, "type": str}
-    return all(isinstance(event.get(key), kind) for key, kind in kinds.items())
+def _event(kept: Mapping[str, Any]) -> Event | None:
+    """What is known of a kept event; None for one of another version or a damaged one, which must
+    not disturb the events of today."""
+    event = {key: kept[key] for key in _FIELDS if key in kept}
+    whole = event.keys() >= _COMMON and all(fits(_FIELDS[key], event[key]) for key in event)
+    return event if whole else None
 
 
 def _that_fit(events: Iterable[Event]) -> Iterator[Event]:

@@ -51,6 +51,7 @@ from llmux.protocol import (
 from llmux.responses import ResponseModels
 from llmux.runtime.connections import Complaints, Connections, Peer, socket_of
 from llmux.runtime.control.watchers import Watchers
+from llmux.small_files import make_way
 
 log = logging.getLogger("llmux")
 
@@ -120,8 +121,8 @@ class ControlSocket:
         self._track(self._keep_bound(path, group, look_secs))
 
     async def _bind(self, path: str, group: int | None) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        if aside := make_way(path):
+            log.warning("a directory was in the place of the control socket: it is now %s", aside)
         self._server = await asyncio.start_unix_server(self._connected, path, limit=MAX_LINE)
         if group is not None:
             os.chown(path, -1, group)
@@ -135,18 +136,23 @@ class ControlSocket:
 
     async def _keep_bound(self, path: str, group: int | None, look_secs: float) -> None:
         """Without its file the socket reaches no gateway that starts later, and no operator."""
+        said = False
         while True:
             await asyncio.sleep(look_secs)
             with suppress(OSError):
                 if os.stat(path).st_ino == self._inode:
                     continue
-            log.warning("the control socket %s was removed or replaced; making it again", path)
+            if not said:
+                log.warning("the control socket %s was removed or replaced; making it again", path)
             former = self._server
             try:
                 await self._bind(path, group)
             except OSError as error:
-                log.error("cannot make the control socket %s again: %s", path, error)
+                if not said:
+                    log.error("cannot make the control socket %s again: %s", path, error)
+                said = True
             else:
+                said = False
                 if former is not None:
                     former.close()  # its connections go on
 
@@ -190,7 +196,14 @@ class ControlSocket:
             self._complaints.warn("a peer of the control socket reads nothing: connection dropped")
             writer.transport.abort()
             return
-        data = message.encode()
+        try:
+            data = message.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            self._complaints.warn("cannot send a message of kind %s: %s", message.kind, error)
+            if not isinstance(message, Answer):
+                return
+            why = f"the answer cannot be encoded: {error}"
+            data = Answer(message.id, False, None, Reason.INTERNAL.value, why).encode()
         if len(data) >= MAX_ANSWER and isinstance(message, Answer):
             log.warning("an answer of %d bytes is too long for the control socket", len(data))
             data = Answer(

@@ -142,3 +142,19 @@ def test_lines_since_a_time_are_the_journals(monkeypatch: pytest.MonkeyPatch) ->
 def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", "a", "-f", "--socket", str(tmp_path / "none")]) == 4
     assert "is it running?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "odd", [{"time": 1e300}, {"time": 10**400}, {"time": None}, {"duration_secs": "x"}, {"id": []}]
+)
+def test_an_event_that_cannot_be_described_ends_no_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: dict[str, Any]
+) -> None:
+    path = tmp_path / "s"
+    news: list[Message] = [News("events", "", MOVE | odd), News("events", "", SWITCH)]
+    with supervisor(path, {"events": [MOVE | {"id": 0}, MOVE | {"id": 1} | odd]}, news):
+        assert main(["events", "--follow", "--socket", str(path)]) == 4, "it went away"
+    first, second, *others = capsys.readouterr().out.splitlines()
+    assert first.endswith("after 3.000 s")
+    assert "id" in odd or second.startswith('an event that this llmux does not know: {"id": 1')
+    assert others[-1].endswith("b: serves after 1.250 s (woken, in place of a)")

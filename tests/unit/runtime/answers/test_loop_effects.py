@@ -157,6 +157,26 @@ def test_what_workers_have_to_know_is_sent_to_the_one_that_is_named(
     assert bench.hands.asked == []
 
 
+class Fails(Listener):
+    def published(self, old: State, new: State) -> None:
+        raise ValueError("Exceeds the limit (4300 digits)")
+
+    def switched(self, switch: SwitchFinished) -> None:
+        raise RecursionError
+
+
+def test_a_listener_that_fails_ends_nothing_and_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench()
+    bench.loop.listeners.insert(0, Fails())
+    switch = SwitchFinished("a", (), True, 0.0, 0.0, 0.0, 1.0)
+    former, present = bench.loop.state, state_of(a=Stopped())
+    bench.enter(present, switch)
+    assert bench.listener.heard == [(former, present), switch]
+    assert caplog.messages == ["cannot tell Fails what changed"] * 2
+
+
 def test_a_switch_is_told_to_all_and_kept_by_its_model() -> None:
     bench = Bench()
     switch = SwitchFinished("a", (), True, 0.0, 0.0, 0.0, 1.0)

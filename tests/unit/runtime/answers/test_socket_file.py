@@ -13,9 +13,10 @@ import pytest
 from runtime_harness import in_loop
 
 from llmux.errors import LlmuxError, Reason, Refused
-from llmux.protocol import MAX_LINE, Answer, Ask, Catalog, Hello, Progress, decode
+from llmux.protocol import MAX_LINE, Answer, Ask, Catalog, Hello, News, Progress, Watch, decode
 from llmux.runtime.control import socket as module
 from llmux.runtime.control.socket import ControlSocket
+from llmux.runtime.control.watchers import Watchers
 
 
 def control_of(**settings: Any) -> ControlSocket:
@@ -90,7 +91,7 @@ async def test_a_socket_that_is_replaced_is_made_again_and_one_that_cannot_be_is
         os.unlink(path)
         assert await bound.get() == path
         assert stat.S_ISSOCK(os.stat(path).st_mode)
-        assert sum("was removed or replaced" in line for line in caplog.messages) == 2
+        assert sum("was removed or replaced" in line for line in caplog.messages) == 1
         assert sum("cannot make the control socket" in line for line in caplog.messages) == 1
         await control.close()
 
@@ -173,4 +174,74 @@ async def test_every_end_of_an_ask_is_told_and_its_progress_before(
         assert decode(await reader.readline()) == Answer(number, *answer)
     assert caplog.messages == ["cannot answer broken", "cannot answer mute"]
     writer.close()
+    await control.close()
+
+
+@in_loop
+async def test_what_cannot_be_encoded_ends_no_one(caplog: pytest.LogCaptureFixture) -> None:
+    """A number of 4301 digits, from a damaged file, ended the supervisor with each transition."""
+    watchers = Watchers()
+
+    async def ask(asked: Ask, *_: Any) -> object:
+        return 10**4301 if asked.verb == "huge" else "well"
+
+    control = ControlSocket(post=lambda _: None, ask=ask, catalog=Catalog, watchers=watchers)
+    ours, theirs = socket.socketpair()
+    await control.join(ours)
+    reader, writer = await asyncio.open_unix_connection(sock=theirs)
+    writer.write(Hello(role="cli").encode() + Watch("events").encode() + Ask(1, "huge").encode())
+    refused = decode(await reader.readline())
+    assert isinstance(refused, Answer)
+    assert (refused.id, refused.ok, refused.code) == (1, False, "internal_error")
+    assert (refused.message or "").startswith("the answer cannot be encoded: ")
+    watchers.publish("events", "", {"id": 10**4301})
+    watchers.publish("events", "", {"id": 2})
+    assert decode(await reader.readline()) == News("events", "", {"id": 2})
+    assert [line.partition(":")[0] for line in caplog.messages] == [
+        "cannot send a message of kind answer", "cannot send a message of kind news",
+    ]  # fmt: skip
+    writer.close()
+    await control.close()
+
+
+@in_loop
+async def test_a_directory_in_the_sockets_place_is_put_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "control"
+    (path / "x").mkdir(parents=True)
+    control = control_of()
+    await control.listen(str(path), None)
+    assert stat.S_ISSOCK(path.stat().st_mode)
+    (aside,) = tmp_path.glob("control.aside-*/x")  # noqa: ASYNC240
+    assert caplog.messages == [
+        f"a directory was in the place of the control socket: it is now {aside.parent}"
+    ]
+    await control.close()
+
+
+@in_loop
+async def test_a_socket_that_cannot_be_made_again_is_said_once_until_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run" / "control"
+    path.parent.mkdir()
+    control = control_of()
+    await control.listen(str(path), None, look_secs=0.001)
+    path.unlink()
+    path.parent.rmdir()
+    tried = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    caplog.set_level("ERROR")
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += bool(caplog.messages)
+        tried.set() if turns > 20 else loop.call_later(0.002, turn)
+
+    turn()
+    await asyncio.wait_for(tried.wait(), 60)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"cannot make the control socket {path} again: ")
     await control.close()

@@ -216,3 +216,37 @@ def test_a_model_that_is_added_and_one_that_stays_as_it_is(clock: list[float]) -
     ]
     log.published(both, one)
     assert (log.recent[-1]["model"], log.recent[-1]["type"]) == ("b", "removed")
+
+
+NINES = int("9" * 4300)  # one more has too many digits to be written
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"id": NINES}, {"id": 10**30}, {"id": 2**63 - 1}, {"id": -1}, {"id": True}, {"id": 1.0},
+        {"time": 10**400}, {"time": 1e300}, {"time": -1}, {"time": "now"},
+        {"duration_secs": "x"}, {"duration_secs": 1e300}, {"gpus": "y"}, {"gpus": [NINES]},
+        {"to": ["serving"]}, {"reason": {}}, {"victims": [1]}, {"cold": 1}, {"waiting": [1]},
+    ],
+)  # fmt: skip
+def test_a_damaged_event_is_left_out_and_numbers_go_on_from_the_others(
+    clock: list[float], caplog: pytest.LogCaptureFixture, damaged: dict[str, object]
+) -> None:
+    whole = {"id": 7, "time": 1000.0, "model": "a", "type": "transition", "to": "serving"}
+    log = EventLog(Watchers(), MemoryEvents(whole | damaged, whole, whole | damaged))
+    log.resume()
+    assert list(log.recent) == [whole]
+    assert caplog.messages == ["2 events of before are damaged, and left out"]
+    log.published(state(), state(Serving("e1", 0.0)))
+    assert log.recent[-1]["id"] == 9
+
+
+def test_of_a_kept_event_only_what_is_known_is_told(clock: list[float]) -> None:
+    whole = {"id": 7, "time": 1000.0, "model": "a", "type": "of a newer llmux"}
+    deep: list[object] = []
+    for _ in range(800):
+        deep = [deep]
+    log = EventLog(Watchers(), MemoryEvents(whole | {"z": deep}))
+    log.resume()
+    assert list(log.recent) == [whole]
