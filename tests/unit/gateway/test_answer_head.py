@@ -111,6 +111,9 @@ def test_a_head_that_two_readers_could_split_differently_is_refused(line: bytes)
         (b"content-length: 5", b"transfer-encoding: chunked"),
         (b"Content-Length: 5", b"content-length: 5"),
         (b"content-length: 5", b"Content-Length: 6"),
+        (b"Content-Length: 5", b"CONTENT-LENGTH: 5"),
+        (b"Content-Length: 5", b"Transfer-Encoding: chunked"),
+        (b"Transfer-Encoding: chunked", b"Content-Length: 5"),
         (b"content-length: 5, 5",),
         (b"Content-Length: +5",),
         (b"Content-Length: -5",),
@@ -131,6 +134,32 @@ def test_a_body_that_two_readers_could_frame_differently_is_refused(
 ) -> None:
     with pytest.raises(BadHead):
         read_answer_head(head(b"date: 1", *lines), 200)
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "fine"),
+    [
+        (b"HTTP/1.1 200 OK", 200, True),
+        (b"HTTP/1.0 200 OK", 200, True),
+        (b"HTTP/1.1 200 ", 200, True),
+        (b"HTTP/1.1 200 OK", 201, False),
+        (b"HTTP/1.0 404 OK", 200, False),
+        (b"HTTP/2.0 200 OK", 200, False),
+        (b"HTTP/1.1  200 OK", 200, False),
+        (b"http/1.1 200 OK", 200, False),
+        (b"HTTP/1.12 00 OK", 200, False),
+        (b" HTTP/1.1 200 OK", 200, False),
+    ],
+)
+def test_a_status_line_says_what_the_parser_read(line: bytes, status: int, fine: bool) -> None:
+    whole = line + b"\r\netag: x\r\n\r\n"
+    if fine:
+        read, length = read_answer_head(whole, status)
+        assert read.lines == b"HTTP/1.1 " + line[9:] + b"\r\netag: x\r\n"
+        assert (read.status, length, read.chunked) == (status, b"", False)
+    else:
+        with pytest.raises(BadHead, match="the status line is malformed"):
+            read_answer_head(whole, status)
 
 
 def test_chunks_are_of_http_1_1_and_of_responses_with_a_body() -> None:

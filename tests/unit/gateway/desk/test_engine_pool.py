@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from engine_wire import ASKED, CLOSED, SHORT, Heard, Line
@@ -187,3 +189,18 @@ def test_a_pool_that_is_closed_as_it_connects_is_empty_after_that(error: Excepti
         assert sink.failures == []
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), OSError("gone")])
+def test_one_that_refuses_ends_the_attempt_and_nothing_fails_of_itself(error: Exception) -> None:
+    faults: list[Any] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, what: faults.append(what))
+        sink = await Basin(error=error).send()
+        assert len(sink.failures) == 1
+        await asyncio.sleep(0)
+        gc.collect()
+
+    asyncio.run(run())
+    assert faults == []

@@ -50,6 +50,7 @@ def test_an_answer_is_the_same_in_whatever_pieces_it_comes(
         assert (sink.ended, sink.failures, sink.connection) == (1, [], None)
         assert line.owners.released == [reusable] * number
         assert line.connection.served == number
+        assert not line.connection.until_close
         assert not line.wire.closing
     assert line.wire.written == [ASKED.head + b"{}"] * answers
 
@@ -142,6 +143,18 @@ def test_where_an_answer_was_cut_is_known(heard: bytes, between: bool, size: int
     assert line.connection.between_chunks is between
     line.connection.connection_lost(None)
     assert [(one.between_chunks, one.connected) for one in sink.failures] == [(between, True)]
+
+
+@pytest.mark.parametrize("kind", [EngineConnection, UnchunkingConnection])
+@pytest.mark.parametrize("heard", [SHORT[:-1], SHORT[:-5]])
+def test_one_without_chunks_is_never_cut_in_a_chunk(
+    heard: bytes, kind: type[EngineConnection]
+) -> None:
+    line = Line(kind)
+    sink = line.ask()
+    line.hear(heard)
+    line.connection.connection_lost(None)
+    assert [(one.between_chunks, one.malformed) for one in sink.failures] == [(True, False)]
 
 
 def test_an_idle_connection_that_closes_as_it_is_used_is_replaced_once() -> None:

@@ -336,3 +336,27 @@ def test_a_lease_that_is_granted_again_while_it_drains_goes_on() -> None:
     desk.admission.leave(ticket)
     assert (desk.lease() is lease, lease.revoked, desk.idle) == (True, False, [])
     assert not desk.admission.forget(lease)
+
+
+def test_an_engine_elsewhere_is_another_one_whatever_its_epoch() -> None:
+    desk = Desk()
+    desk.admission.grant("a", "e1", ADDRESS)
+    ticket, before = desk.ticket(), desk.lease()
+    desk.admission.grant("a", "e1", Address(port=2))
+    after = desk.lease()
+    assert (before.revoked, after.address, after.revoked) == (True, Address(port=2), False)
+    fresh = desk.ticket()
+    assert (before.in_flight, after.in_flight) == ({ticket}, {fresh})
+    desk.admission.leave(ticket)
+    assert (desk.idle, desk.admission.forget(before)) == (["e1"], False)
+    assert desk.lease() is after
+
+
+def test_a_model_that_nobody_waits_for_is_not_wanted() -> None:
+    desk = Desk()
+    for model in "ab":
+        desk.admission.grant(model, "e1", ADDRESS)
+        desk.admission.revoke(model, "e1")
+    assert desk.admission.wanted() == []
+    desk.ticket("b")
+    assert desk.admission.wanted() == ["b"]

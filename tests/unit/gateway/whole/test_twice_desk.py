@@ -329,3 +329,53 @@ async def test_the_first_byte_is_counted_once_while_an_id_is_sought(
         exchange.response_bytes(piece)
     assert sum(desk.worker.observer.times["alpha"].first_tokens.counts) == 1
     assert desk.worker.responses.model_of("resp_1") == "alpha"
+
+
+@in_a_loop
+async def test_one_that_is_answered_lets_the_next_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch)
+    desk.grant()
+    exchanges = [desk.asks()[1] for _ in range(2)]
+    desk.supervisor.on_message(Revoke("alpha", "e1"))
+    for exchange in exchanges:
+        exchange.response_failed(DIED)
+    pool = desk.grant(epoch="e2")
+    ((_, tried),) = pool.sent
+    answers(tried, FIXED)
+    assert (tried.deaths, tried.repeatable) == (0, False)
+    assert {sink for _, sink in pool.sent} == set(exchanges)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+@in_a_loop
+async def test_what_fails_is_said_of_its_request_and_its_model_once(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "llmux.gateway.journal")
+    desk = Desk(monkeypatch)
+    desk.grant()
+    _, exchange = desk.asks()
+    if broken:
+        answers(exchange, CHUNKED)
+    for _ in range(2):
+        exchange.refuse(Refused(Reason.CUT_BY_SWITCH, "cut"))
+    (line,) = caplog.records
+    assert line.getMessage().endswith(": cut")
+    assert (line.__dict__["request"], line.__dict__["model"]) == ("r1", "alpha")
+
+
+@in_a_loop
+async def test_an_error_after_a_sign_of_life_is_no_answer_that_was_completed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch, keep_alive_comment_secs=5.0)
+    desk.grant()
+    client, exchange = desk.asks(desk.incoming(STREAM))
+    exchange.send_keep_alive()
+    answers(exchange, b"HTTP/1.1 400 Bad\r\ncontent-length: 2\r\n\r\nno")
+    exchange.connection = None
+    exchange.response_end()
+    assert (client.done, client.aborted) == ([True], 0)
+    assert client.got.endswith(b"}\n\n\r\n0\r\n\r\n")
+    assert sum(desk.worker.observer.times["alpha"].durations.counts) == 0
+    assert desk.worker.admission.demand("alpha").completed == 0
