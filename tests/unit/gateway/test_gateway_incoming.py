@@ -318,6 +318,7 @@ def test_an_adapter_that_the_body_names_is_not_written_again() -> None:
         ([(b"X-Request-Timeout", b"9"), (b"X-Stainless-Timeout", b"7")], "timeout_secs", 7.0),
         ([(b"X-Request-Timeout", b"soon")], "timeout_secs", None),
         ([(b"X-Request-Timeout", b"-1")], "timeout_secs", None),
+        ([(b"Keep-Alive", b"5"), (b"Te", b"5"), (b"Upgrade", b"5")], "timeout_secs", None),
         ([(b"X-Llmux-Keep-Alive", b"10m")], "keep_alive_secs", 600.0),
         ([(b"X-Llmux-Keep-Alive", b"0")], "keep_alive_secs", 0.0),
         ([(b"X-Llmux-Keep-Alive", b"1.5h")], "keep_alive_secs", 5400.0),

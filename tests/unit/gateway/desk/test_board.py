@@ -218,6 +218,22 @@ async def test_pages_that_hear_nothing_get_a_sign(monkeypatch: pytest.MonkeyPatc
 
 
 @in_a_loop
+async def test_an_hour_without_an_event_ends_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    hall = Hall(monkeypatch)
+    page, wire = await hall.page()
+    await hall.passes()
+    for number in (1, 2):
+        hall.desk.now += KEEP_SECS + 1.0
+        await hall.passes()
+        assert not page.ended.is_set()
+        frames(wire)
+        hall.desk.worker.subscriptions.publish(News("timeline", "", an_event(number)))
+        await hall.passes()
+        assert [one["id"] for _, body in frames(wire) for one in body["events"]] == [number]
+    await hall.end(page)
+
+
+@in_a_loop
 async def test_pages_end_with_the_worker_and_when_the_board_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

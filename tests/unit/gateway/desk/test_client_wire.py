@@ -110,8 +110,15 @@ async def test_a_worker_that_hands_over_closes_after_an_answer(
         (a_request(b"x" * (MAX_CONTROL_BODY + 1), path=b"/control/pin"), 403),
         (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n", 413),
         (a_request(b"", path=b"/v1/completions/"), 307),
+        (
+            a_request(b"", b"Transfer-Encoding: chunked", path=b"/no")
+            + b"4001\r\n"
+            + b"x" * (MAX_SKIPPED_BODY + 1)
+            + b"\r\n0\r\n\r\n",
+            413,
+        ),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("size", [11, 1 << 20])

@@ -16,6 +16,7 @@ from llmux.gateway.control.app import _Headers
 from llmux.gateway.engine.connection import EngineFailure
 from llmux.gateway.engine.request import Delivery
 from llmux.gateway.engine_series import MAX_BYTES
+from llmux.gateway.observer import UNKNOWN, Observer
 from llmux.metrics import Store
 from llmux.protocol import Revoke
 
@@ -184,6 +185,20 @@ async def test_an_engines_numbers_may_be_as_long_as_the_bound(
     desk.grant()
     page, _ = await scraped(desk, METRICS + (RUNNING + b"#").ljust(MAX_BYTES, b" "))
     assert b"vllm:running" in page
+
+
+def test_until_the_models_are_known_any_may_be_counted() -> None:
+    observer = Observer()
+    for known in (None, {"a"}):
+        observer.known = known
+        for model in ("a", "b"):
+            observer.answered(model, 200)
+            observer.times_of(model).waits.observe(0.1)
+    assert observer.requests == {("a", 200): 2, ("b", 200): 1, (UNKNOWN, 200): 1}
+    observer.times.clear()
+    observer.times_of("b")
+    observer.times_of("a")
+    assert list(observer.times) == ["a"]
 
 
 @in_a_loop

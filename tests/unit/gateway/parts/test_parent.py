@@ -145,6 +145,7 @@ def test_a_worker_that_stands_still_is_killed_once_each_time(house: House) -> No
 @pytest.mark.parametrize("number", [TERM, signal.SIGINT])
 def test_a_stop_ends_all_and_kills_who_does_not_end(house: House, number: int) -> None:
     house.unit.pids = [7, 101]
+    house.says(1, ALIVE)  # from here on its silence would be noticed earlier
     house.parent._due[3] = 0.0
     house.parent._signalled(number)
     house.parent._signalled(number)

@@ -146,6 +146,17 @@ async def test_a_preflight_is_told_what_it_asks(
     assert [line for line in own if line.startswith(("methods", "max-age", "headers"))] == expected
 
 
+@pytest.mark.parametrize("origin", [(), (b"Origin: https://b",)])
+@in_a_loop
+async def test_a_preflight_of_another_page_is_told_nothing(
+    origin: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = Door(Desk(monkeypatch, cors_origins=("https://a",)))
+    door.send(a_request(b"", *origin, ASKS, method=b"OPTIONS"))
+    assert door.statuses() == [204]
+    assert b"access-control" not in door.got
+
+
 @in_a_loop
 async def test_who_asks_is_handed_on_and_a_100_waits_for_the_answer_before(
     monkeypatch: pytest.MonkeyPatch,
