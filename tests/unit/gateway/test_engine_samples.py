@@ -143,6 +143,8 @@ def test_a_bad_line_is_dropped_and_counted(line: str) -> None:
         'h_bucket{le="+Inf"} NaN|h_count NaN|h_sum 1',
         'h_bucket{le="+Inf"} +Inf|h_count +Inf|h_sum 1',
         'h_bucket{le="+Inf"} -1|h_count -1|h_sum 1',
+        'h_bucket{le="x"} 1|h_bucket{le="+Inf"} 1|h_count 1|h_sum 1',
+        'h_bucket{le="+Inf"} 1|h_bucket{le="x"} 1|h_count 1|h_sum 1',
         'h_bucket{le="+Inf"} 1|h_count 1|h_sum -1',
         'h_bucket{le="+Inf"} 1|h_count 1|h_sum NaN',
     ],

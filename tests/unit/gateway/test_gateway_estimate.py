@@ -59,6 +59,18 @@ def test_a_model_waits_for_its_own_switch_and_for_those_before_it() -> None:
     assert switches.granted("a") == b"none"
 
 
+def test_a_switch_lasts_from_its_own_beginning() -> None:
+    now = 0.0
+    switches = Switches(lambda: now, min_active_secs=5)
+    for seen_at, state, secs in (
+        (0.0, "stopped", 20.0), (10.0, "starting", 20.0), (14.0, "starting", 16.0),
+        (15.0, "waking", 20.0), (16.0, "waking", 19.0), (20.0, "parked", 20.0),
+    ):  # fmt: skip
+        now = seen_at
+        switches.see([ModelInfo("a", state, switch_secs=20)])
+        assert switches.secs_until("a", []) == secs
+
+
 def test_five_times_the_capacity_the_estimate_is_near_the_real_wait() -> None:
     """Open loop, simulated: 4 places, 1 s each; 20 arrivals a second for a minute."""
     now = 0.0

@@ -204,3 +204,40 @@ def test_one_that_refuses_ends_the_attempt_and_nothing_fails_of_itself(error: Ex
 
     asyncio.run(run())
     assert faults == []
+
+
+@pytest.mark.parametrize(("answer", "kept"), [(SHORT, True), (CLOSED, False)])
+def test_one_that_the_engine_will_close_is_closed_though_there_is_room(
+    answer: bytes, kept: bool
+) -> None:
+    async def run() -> None:
+        basin = Basin()
+        sink = await basin.send()
+        (line,) = basin.lines
+        line.hear(answer)
+        assert (sink.ended, line.wire.closing) == (1, not kept)
+        await basin.send()
+        assert len(basin.lines) == (1 if kept else 2)
+
+    asyncio.run(run())
+
+
+def test_one_whose_client_leaves_with_its_last_byte_is_not_used_again() -> None:
+    class Leaving(Heard):
+        def response_bytes(self, data: bytes) -> None:
+            super().response_bytes(data)
+            assert self.connection is not None
+            self.connection.abort()
+
+    async def run() -> None:
+        basin = Basin()
+        sink = Leaving()
+        basin.pool.send(ASKED, sink)
+        while basin.pool._connecting:  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0)
+        (line,) = basin.lines
+        line.hear(SHORT[:-2], SHORT[-2:])
+        assert (sink.body, sink.ended, sink.failures) == (b"hello", 0, [])
+        assert line.wire.closing
+
+    asyncio.run(run())

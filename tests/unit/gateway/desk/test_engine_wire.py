@@ -146,13 +146,13 @@ def test_where_an_answer_was_cut_is_known(heard: bytes, between: bool, size: int
 
 
 @pytest.mark.parametrize("kind", [EngineConnection, UnchunkingConnection])
-@pytest.mark.parametrize("heard", [SHORT[:-1], SHORT[:-5]])
+@pytest.mark.parametrize("heard", [SHORT[:-1], SHORT[:-4], SHORT[:-5]])
 def test_one_without_chunks_is_never_cut_in_a_chunk(
     heard: bytes, kind: type[EngineConnection]
 ) -> None:
     line = Line(kind)
     sink = line.ask()
-    line.hear(heard)
+    line.hear(heard[:-3], heard[-3:])
     line.connection.connection_lost(None)
     assert [(one.between_chunks, one.malformed) for one in sink.failures] == [(True, False)]
 

@@ -46,6 +46,8 @@ def head_of(client: FakeClient) -> list[bytes]:
         (FIXED, {"body": ALIAS, "version": "1.0"}, [b"server: e"], True),
         (ENDLESS, {"body": ALIAS}, [b"server: e"], True),
         (b"HTTP/1.1 204 No Content\r\n\r\n", {"body": ALIAS}, [], False),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", {"body": ALIAS, "version": "1.0"}, [], False),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", {"keep_alive": False}, [], True),
     ],
 )
 @in_a_loop
@@ -155,14 +157,21 @@ async def test_the_first_byte_of_a_body_is_the_first_token(monkeypatch: pytest.M
     ("draining", "origin", "anthropic"),
     [(False, None, False), (True, None, False), (False, "https://a", True), (True, "https://b", 0)],
 )
+@pytest.mark.parametrize("keep_alive", [True, False])
 @in_a_loop
 async def test_a_refusal_is_an_answer(
-    draining: bool, origin: str | None, anthropic: bool, monkeypatch: pytest.MonkeyPatch
+    draining: bool,
+    origin: str | None,
+    anthropic: bool,
+    keep_alive: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     desk = Desk(monkeypatch, cors_origins=("https://a",))
     headers = [] if origin is None else [f"Origin: {origin}"]
     path = "/v1/messages" if anthropic else "/v1/chat/completions"
-    client, exchange = desk.asks(desk.incoming(b'{"model":"alpha"}', *headers, path=path))
+    incoming = desk.incoming(b'{"model":"alpha"}', *headers, path=path, keep_alive=keep_alive)
+    client, exchange = desk.asks(incoming)
+    closes = draining or not keep_alive
     desk.worker.draining = draining
     desk.now += 2.0
     exchange.refuse(Refused(Reason.CUT_BY_SWITCH, "cut", retry_after=7.2))
@@ -170,14 +179,14 @@ async def test_a_refusal_is_an_answer(
     assert head[0] == b"HTTP/1.1 503 Service Unavailable"
     assert b"retry-after: 8" in head
     assert (OWN % 2000).strip().split(b"\r\n") == head[4:7]
-    assert (b"connection: close" in head) is draining
+    assert (b"connection: close" in head) is closes
     assert (b"access-control-allow-origin: https://a" in head) is (origin == "https://a")
     body = json.loads(client.got.partition(b"\r\n\r\n")[2])
     assert body["error"]["message"] == "cut"
     assert ("code" in body["error"]) is not bool(anthropic)
-    assert client.done == [draining]
+    assert client.done == [closes]
     exchange.refuse(Refused(Reason.CUT_BY_SWITCH, "again"))
-    assert client.done == [draining], "it has ended"
+    assert client.done == [closes], "it has ended"
     observer = desk.worker.observer
     assert observer.requests == {("alpha", 503): 1}
     assert (observer.times["alpha"].waits.sum, observer.broken, observer.abandoned) == (2.0, {}, {})

@@ -360,3 +360,25 @@ def test_a_model_that_nobody_waits_for_is_not_wanted() -> None:
     assert desk.admission.wanted() == []
     desk.ticket("b")
     assert desk.admission.wanted() == ["b"]
+
+
+def test_only_what_is_in_flight_waits_again() -> None:
+    desk = Desk(max_in_flight=1)
+    desk.admission.grant("a", "e1", ADDRESS)
+    served, waiting = desk.ticket(), desk.ticket()
+    ended, new = desk.ticket(), Ticket("a", desk.now, desk.now + 1.0)
+    desk.admission.leave(ended)
+    desk.admission.leave(served, completed=True)
+    assert (waiting.in_flight, desk.admission.demand("a").completed) == (True, 1)
+    last = desk.ticket()
+    before = desk.admission.demand("a")
+    for ticket in (served, last, ended, new):
+        for begun in (True, False):
+            stage = ticket.stage
+            assert not desk.admission.wait_again(ticket, begun=begun)
+            assert (ticket.stage, ticket.deaths, ticket.unreached) == (stage, 0, None)
+    assert desk.admission.demand("a") == before
+    desk.admission.answered(waiting)
+    for begun in (True, False):
+        assert not desk.admission.wait_again(waiting, begun=begun), "its answer has begun"
+        assert (waiting.in_flight, waiting.deaths) == (True, 0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_wire import ASKED, SHORT, Heard
+from engine_wire import ASKED, SHORT, Heard, Line, Wire
 
 from llmux.gateway.engine import pool as pool_module
 from llmux.gateway.engine.pool import EnginePool
+from llmux.gateway.engine.request import EngineRequest
+from llmux.gateway.http.multipart import Upload
 from llmux.protocol import Address
 
 
@@ -123,3 +126,69 @@ def test_one_that_does_not_accept_in_time_is_given_up(monkeypatch: pytest.Monkey
         assert failure.error.endswith(" does not accept connections")
 
     asyncio.run(body())
+
+
+# ---- what an engine has read ---------------------------------------------------------------------
+
+
+class Through(Wire):
+    """A transport that writes to a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self.sock = sock
+
+    def write(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def get_extra_info(self, name: str) -> Any:
+        return {"socket": self.sock}[name]
+
+
+def has_unread(line: Line) -> bool:
+    return line.connection.unread
+
+
+def test_a_request_is_unread_until_the_engine_has_all_of_it() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = Line(wire=Through(ours))
+        assert not has_unread(line), "nothing was sent"
+        line.ask()
+        assert has_unread(line)
+        theirs.recv(len(ASKED.head))
+        assert has_unread(line), "its body is there"
+        theirs.recv(100)
+        assert not has_unread(line)
+        line.wire.buffered = 1
+        assert has_unread(line), "a part is here"
+        line.wire.buffered = 0
+        line.hear(SHORT)
+        line.ask()
+        assert has_unread(line)
+        line.hear(SHORT[:1])
+        assert not has_unread(line), "it has begun to answer"
+
+
+def test_what_was_not_sent_is_unread_and_of_a_port_nothing_is_known() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        upload = Upload()
+        upload.write(b"form")
+        line = Line(wire=Through(ours))
+        line.connection.pause_writing()
+        line.ask(EngineRequest(b"head", upload))
+        theirs.recv(100)
+        assert has_unread(line)
+        line.connection.resume_writing()
+        theirs.recv(100)
+        assert not has_unread(line)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as ours,
+    ):
+        line = Line(wire=Through(ours))
+        line.ask()
+        assert not has_unread(line)
+        line.wire.buffered = 1
+        assert has_unread(line)

@@ -35,7 +35,7 @@ async def test_what_is_repeated_is_sent_and_the_next_look_is_in_time(
     pool = desk.grant()
     _, exchange = desk.asks()
     exchange.response_failed(REFUSED)
-    assert (exchange.stage, exchange.lease) == (Stage.WAITING, None)
+    assert (exchange.stage, exchange.lease, exchange.deaths) == (Stage.WAITING, None, 0)
     assert [one.__dict__["request"] for one in caplog.records] == ["r1"]
     desk.now += 1.0
     desk.dispatch._tick()
@@ -245,21 +245,29 @@ async def test_other_sites_are_told_what_they_may_when_they_ask(
     assert client.done == [True]
 
 
+@pytest.mark.parametrize(
+    ("path", "begins"),
+    [
+        ("/v1/completions", b'\n\ndata: {"error": {"message": "cut"'),
+        ("/v1/messages", b'\n\nevent: error\ndata: {"type": "error", "error": {'),
+    ],
+)
 @in_a_loop
 async def test_an_event_follows_a_stream_without_chunks_wherever_it_breaks(
-    monkeypatch: pytest.MonkeyPatch,
+    path: str, begins: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = Desk(monkeypatch)
     desk.grant()
-    client, exchange = desk.asks()
+    client, exchange = desk.asks(desk.incoming(path=path))
     answers(exchange, EVENTS + b"\r\ndata: x\n\n", until_close=True)
     before = len(client.got)
     connection: Any = exchange.connection
     connection.between_chunks = False
     exchange.refuse(Refused(Reason.CUT_BY_SWITCH, "cut"))
     event = client.got[before:]
-    assert event.startswith(b'\n\ndata: {"error": {"message": "cut"')
+    assert event.startswith(begins)
     assert event.endswith(b"}\n\n")
+    assert b'"cut"' in event
     assert (client.done, client.aborted) == ([True], 0)
 
 
