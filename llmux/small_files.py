@@ -56,15 +56,17 @@ def replace_small(path: str, data: bytes) -> None:
         raise
 
 
-def make_way(path: str) -> str | None:
-    """Remove what is there; a directory is moved aside, and its new path returned. Raises
-    OSError."""
+def make_way(path: str, *, aside: bool) -> str | None:
+    """Remove what is there; a directory is moved ``aside``, and its new path returned, or left.
+    Raises OSError."""
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
     except IsADirectoryError:
-        aside = f"{path}.aside-{os.urandom(4).hex()}"
-        os.rename(path, aside)
-        return aside
+        if not aside:
+            raise
+        moved = f"{path}.aside-{os.urandom(4).hex()}"
+        os.rename(path, moved)
+        return moved
     return None

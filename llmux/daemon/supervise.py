@@ -105,7 +105,7 @@ async def supervise(
     cuda = asyncio.ensure_future(made.cuda_started()) if made.cuda_started else None
     try:
         supervisor.loop.listeners.append(StatusLine(notifier))
-        await supervisor.control_socket.listen(files.socket, group)
+        await supervisor.control_socket.listen(files.socket, group, ours=True)
         last_good.keep(config.sources)
         reload_on_hangup(supervisor, notifier)
         works = [

@@ -69,7 +69,6 @@ RECONNECT_SECS = 3.0
 
 Verb = Callable[[Ask, ProgressCallback], Awaitable[object]]
 
-
 # The gateway parses HTTP from outside: it gets the verbs that its routes offer, and no others.
 GATEWAY_VERBS = frozenset(
     {
@@ -109,19 +108,22 @@ class ControlSocket:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._path: str | None = None
-        self._inode = 0  # of the socket's file
+        self._ours, self._inode = False, 0  # of the socket's file
         self._closing = False
         self._unanswered = 0
 
-    async def listen(self, path: str, group: int | None, *, look_secs: float = LOOK_SECS) -> None:
+    async def listen(
+        self, path: str, group: int | None, *, ours: bool = False, look_secs: float = LOOK_SECS
+    ) -> None:
         """Bind ``path``, replacing a former socket, and again whenever it was removed, which is
-        looked for every ``look_secs``. ``group`` may connect; None: only our user."""
-        self._path = path
+        looked for every ``look_secs``. ``group`` may connect; None: only our user. A directory
+        there is moved aside where the path is ``ours``, and not named by mistake."""
+        self._path, self._ours = path, ours
         await self._bind(path, group)
         self._track(self._keep_bound(path, group, look_secs))
 
     async def _bind(self, path: str, group: int | None) -> None:
-        if aside := make_way(path):
+        if aside := make_way(path, aside=self._ours):
             log.warning("a directory was in the place of the control socket: it is now %s", aside)
         self._server = await asyncio.start_unix_server(self._connected, path, limit=MAX_LINE)
         if group is not None:

@@ -349,14 +349,15 @@ async def supervised(host: Host) -> None:
 
 @in_loop
 async def test_a_supervisor_that_cannot_listen_leaves_nothing_held(host: Host) -> None:
-    os.mkdir(host.files.socket)
-    with pytest.raises(OSError, match=r"supervisor\.sock"):
+    files = replace(host.files, runtime=f"{host.files.runtime}/{'d' * 100}")
+    os.mkdir(files.runtime)
+    with pytest.raises(OSError, match=r"too long"):
         await supervise(
-            host.config, files=host.files, unit=Unit(),
+            host.config, files=files, unit=Unit(),
             drivers=lambda _: drivers_on(host.world, host.files.runtime),
         )  # fmt: skip
     assert host.world.names("units.close") == ["units.close"]
-    assert is_free(host.files.lock)
+    assert is_free(files.lock)
     assert kept(host) is None
 
 

@@ -211,7 +211,9 @@ async def test_a_directory_in_the_sockets_place_is_put_aside(
     path = tmp_path / "control"
     (path / "x").mkdir(parents=True)
     control = control_of()
-    await control.listen(str(path), None)
+    with pytest.raises(IsADirectoryError):  # a path that somebody named, by mistake
+        await control.listen(str(path), None)
+    await control.listen(str(path), None, ours=True)
     assert stat.S_ISSOCK(path.stat().st_mode)
     (aside,) = tmp_path.glob("control.aside-*/x")  # noqa: ASYNC240
     assert caplog.messages == [
