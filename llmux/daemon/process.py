@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,9 @@ from llmux.drivers.systemd import journal as journald
 if TYPE_CHECKING:
     import asyncio
 
-RELOAD_SECS: Final = 1.0  # from the end of a reload to the next: a storm of signals has one of them
+# Who reloads finds it done a moment later; of a storm of signals one in RELOAD_SECS is heard.
+RELOADS_AT_ONCE: Final = 10
+RELOAD_SECS: Final = 1.0
 
 
 def setup_logging(verbose: bool) -> None:
@@ -38,11 +41,13 @@ def run(main: Awaitable[None]) -> None:
 
 
 def on_hangup(reload: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Reload after a SIGHUP: one at a time, and once for all that come before the next begins."""
+    """Reload after a SIGHUP: one at a time, and once for all that come before the next begins.
+    After RELOADS_AT_ONCE in so many RELOAD_SECS the next one begins that much later."""
     import asyncio
 
     loop = asyncio.get_running_loop()
-    begun: list[asyncio.Task[None]] = []  # the one that runs, or ended less than RELOAD_SECS ago
+    begun: list[asyncio.Task[None]] = []  # the one that runs, or after which none may begin yet
+    times: deque[float] = deque(maxlen=RELOADS_AT_ONCE)
     asked = False
 
     def hangup() -> None:
@@ -56,7 +61,13 @@ def on_hangup(reload: Callable[[], Coroutine[Any, Any, None]]) -> None:
         asked = False
         task = loop.create_task(reload())
         begun.append(task)
-        task.add_done_callback(lambda _: loop.call_later(RELOAD_SECS, rested))
+        times.append(loop.time())
+        task.add_done_callback(ended)
+
+    def ended(_: object) -> None:
+        many = len(times) == RELOADS_AT_ONCE
+        many = many and loop.time() - times[0] < RELOADS_AT_ONCE * RELOAD_SECS
+        loop.call_later(RELOAD_SECS if many else 0.0, rested)
 
     def rested() -> None:
         begun.clear()

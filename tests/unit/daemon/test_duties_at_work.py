@@ -28,7 +28,7 @@ from llmux.core.events import WorkerJoined
 from llmux.daemon import duties
 from llmux.daemon.duties import announce, gid_of, reload_on_hangup, stop_on_signals, uids_of, until
 from llmux.daemon.gateway_worker import _serve
-from llmux.daemon.process import RELOAD_SECS
+from llmux.daemon.process import RELOAD_SECS, RELOADS_AT_ONCE, on_hangup
 from llmux.daemon.supervisor import Supervisor
 from llmux.errors import LlmuxError
 from llmux.runtime import watchdog
@@ -216,7 +216,26 @@ async def test_a_hangup_reloads_every_part_and_ends_ready(error: Exception | Non
             notifier.told.clear()
             broke = [task.exception() for task in tasks if isinstance(task, asyncio.Task)]
             assert broke == [error if isinstance(error, ValueError) else None]
-            await asyncio.sleep(RELOAD_SECS)
+            await asyncio.sleep(0.001)
+
+
+@in_virtual_time
+async def test_reloads_now_and_then_never_wait() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        handlers: dict[int, Callable[[], None]] = {}
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "add_signal_handler", handlers.__setitem__)
+        times = list[float]()
+
+        async def reload() -> None:
+            times.append(loop.time())
+
+        on_hangup(reload)
+        for turn in range(3 * RELOADS_AT_ONCE):
+            handlers[signal.SIGHUP]()
+            asked = loop.time()
+            await asyncio.sleep(1.01 * RELOAD_SECS)
+            assert times[turn:] == pytest.approx([asked], abs=0.5 * RELOAD_SECS)
 
 
 @pytest.mark.parametrize("whose", ["the supervisor's", "a worker's"])
@@ -250,7 +269,8 @@ async def test_a_storm_of_hangups_reloads_at_once_and_then_once_for_all(whose: s
             handlers[signal.SIGHUP]()
             await asyncio.sleep(0.0009)
         assert read[0] == 0, "the first one does not wait"
-        assert len(read) <= 1 + (loop.time() - began) / RELOAD_SECS
+        assert read[:RELOADS_AT_ONCE] == [*range(RELOADS_AT_ONCE)], "nor those after it"
+        assert len(read) <= RELOADS_AT_ONCE + (loop.time() - began) / RELOAD_SECS
         await asyncio.sleep(2 * RELOAD_SECS)
         assert read[-1] == 999, "the last one counts"
         count = len(read)
@@ -269,7 +289,7 @@ async def test_a_storm_of_hangups_reloads_at_once_and_then_once_for_all(whose: s
 
 
 @in_virtual_time
-async def test_a_hangup_amid_a_reload_is_followed_by_another_after_a_pause() -> None:
+async def test_hangups_amid_a_reload_are_followed_by_one_more() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         handlers: dict[int, Callable[[], None]] = {}
         loop = asyncio.get_running_loop()
@@ -286,8 +306,6 @@ async def test_a_hangup_amid_a_reload_is_followed_by_another_after_a_pause() -> 
             await asyncio.sleep(2 * RELOAD_SECS)
         assert len(begun) == 1, "one at a time"
         go_on.set()
-        await asyncio.sleep(RELOAD_SECS / 2)
-        assert len(begun) == 1
         await asyncio.sleep(9 * RELOAD_SECS)
         assert len(begun) == 2
 
