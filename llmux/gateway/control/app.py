@@ -62,7 +62,8 @@ def build_app(config: Config, dispatch: Dispatch, metrics: MetricsPage) -> App:
     app.config.update(
         {
             "ACCESS_LOG": False,
-            "REQUEST_MAX_SIZE": config.gateway.max_body_bytes,
+            # Sanic takes the least of these for its limit of a head, in all apps of a process.
+            "REQUEST_MAX_SIZE": max(config.gateway.max_body_bytes, 65_536),
             "REQUEST_MAX_HEADER_SIZE": 16_384,
             "KEEP_ALIVE": True,
             # An idle timer over the handler: /control/switch is silent during a cold start.

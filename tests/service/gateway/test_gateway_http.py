@@ -114,6 +114,9 @@ async def test_a_body_over_the_limit_is_a_413_before_it_is_sent() -> None:
         answer = await client.answer()
         assert (answer.status, answer.code) == (413, "body_too_large")
         assert answer.headers["connection"] == "close"
+        head = await s.client()
+        head.writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX: %b\r\n\r\n" % (b"x" * 2000))
+        assert (await head.answer()).status == 200, "a head has a limit of its own"
         chunked = await s.client()
         chunked.writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
