@@ -31,6 +31,8 @@ STATE = pathlib.Path("/run/llmux/state.json")
 SOCKET = pathlib.Path("/run/llmux/supervisor.sock")
 IMAGES = pathlib.Path("/var/lib/llmux/checkpoints")
 GPU = pathlib.Path("/var/tmp/gpu")
+ORDERED = "the stand-in engine was ordered to fail this completion"
+FAULT_BLOWS = 10  # a fault is ordered for 2 s; so many blows take longer
 
 Blow = Callable[["Blows", str], Awaitable[None]]
 

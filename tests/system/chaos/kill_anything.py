@@ -98,6 +98,9 @@ class Chaos:
             if honest and (int(code) in HONEST or (int(code) == 404 and gone)):
                 self.answers[f"refused with {code}"] += 1
                 return
+            if int(code) == 500 and blows.ORDERED in body and self._was_ordered(answer):
+                self.answers["the engine's own error, passed on"] += 1
+                return
         elif "an error event" in answer.error:
             self.answers["broken off with an error event"] += 1
             return
@@ -107,6 +110,12 @@ class Chaos:
         self.wrong.append(
             f"{answer.model} {'stream' if answer.stream else 'plain'} after {answer.seconds:.3f} s,"
             f" during {[b.name for b in during]}: {answer.error[:400]}"
+        )
+
+    def _was_ordered(self, answer: client.Answer) -> bool:
+        return any(
+            b.name == "fault" and b.model == answer.model and b.begun <= answer.ended
+            for b in self.struck[-blows.FAULT_BLOWS :]
         )
 
     # ---- blows ------------------------------------------------------------------------------
