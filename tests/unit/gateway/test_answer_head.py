@@ -72,6 +72,22 @@ def test_the_same_head_with_another_length_or_status_is_not_taken_for_the_one_be
         assert read_answer_head(head(b"a: b", status=status), status)[0].status == status
 
 
+def test_heads_that_differ_in_their_length_alone_are_read_once() -> None:
+    first, again = (
+        read_answer_head(head(b"date: 1", b"content-length: " + size, b"server: e"), 200)
+        for size in (b"5", b"1234")
+    )
+    assert again[0] is first[0]
+    assert (first[1], again[1]) == (b"content-length: 5\r\n", b"content-length: 1234\r\n")
+
+
+def test_digits_in_a_status_line_are_no_length() -> None:
+    for reason in (b"Fine " * 3 + b"123", b"abcde123", b"abcdefg5"):
+        line = b"HTTP/1.1 200 " + reason + b"\r\n"
+        read, length = read_answer_head(line + b"date: 1\r\n\r\n", 200)
+        assert (read.lines, length) == (line + b"date: 1\r\n", b"")
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -203,6 +203,20 @@ async def test_a_history_that_cannot_be_had_is_tried_again(
 
 
 @in_a_loop
+async def test_a_history_that_fails_of_itself_ends_the_pages(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hall = Hall(monkeypatch)
+    hall.desk.link.answer = lambda verb, args: (
+        KeyError("ours") if verb == "events" else hall.answer(verb, args)
+    )
+    page, _ = await hall.page()
+    await hall.passes()
+    assert page.ended.is_set()
+    assert "cannot tell the open pages the status: KeyError('ours')" in caplog.text
+
+
+@in_a_loop
 async def test_pages_that_hear_nothing_get_a_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     hall = Hall(monkeypatch)
     page, wire = await hall.page()

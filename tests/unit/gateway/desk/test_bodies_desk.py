@@ -184,6 +184,34 @@ async def test_a_full_budget_refuses_what_it_would_hold_and_nothing_else(
         assert desk.worker.bodies.used == MIB
 
 
+@in_a_loop
+async def test_the_eighth_of_the_budget_is_for_bodies_that_are_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are told as soon as their length is known."""
+    desk = Desk(monkeypatch, max_buffered_bytes=4 * MIB)
+    budget = desk.worker.bodies
+    for used, length, fits in (
+        (budget.long_limit, SHORT_BODY, True),
+        (budget.long_limit, SHORT_BODY + 1, False),
+        (budget.long_limit - SHORT_BODY - 1, SHORT_BODY + 1, True),
+        (budget.long_limit - SHORT_BODY, SHORT_BODY + 1, False),
+        (4 * MIB - SHORT_BODY, SHORT_BODY, True),
+        (4 * MIB - SHORT_BODY + 1, SHORT_BODY, False),
+        (4 * MIB, 0, True),
+    ):
+        budget.used = used
+        incoming = desk.incoming(b"")
+        incoming.length = length
+        if fits:
+            received(desk, incoming, *([b"{" + b" " * (length - 1)] if length else []))
+            assert budget.used == used + length
+        else:
+            with pytest.raises(Refused, match=f"{used} bytes of other requests are held"):
+                received(desk, incoming)
+        del incoming
+
+
 @pytest.mark.parametrize("size", [MEMORY_BYTES, MEMORY_BYTES + 1])
 def test_an_upload_is_the_same_in_memory_and_on_disk(size: int) -> None:
     data = bytes(range(251)) * (size // 251 + 1)

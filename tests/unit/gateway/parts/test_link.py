@@ -310,7 +310,7 @@ def test_it_comes_back_at_growing_intervals_and_says_why_once(
         outcomes: list[tuple[str | None, float]] = [
             *[("cannot reach it", 0.0)] * 8,
             (None, RECONNECT_MAX_SECS + 0.1),  # it was there for a while
-            ("cannot reach it", 0.0),
+            ("cannot reach it", RECONNECT_MAX_SECS + 0.1),  # it took long to say so
             (None, RECONNECT_MAX_SECS),  # it sends us away
             (None, 0.0),
         ]

@@ -144,3 +144,22 @@ def test_one_who_says_nothing_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -
         writer.close()
 
     silent()
+
+
+def test_a_fault_of_ours_is_not_the_head_of_theirs() -> None:
+    async def ask() -> bytes:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, told: faults.append(told))
+        port = Port()
+        await port.open()
+        setattr(port.page, "scrape", fail)  # noqa: B010  # of a method
+        async with asyncio.timeout(60):
+            answered = await port.says(b"GET /metrics HTTP/1.1\r\n\r\n")
+        port.close()
+        return answered
+
+    async def fail(_accept: str, _timeout: str) -> tuple[bytes, str]:
+        raise KeyError("ours")
+
+    faults: list[Any] = []
+    assert asyncio.run(ask()) == b""
+    assert [type(told["exception"]) for told in faults] == [KeyError]
