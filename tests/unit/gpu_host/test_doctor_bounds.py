@@ -23,6 +23,8 @@ from llmux.config.schema import (
 from llmux.drivers.doctor import gpus, parking
 from llmux.drivers.doctor import run as checks
 from llmux.drivers.doctor.facts import GIB, Check, Host, Level, Needs, Ran, Space, dotted, version
+from llmux.errors import LlmuxError
+from llmux.ports import LaunchSpec
 
 
 def wanting(weights: Weights, process: Process, **fields: Any) -> Config:
@@ -211,6 +213,8 @@ def test_drivers_with_faults_are_named(
         ("4.2", "6.16.0", ("OK", "4.2 on kernel 6.16.0")),
         ("4.0", "6.12.9", ("FAIL", "4.0 on kernel 6.12.9: older than 4.1")),
         ("4.0", "6.13.0", ("FAIL", "4.0 on kernel 6.13.0: fails on this kernel")),
+        ("4.0", "6.13-rc1", ("FAIL", "4.0 on kernel 6.13-rc1: fails on this kernel")),
+        ("4.1", "6.16-rc1", ("FAIL", "4.1 on kernel 6.16-rc1: fails on kernels this new")),
     ],
 )
 def test_criu_versions_at_their_bounds(
@@ -348,3 +352,39 @@ def test_claims_beside_others(
     found = gpus._short(config, totals, [(a, b, c) for a, b, c in rows])
     assert list(found) == short
     assert list(gpus._short(None, totals, [(0, 8, 80 * GIB)])) == []
+
+
+@pytest.mark.parametrize(
+    ("tools", "config", "said"),
+    [
+        ("nft iptables", CHECKPOINT, ("OK", "nft, iptables")),
+        ("iptables", CHECKPOINT, ("OK", "iptables")),
+        ("nft", STOP, ("OK", "nft")),
+        ("", CHECKPOINT, ("FAIL", "neither nft nor iptables")),
+        ("", None, ("WARN", "neither nft nor iptables")),
+    ],
+)
+def test_one_tool_is_enough_for_the_network_lock(
+    tmp_path: Path, tools: str, config: Config | None, said: tuple[str, str]
+) -> None:
+    host = host_of(tmp_path, which=lambda name: name if name in tools.split() else None)
+    check = parking.check_network_lock(host, config)
+    assert (check.name, seen(check)) == ("network lock", said)
+
+
+@pytest.mark.parametrize("error", [LlmuxError("no such user"), KeyError("m")])
+def test_how_engines_start_is_asked_once_and_a_fault_of_ours_is_no_answer(error: Exception) -> None:
+    asked: list[Config] = []
+
+    def starts(config: Config) -> list[LaunchSpec]:
+        asked.append(config)
+        raise error
+
+    host = Host(starts=starts)
+    if isinstance(error, LlmuxError):
+        assert [host.planned(STOP), host.planned(STOP)] == [(), ()]
+        assert asked == [STOP]
+    else:
+        with pytest.raises(KeyError):
+            host.planned(STOP)
+    assert Host().planned(STOP) == ()

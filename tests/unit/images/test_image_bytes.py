@@ -137,8 +137,15 @@ def test_a_file_that_is_cut_meanwhile_is_an_error(
         path.write_bytes(bytes(range(100)))
         files.read_exactly(file.fileno(), memoryview(buffer), 40)
         assert buffer == bytes(range(40, 100))
+    stop = Event()
     with pytest.raises(FileNotFoundError):
-        digest(tmp_path, "f", "gone")
+        digest(tmp_path, "f", "gone", stop=stop)
+    assert not stop.is_set()
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(OSError, match="shorter than it was") as raised:
+        digest(tmp_path, "f", stop=stop)
+    assert (raised.value.errno, raised.value.filename) == (errno.EIO, str(tmp_path / "f"))
+    assert stop.is_set(), "all other segments are given up"
     (tmp_path / "link").symlink_to("f")
     with pytest.raises(OSError, match="symbolic"):
         digest(tmp_path, "link")

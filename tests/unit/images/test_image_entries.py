@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from threading import Event
 
@@ -10,6 +11,7 @@ import pytest
 from llmux.drivers.criu import command, image_format
 from llmux.drivers.criu.image_format import BadImage, anonymous_memory, fields, read_pagemap
 from llmux.drivers.criu.zero_pages import _PIECE, LEAST, drop_zero_pages
+from llmux.drivers.images.files import Stopped
 
 PAGE = 4096
 
@@ -83,6 +85,8 @@ def test_a_file_that_is_cut_is_none(data: bytes, words: str) -> None:
     with pytest.raises(BadImage, match=words):
         list(image_format.entries(data))
     assert list(image_format.entries(image(b"abc", b"", b"d"))) == [b"abc", b"", b"d"]
+    assert list(image_format.entries(image(b"abc", b""))) == [b"abc", b""]
+    assert list(image_format.entries(image())) == []
 
 
 def file(ident: int, *name: bytes) -> bytes:
@@ -192,6 +196,8 @@ def test_a_pagemap_without_a_head_is_none() -> None:
             read_pagemap(data)
     data = image(number(1, 3), number(1, PAGE) + number(2, 5), number(2, 2) + number(4, 1))
     assert read_pagemap(data)[1][1].start == 0
+    (none,) = read_pagemap(image(number(1, 3), number(1, PAGE) + number(4, 4)))[1]
+    assert (none.start, none.count, none.stored) == (PAGE, 0, True)
     assert image_format.stored_pages(data) == (3, 5 * PAGE)
     rest = image_format.write_pagemap(data, read_pagemap(data)[1][1:])
     assert rest == image(number(1, 3), number(2, 2) + number(4, 1))
@@ -209,7 +215,9 @@ def test_a_part_of_an_entry_has_its_own_place_and_number() -> None:
 
 @pytest.mark.parametrize("zeros", [LEAST - 1, LEAST, _PIECE - 1, _PIECE, 2 * _PIECE + 1])
 @pytest.mark.parametrize("others", [1, _PIECE, _PIECE + 1, 2 * _PIECE + 3])
-def test_pages_move_down_over_zeros_whole(tmp_path: pathlib.Path, zeros: int, others: int) -> None:
+def test_pages_move_down_over_zeros_whole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, zeros: int, others: int
+) -> None:
     """More and fewer than are moved at once, and places that overlap."""
     kept = [n.to_bytes(4, "little") * (PAGE // 4) for n in range(1, others + 2)]
     count = zeros + others + 1
@@ -220,7 +228,17 @@ def test_pages_move_down_over_zeros_whole(tmp_path: pathlib.Path, zeros: int, ot
     )
     pages = tmp_path / "pages-2.img"
     pages.write_bytes(kept[0] + bytes(zeros * PAGE) + b"".join(kept[1:]))
-    dropped = drop_zero_pages(str(tmp_path), Event())
+    written: list[int] = []
+    real = os.pwrite
+
+    def write(fd: int, piece: memoryview, offset: int) -> int:
+        written.append(offset)
+        return real(fd, piece, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", write)
+        dropped = drop_zero_pages(str(tmp_path), Event())
+    assert 0 not in written, "what stays in its place is not written"
     assert dropped == (zeros * PAGE if zeros >= LEAST else 0)
     _, entries = read_pagemap((tmp_path / "pagemap-7.img").read_bytes())
     if zeros < LEAST:
@@ -230,6 +248,45 @@ def test_pages_move_down_over_zeros_whole(tmp_path: pathlib.Path, zeros: int, ot
             (16 * PAGE, 1), ((17 + zeros) * PAGE, others),
         ]  # fmt: skip
         assert pages.read_bytes() == b"".join(kept)
+
+
+class StopsLater(Event):
+    """Is set once it was looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_deadline_ends_it_at_every_entry_before_and_after_it_has_changed_anything(
+    tmp_path: pathlib.Path,
+) -> None:
+    entries = [number(1, (16 + at * 40) * PAGE) + number(2, 40) + number(4, 4) for at in range(3)]
+    pagemap = image(number(1, 2), *entries)
+    (tmp_path / "mm-7.img").write_bytes(
+        image(vma(16 * PAGE, (16 + 120) * PAGE, ANON, PRIVATE | REGULAR))
+    )
+    pages = tmp_path / "pages-2.img"
+    stored = b"".join(bytes([at]) * PAGE + bytes(39 * PAGE) for at in (1, 2, 3))
+    for looks in range(7):
+        (tmp_path / "pagemap-7.img").write_bytes(pagemap)
+        pages.write_bytes(stored)
+        stop = StopsLater(looks)
+        if looks == 6:  # once an entry to see what stays, once an entry to move it
+            assert drop_zero_pages(str(tmp_path), stop) == 3 * 39 * PAGE
+            assert pages.read_bytes() == b"".join(bytes([at]) * PAGE for at in (1, 2, 3))
+            continue
+        with pytest.raises(Stopped):
+            drop_zero_pages(str(tmp_path), stop)
+        assert stop.looks == -1
+        assert (tmp_path / "pagemap-7.img").read_bytes() == pagemap
+        assert pages.stat().st_size == len(stored)
+        if looks < 4:
+            assert pages.read_bytes() == stored
 
 
 # ---- CRIU's words --------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ def test_an_image_that_is_not_whole_or_not_safe_is_none(
     with pytest.raises(ManifestError) as raised:
         load_image(str(path))
     assert said in str(raised.value)
+    assert not str(raised.value).startswith("it cannot be read")
     found = images.find("m", WHOSE)
     assert isinstance(found, NoImage)
     assert found.reason.startswith(f"the image in {path} cannot be used: ")

@@ -113,11 +113,18 @@ def test_what_criu_cannot_dump_is_named_once_with_its_remedy(
     ("mode", "number", "foreign"),
     [
         (stat.S_IFCHR, (1, 3), False),
+        (stat.S_IFCHR, (2, 0), False),
+        (stat.S_IFCHR, (3, 0), False),
+        (stat.S_IFCHR, (4, 64), False),
         (stat.S_IFCHR, (5, 2), False),
+        (stat.S_IFCHR, (127, 0), True),
+        (stat.S_IFCHR, (128, 0), False),
         (stat.S_IFCHR, (136, 0), False),
         (stat.S_IFCHR, (143, 0), False),
         (stat.S_IFCHR, (144, 0), True),
         (stat.S_IFCHR, (188, 0), False),
+        (stat.S_IFCHR, (10, 0), True),
+        (stat.S_IFCHR, (200, 200), True),
         (stat.S_IFCHR, (10, 200), False),
         (stat.S_IFCHR, (10, 235), False),
         (stat.S_IFCHR, (10, 229), True),
@@ -147,6 +154,14 @@ def test_a_device_that_is_gone_is_none(proc: Proc) -> None:
     assert proc.problems() == []
 
 
+def test_a_descriptor_that_was_closed_hides_no_other(proc: Proc) -> None:
+    opened = ["anon_inode:[io_uring]", "socket:[5]"] * 6
+    proc.add(7, 1, *opened)
+    for number in range(len(opened), 20):
+        (proc.root / "7" / "fd" / str(number)).touch()  # no link: it cannot be read as one
+    assert len(proc.problems()) == 6
+
+
 def test_files_of_shm_are_known_open_or_mapped_and_gpus_that_are_mapped_named(proc: Proc) -> None:
     for name in ("open", "other"):
         (proc.shm / name).write_text("")
@@ -156,17 +171,19 @@ def test_files_of_shm_are_known_open_or_mapped_and_gpus_that_are_mapped_named(pr
         f"7f0-7f1 rw-s 0 00:1a 77 {proc.shm}/sem.a (deleted)\n"
         f"7f0-7f1 rw-s 0 103:02 5 {proc.shm}/b\n"
         "7f0-7f1 rw-p 0 00:00 0\n7f0-7f1 rw-s 0 00:05 9 /dev/nvidia1\n"
-        "7f0-7f1 rw-s 0 00:05 8 /dev/nvidia0\n7f0-7f2 rw-s 0 00:05 9 /dev/nvidia1\n"
-        "7f0-7f1 r--p 0 08:01 6 /usr/lib/libc.so\n"
+        "7f0-7f1 rw-s 0 00:05 8 /dev/nvidia0 (deleted)\n7f0-7f2 rw-s 0 00:05 9 /dev/nvidia1\n"
+        "7f0-7f1 r--p 0 08:01 6 /usr/lib/libc.so\n7f0-7f1 r--p 0 08:01 6 /srv/\udcff\n"
     )
-    (proc.root / "8" / "maps").write_text(maps)
+    (proc.root / "8" / "maps").write_bytes(os.fsencode(maps))
     facts = proc.look(7, 8)
     status = (proc.shm / "open").stat()
     assert facts.shm == {
         (status.st_dev, status.st_ino), (os.makedev(0, 0x1A), 77), (os.makedev(0x103, 2), 5),
     }  # fmt: skip
     texts = [problem.text for problem in facts.problems]
-    assert texts == ["process 8 (p8) maps /dev/nvidia0", "process 8 (p8) maps /dev/nvidia1"]
+    assert texts == [
+        f"process 8 (p8) maps /dev/{name}" for name in ("nvidia0 (deleted)", "nvidia1")
+    ]
     assert {problem.gpu_user for problem in facts.problems} == {8}
     assert all("suspend its CUDA state" in problem.remedy for problem in facts.problems)
 
