@@ -151,6 +151,12 @@ def test_requests_are_answered_until_input_ends_or_a_signal_comes(fake: FakeCuda
         assert found == ([] if signalled else want)
 
 
+def test_a_library_that_cannot_be_used_is_greeted_and_left(tmp_path: Path) -> None:
+    client = Client(tmp_path / "libnothing.so.1")
+    assert client.greeting["problem"].startswith(f"cannot load {tmp_path}/libnothing.so.1: ")
+    assert client.end() == 1
+
+
 def test_a_hung_call_does_not_hold_up_another(fake: FakeCuda) -> None:
     fifo = fake.fault("lock", "hang", 101)
     client = Client(fake.library)

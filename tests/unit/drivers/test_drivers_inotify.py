@@ -139,3 +139,65 @@ def test_the_kernel_watches_what_somebody_holds_and_no_more(tmp_path: pathlib.Pa
         assert counts == [2, 2, 1, 0]
 
     asyncio.run(body())
+
+
+MASKS = {
+    Mask.MODIFY: ["file"],
+    Mask.ATTRIB: ["file"],
+    Mask.MOVED_TO: ["file"],
+    Mask.CREATE: ["new"],
+    Mask.DELETE_SELF: [],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_each_event_is_the_one_of_its_name(tmp_path: pathlib.Path, mask: Mask) -> None:
+    place, other = tmp_path / "place", tmp_path / "other"
+    for directory in (place, other):
+        directory.mkdir()
+
+    def scenario(inotify: Inotify, listener: Heard) -> None:
+        (other / "file").write_text("x")
+        inotify.watch(str(place), mask, listener("place"))
+        (place / "new").touch()
+        (place / "new").read_text()
+        (other / "file").rename(place / "file")
+        with (place / "file").open("a") as file:
+            file.write("x")
+        (place / "file").chmod(0o600)
+        (place / "file").read_text()
+        (place / "file").rename(other / "file")
+        (place / "new").unlink()
+        os.listdir(place)
+        inotify.watch(str(tmp_path), Mask.CREATE, listener("last"))
+        (tmp_path / "last").touch()
+
+    told = [(seen, name) for _, seen, name in heard(scenario)]
+    assert told == [(mask, name) for name in MASKS[mask]]
+
+
+def test_a_directory_that_goes_says_so_once(tmp_path: pathlib.Path) -> None:
+    gone = tmp_path / "gone"
+
+    def scenario(inotify: Inotify, listener: Heard) -> None:
+        gone.mkdir()
+        watch = inotify.watch(str(gone), Mask.DELETE_SELF, listener("gone"))
+        inotify.watch(str(tmp_path), Mask.CREATE, listener("last"))
+        gone.rmdir()
+        inotify._drain()
+        inotify.unwatch(watch)  # the kernel has dropped it
+        (tmp_path / "last").touch()
+
+    told = heard(scenario)
+    assert told == [("gone", Mask.DELETE_SELF, ""), ("gone", Mask.IGNORED, "")]
+
+
+def test_its_descriptor_is_nobody_elses_and_the_loop_lets_go_of_it() -> None:
+    async def body() -> None:
+        inotify = Inotify()
+        fd: int = inotify._fd
+        assert (os.get_inheritable(fd), os.get_blocking(fd)) == (False, False)
+        inotify.close()
+        assert not asyncio.get_running_loop().remove_reader(fd)
+
+    asyncio.run(body())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llmux.drivers.processes.process import descendants, start_ticks
+from llmux.drivers.processes.process import Process, descendants, start_ticks
 from llmux.drivers.processes.spawn import spawn_launcher
 from llmux.ports import LaunchSpec
 
@@ -124,6 +124,28 @@ def test_an_engine_that_leaves_nothing_ends_it_too(tmp_path: Path, script: str, 
         assert await launch.process.wait(SECONDS)
         assert launch.process.ended == ended
         launch.close()
+
+    asyncio.run(body())
+
+
+def test_one_that_is_killed_takes_the_engine_along(tmp_path: Path) -> None:
+    """The kernel does it; what the engine forked is another matter."""
+
+    async def body() -> None:
+        launch = spawn_launcher()
+        output = str(tmp_path / "output")
+        argv = ("/bin/sleep", "1000")
+        spec = LaunchSpec("m", argv, {"PATH": "/usr/bin:/bin"}, None, output, output, "/")
+        await launch.open(spec, SECONDS, cgroup_root=None, guardian=True)
+        engine = Process.open(launch.engine_pid)
+        assert engine is not None
+        launch.process.signal(signal.SIGKILL)
+        try:
+            assert await engine.wait(SECONDS)
+        finally:
+            engine.signal(signal.SIGKILL)
+            assert await launch.process.wait(SECONDS)
+            launch.close()
 
     asyncio.run(body())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
+import io
 import os
 import pathlib
 import signal
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from llmux.drivers.processes import cgroup, process
+from llmux.drivers.processes import cgroup, launcher, process
 from llmux.drivers.processes.process import Process, Watches
 from llmux.ports import UnitHandle
 
@@ -72,6 +74,82 @@ def test_what_several_processes_use_is_added_up(monkeypatch: pytest.MonkeyPatch)
     found = process.cpu_seconds([NOBODY, *me])
     later = os.times()
     assert used.user + used.system - 1e-6 <= found <= later.user + later.system + 1e-6
+
+
+def proc(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
+    """These files below /proc, by their name there, and no others."""
+
+    def opened(path: str, mode: str = "r") -> io.StringIO | io.BytesIO:
+        if (text := files.get(path.removeprefix("/proc/"))) is None:
+            raise FileNotFoundError(path)
+        return io.BytesIO(text.encode()) if "b" in mode else io.StringIO(text)
+
+    real = os.listdir
+    names = [*dict.fromkeys(name.partition("/")[0] for name in files), "self", str(NOBODY)]
+    monkeypatch.setattr(os, "listdir", lambda path: names if path == "/proc" else real(path))
+    monkeypatch.setattr(builtins, "open", opened)
+
+
+def stat(parent: int, ticks: int, state: str = "S", user: int = 0, system: int = 0) -> str:
+    return f"7 (n) {state} {parent} 0 0 0 0 0 0 0 0 0 {user} {system} 0 0 0 0 0 0 {ticks} 0 0\n"
+
+
+def test_what_a_damaged_file_says_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    whole = stat(1, 5, user=3 * ticks, system=ticks)
+    with monkeypatch.context() as patched:
+        files = {
+            "7/stat": "", "8/stat": whole.replace(f" {ticks} ", " x "), "9/stat": whole,
+            "7/status": "RssAnon:\n", "8/status": "RssAnon: x kB\n",
+            "9/status": "Name: n\nRssAnon: 3 kB\nRssFile: 7 kB\nRssShmem:\t 5 kB\n",
+        }  # fmt: skip
+        proc(patched, files)
+        found = process.cpu_seconds([7, 8, 9, NOBODY]), process.memory_bytes([7, 8, 9, NOBODY])
+    assert found == (4.0, 8192)
+
+
+@pytest.mark.parametrize(
+    ("stats", "root"),
+    [
+        ({"7": stat(1, 5), "8": stat(1, 4), "9": stat(8, 3)}, 8),  # the oldest without a parent
+        ({"7": stat(1, 5), "8": stat(1, 5)}, 7),
+        ({"7": stat(8, 5), "8": stat(7, 4)}, 8),  # a circle, as when pids were used again
+        ({"7": stat(1, 5, "Z"), "8": stat(7, 6), "9": stat(1, 7, "X")}, 8),
+        ({"7": stat(1, 5, "Z")}, None),
+    ],
+)
+def test_the_root_of_a_tree_is_its_oldest_orphan(
+    monkeypatch: pytest.MonkeyPatch, stats: dict[str, str], root: int | None
+) -> None:
+    with monkeypatch.context() as patched:
+        proc(patched, {f"{pid}/stat": text for pid, text in stats.items()})
+        found = process.find_root([9, 8, 7, NOBODY])
+    assert found == root
+
+
+def test_descendants_are_found_at_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {"7": 1, "8": 7, "9": 8, "10": 7, "11": 1, "12": 11}
+    files = {f"{pid}/stat": stat(parent, 1) for pid, parent in tree.items()}
+    files["13/stat"] = stat(9, 1, "Z")
+    with monkeypatch.context() as patched:
+        proc(patched, files)
+        found = process.descendants(7), launcher._descendants(7), process.descendants(12)
+    assert sorted(found[0]) == [8, 9, 10]
+    assert sorted(found[1]) == [8, 9, 10, 13], "whose end it waits for, too"
+    assert found[2] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        (os.CLD_EXITED, 3, "exit status 3"),
+        (os.CLD_KILLED, 9, "killed by SIGKILL"),
+        (os.CLD_KILLED, 40, "killed by signal 40"),
+        (os.CLD_DUMPED, 11, "killed by SIGSEGV (core dumped)"),
+    ],
+)
+def test_an_end_in_words(code: int, status: int, words: str) -> None:
+    assert process.describe_status(code, status) == words
 
 
 class Watched:
@@ -187,6 +265,34 @@ def test_who_stops_looking_leaves_the_process_alone() -> None:
             child.wait()
             assert not await held.wait(0.001)
             assert told == []
+
+    asyncio.run(body())
+
+
+def test_one_that_goes_while_it_is_opened_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there for pidfd_open(2), and is not when its start is asked for."""
+
+    async def body() -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(os, "pidfd_open", lambda pid: os.open("/dev/null", os.O_RDONLY))
+        assert Process.open(NOBODY) is None
+        assert Process.open(NOBODY, 5) is None
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    asyncio.run(body())
+
+
+def test_who_gave_up_waiting_is_forgotten_and_so_is_what_was_closed() -> None:
+    async def body() -> None:
+        with cat() as child:
+            held = Process.open(child.pid)
+            assert held is not None
+            for _ in range(3):
+                assert not await held.wait(0.0)
+            assert held._callbacks == []
+            pidfd = held._pidfd
+            held.close()
+            assert not asyncio.get_running_loop().remove_reader(pidfd)
 
     asyncio.run(body())
 
