@@ -239,6 +239,7 @@ def test_a_long_upload_is_where_it_may_be_and_has_no_name(
     upload = Upload()
     upload.write(b"x" * MEMORY_BYTES)
     upload.write(b"y")
+    assert not upload._memory, "it is on the disk"
     path = Path(f"/proc/self/fd/{upload._fd}")
     assert os.stat(path).st_nlink == 0
     assert os.readlink(path).startswith(f"{tmp_path if named else SPOOL_DIR}/llmux-upload-")

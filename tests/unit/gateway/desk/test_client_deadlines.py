@@ -128,6 +128,12 @@ async def test_a_client_that_leaves_takes_its_requests_along(
     assert desk.worker.observer.abandoned == {"alpha": 1}
     assert desk.worker.bodies.used == 0
     assert door.got == b""
+    half = Door(desk)
+    for piece in (a_request()[:-8], b"abc", b"def"):
+        half.send(piece)
+    half.connection.connection_lost(None)
+    assert half.connection._body.pieces == [], "Sanic may keep the connection"
+    assert desk.worker.bodies.used == 0
 
 
 @in_a_loop
