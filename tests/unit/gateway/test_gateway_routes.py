@@ -50,6 +50,20 @@ def test_which_routes_can_answer_with_an_event_stream() -> None:
     assert match.route == POSTS[b"/v1/completions"].route
 
 
+def test_which_routes_speak_anthropic_and_whose_responses_are_kept() -> None:
+    routes = [match.route for match in POSTS.values()]
+    anthropic = {route.path for route in routes if route.anthropic}
+    assert anthropic == {b"/v1/messages", b"/v1/messages/count_tokens"}
+    assert {route.path for route in routes if route.keeps} == {b"/v1/responses"}
+    for method, path in (
+        (b"GET", b"/v1/responses/r"), (b"POST", b"/v1/responses/r/cancel"),
+        (b"GET", b"/upstream/alpha/health"), (b"GET", b"/upstream/alpha/v1/responses/r"),
+    ):  # fmt: skip
+        match = find(method, path)
+        assert match is not None
+        assert not (match.route.anthropic or match.route.keeps or match.route.streams)
+
+
 def test_upstream_names_the_model_and_keeps_the_route() -> None:
     match = find(b"POST", b"/upstream/org%2Falpha/v1/messages")
     assert match is not None
