@@ -100,6 +100,20 @@ def test_a_check_that_fails_is_a_warning_of_its_own(
     assert told[-1] == "looking at cuda"
 
 
+def test_controllers_that_cannot_be_read_are_none(tmp_path: Path) -> None:
+    top = tmp_path / "sys/fs/cgroup"
+    (top / "cgroup.controllers").mkdir(parents=True)
+    (top / "a.slice").mkdir()
+    for name in ("cgroup.freeze", "cgroup.kill"):
+        check = checks.check_cgroup(Host(root=tmp_path), None)
+        assert (check.level, check.seen) == (Level.FAIL, f"no {name}")
+        (top / name).touch()  # the root's own say nothing about those below
+        (top / "a.slice" / name).touch()
+    check = checks.check_cgroup(Host(root=tmp_path), None)
+    assert check.level is Level.WARN
+    assert check.seen == "no memory controller (none): MemoryMax has no effect"
+
+
 @pytest.mark.parametrize("text", [b"", b"7 (a) S", b"7 (a) S 1 2 3 4 5 6 7 8 9 10 x y"])
 def test_a_line_of_proc_that_is_cut_counts_nothing(
     monkeypatch: pytest.MonkeyPatch, text: bytes

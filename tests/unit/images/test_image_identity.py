@@ -129,6 +129,8 @@ def test_weights_are_known_by_revision_and_files(hub: Hub, tmp_path: pathlib.Pat
     link.symlink_to(hub.snapshot)  # of a directory that is a snapshot the commit shows
     assert look(str(link))["revision"] == COMMIT
     assert look("gone") == {"model_path": "gone"}
+    hub.snapshot.rename(tmp_path / "moved")  # the cache names one that it has not
+    assert look("org/name") == {"model_path": "org/name", "revision": COMMIT}
 
 
 # ---- files, secrets, launch ----------------------------------------------------------------------

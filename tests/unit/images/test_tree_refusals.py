@@ -149,15 +149,28 @@ def test_a_device_is_known_by_its_number(
     assert proc.look().problems == ((Problem(text, DEVICE),) if foreign else ())
 
 
+def test_a_gpu_is_named_once(proc: Proc, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc.add(7, 1, "/dev/nvidia0")
+    real = os.stat
+
+    def answer(path: str, *args: object, **options: object) -> object:
+        if "/fd/" in str(path):
+            return SimpleNamespace(st_mode=stat.S_IFCHR, st_rdev=os.makedev(195, 0))
+        return real(path, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", answer)
+    assert [problem.gpu_user for problem in proc.look().problems] == [7]
+
+
 def test_a_device_that_is_gone_is_none(proc: Proc) -> None:
     proc.add(7, 1, "/dev/no such device")
     assert proc.problems() == []
 
 
 def test_a_descriptor_that_was_closed_hides_no_other(proc: Proc) -> None:
-    opened = ["anon_inode:[io_uring]", "socket:[5]"] * 6
+    opened = ["anon_inode:[io_uring]", "socket:[5]", "/dev/no such device", "/dev/shm/gone"] * 6
     proc.add(7, 1, *opened)
-    for number in range(len(opened), 20):
+    for number in range(len(opened), 30):
         (proc.root / "7" / "fd" / str(number)).touch()  # no link: it cannot be read as one
     assert len(proc.problems()) == 6
 
