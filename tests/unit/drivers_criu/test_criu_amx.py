@@ -46,13 +46,15 @@ libc.ptrace.restype = ctypes.c_long
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 def ptrace(request, *words):
     if request == int(refused):
-        ctypes.set_errno(1)
+        if Library.use_errno:
+            ctypes.set_errno(1)
         return -1
     return libc.ptrace(request, *words)
 class Library:
-    pass
+    def __init__(self, name, use_errno=False):
+        Library.use_errno = use_errno
 Library.ptrace = staticmethod(ptrace)
-ctypes.CDLL = lambda *words, **options: Library
+ctypes.CDLL = Library
 ctypes.set_errno(1)  # of a call before
 sys.argv = [path, *argv]
 runpy.run_path(path, run_name="__main__")

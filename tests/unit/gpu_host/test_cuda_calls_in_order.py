@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +108,7 @@ def test_a_suspend_locks_all_before_it_checkpoints_any(
     assert asyncio.run(cuda.suspend([9, 8, 7], deadline)) == [7, 8]
     assert driver.made() == [("lock", 8), ("lock", 7), ("checkpoint", 8), ("checkpoint", 7)]
     assert {ms for call, _, ms in driver.calls if call == "lock"} == {lock_ms}
+    assert {ms for call, _, ms in driver.calls if call != "lock"} == {1}, "it is for nothing else"
     assert {round(left, 6) for left in driver.left} == {deadline}
     assert asyncio.run(cuda.suspended([9, 8, 7], 5)) == [7, 8]
     driver.calls.clear()
@@ -276,3 +279,53 @@ def test_what_cannot_be_put_back_or_looked_at_is_said(late: bool) -> None:
         asyncio.run(sequence(driver).resume([7, 8, 9], 5))
     assert f"state of {said}; process 8 is now locked" in str(raised.value)
     assert "process 9 is now checkpointed" in str(raised.value)
+
+
+def test_undoing_has_a_time_of_its_own() -> None:
+    """The deadline of what failed may have passed."""
+    for verb, states, fails, limit in (
+        ("suspend", {"p7": RUNNING}, ("checkpoint", 7), {}),
+        ("resume", {"p7": CHECKPOINTED}, ("restore", 7), {}),
+        ("suspend", {"p7": RUNNING}, ("checkpoint", 7), {"undo_secs": 2.0}),
+    ):
+        driver = Driver(**states)
+        driver.codes[fails] = Code.NOT_READY
+        with pytest.raises(CheckpointFailed):
+            asyncio.run(getattr(sequence(driver, None, **limit), verb)([7], 0.5))
+        made = [call for call, _, _ in driver.calls]
+        undone = made.index(fails[0]) + 1
+        assert set(driver.left[:undone]) == {0.5}
+        assert set(driver.left[undone:]) == {limit.get("undo_secs", 15.0)}
+
+
+def test_processes_are_this_hosts_own_unless_told_otherwise() -> None:
+    driver = Driver(p1=RUNNING)
+    driver.states = {os.getpid(): RUNNING}
+    cuda = CudaSequence(driver)
+    assert asyncio.run(cuda.suspend([os.getpid()], 30)) == [os.getpid()]
+    asyncio.run(cuda.resume([os.getpid()], 30))
+    with pytest.raises(CheckpointFailed, match="no such process"):
+        asyncio.run(cuda.resume([2**22 + 1], 30))
+    with pytest.raises(CheckpointFailed, match="GiB of host memory are needed"):
+        asyncio.run(cuda.check_memory([os.getpid()], 1 << 60))
+
+
+@pytest.mark.parametrize("verb", ["suspend", "resume"])
+@pytest.mark.parametrize("where", ["ready", "restore_tid", "state", "lock", "unlock"])
+def test_a_fault_of_ours_is_no_answer_of_the_driver(verb: str, where: str) -> None:
+    class Faulty(Driver):
+        async def ready(self) -> None:
+            if where == "ready":
+                raise LookupError("a fault")
+
+        async def call(self, operation: str, *words: Any, **options: Any) -> int:
+            if operation == where:
+                raise LookupError("a fault")
+            return await super().call(operation, *words, **options)
+
+    driver = Faulty(p7=RUNNING if verb == "suspend" else LOCKED)
+    if (verb, where) in (("suspend", "unlock"), ("resume", "lock")):
+        asyncio.run(getattr(sequence(driver), verb)([7], 5))
+        return
+    with pytest.raises(LookupError, match="a fault"):
+        asyncio.run(getattr(sequence(driver), verb)([7], 5))

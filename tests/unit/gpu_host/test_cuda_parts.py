@@ -78,6 +78,21 @@ def test_codes_and_states_in_words() -> None:
     assert {int(code) for code in Code} >= set(ADVICE)
 
 
+def test_codes_and_states_are_those_of_cuda_h() -> None:
+    header = (  # CUresult and CUprocessState
+        "CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2,"
+        " CUDA_ERROR_NOT_INITIALIZED = 3, CUDA_ERROR_OPERATING_SYSTEM = 304,"
+        " CUDA_ERROR_ILLEGAL_STATE = 401, CUDA_ERROR_NOT_READY = 600,"
+        " CUDA_ERROR_NOT_PERMITTED = 800, CUDA_ERROR_NOT_SUPPORTED = 801,"
+        " CU_PROCESS_STATE_RUNNING = 0, CU_PROCESS_STATE_LOCKED = 1,"
+        " CU_PROCESS_STATE_CHECKPOINTED = 2, CU_PROCESS_STATE_FAILED = 3,"
+        " CU_PROCESS_STATE_CHECKPOINTING = 4, CU_PROCESS_STATE_RESTORING = 5"
+    )
+    ours = [f"CUDA_ERROR_{code.name} = {code.value}" for code in Code]
+    ours += [f"CU_PROCESS_STATE_{state.name} = {state.value}" for state in CudaState]
+    assert ", ".join(ours) == header
+
+
 # ---- the tool ------------------------------------------------------------------------------------
 
 
@@ -153,6 +168,14 @@ def test_a_child_talks_over_one_socket_whose_end_is_its_exit(requests: bool) -> 
     ours.close()
     assert process not in calls._CHILDREN
     assert other.wait(20) == 0
+
+
+def test_a_child_has_the_environment_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    process, ours = calls.spawn(["/usr/bin/env"], {"A": "b"}, requests=False)
+    with ours:
+        assert b"".join(iter(lambda: ours.recv(4096), b"")) == b"A=b\n"
+    assert process.wait(20) == 0
 
 
 def test_a_call_has_what_libcuda_needs_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +282,9 @@ def test_memory_that_is_just_enough_is_enough_in_every_cgroup_above(tmp_path: Pa
     assert "but MemoryMax of a leaves 52.0 GiB" in (host.shortage([8, 7], 50 * GIB) or "")
     limit(cgroups / "a" / "b", str(need), 2)
     assert host.headroom(7) == (need - 2, "a/b")
+    limit(cgroups, str(need), 2)
+    assert host.headroom(7) == (need - 2, "a/b"), "of two alike the inner one"
+    limit(cgroups, "max", 0)
     (cgroups / "a" / "b" / "memory.stat").write_text("")
     assert host.headroom(7) == (need - 2, "a/b")
     for name in ("memory.current", "memory.max"):

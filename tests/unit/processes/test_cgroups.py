@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import errno
 import os
 import pathlib
@@ -10,6 +11,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from runtime_harness import VirtualTime
 
 from llmux.drivers.processes import cgroup
 from llmux.drivers.processes.freezer import CgroupFreezer
@@ -37,6 +39,8 @@ def test_what_a_cgroup_holds_below_it_too(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a" / "d").mkdir()
     assert sorted(cgroup.read_procs(str(tmp_path / "a"))) == [7, 8, 9, 10]
     assert cgroup.read_procs(str(tmp_path / "gone")) == []
+    (tmp_path / "a" / "d" / "cgroup.procs").symlink_to("gone")  # between two looks
+    assert sorted(cgroup.read_procs(str(tmp_path / "a"))) == [7, 8, 9, 10]
     assert cgroup.read_events(str(tmp_path / "a")) == {"populated": 1, "frozen": 0}
     assert cgroup.read_events(str(tmp_path / "gone")) is None
     (tmp_path / "file").write_text("")
@@ -128,6 +132,42 @@ def test_a_change_is_awaited(
     asyncio.run(body())
 
 
+def test_a_change_in_the_last_second_is_seen_too(tmp_path: pathlib.Path) -> None:
+    async def body() -> None:
+        inotify = Inotify()
+        directory = str(group(tmp_path / "a"))
+        waiting = asyncio.ensure_future(cgroup.wait_events(inotify, directory, "frozen", 1, 0.9))
+        await asyncio.sleep(0)
+        group(tmp_path / "a", frozen=1)
+        assert await waiting
+        inotify.close()
+
+    asyncio.run(body())
+
+
+def test_it_is_looked_at_ever_more_rarely_but_four_times_a_second(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = str(group(tmp_path / "a"))
+    looks: list[str] = []
+    real = builtins.open
+
+    def opened(path: Any, *words: Any, **options: Any) -> Any:
+        looks.append(path)
+        return real(path, *words, **options)
+
+    async def body() -> None:
+        inotify = Inotify()
+        with monkeypatch.context() as patched:
+            patched.setattr(builtins, "open", opened)
+            assert not await cgroup.wait_events(inotify, directory, "frozen", 1, 100.0)
+        inotify.close()
+
+    with asyncio.Runner(loop_factory=VirtualTime) as runner:
+        runner.run(body())
+    assert 400 <= looks.count(f"{directory}/cgroup.events") <= 420
+
+
 class Unit:
     """A unit's cgroup in a directory; what is written is what the kernel then says, or not."""
 
@@ -157,8 +197,13 @@ def test_frozen_and_thawed_is_what_the_kernel_says(unit: Unit) -> None:
         await unit.freezer.thaw(unit.handle, SECONDS)
         assert unit.written() == "0"
         assert await unit.freezer.frozen(unit.handle) is False
+        descriptors = len(os.listdir("/proc/self/fd"))
         for _ in range(2):
             await unit.freezer.close()
+        await unit.freezer.thaw(unit.handle, SECONDS)  # with another descriptor
+        await unit.freezer.close()
+        await asyncio.get_running_loop().shutdown_default_executor()  # where it is closed
+        assert len(os.listdir("/proc/self/fd")) == descriptors - 1
 
     asyncio.run(body())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -12,8 +14,15 @@ from typing import Any
 import pytest
 
 from llmux.drivers.criu import known_files, small_files, tree
-from llmux.drivers.processes import cgroup, process
+from llmux.drivers.cuda.calls import ProcessTable
+from llmux.drivers.cuda.host_memory import HostMemory
+from llmux.drivers.processes import cgroup, launcher, process, spawn
+from llmux.drivers.processes.inotify import Inotify
+from llmux.drivers.processes.process import Process
+from llmux.drivers.processes.run import run
+from llmux.drivers.processes.spawn import spawn_launcher
 from llmux.drivers.processes.users import ModelUsers
+from llmux.ports import LaunchSpec
 
 LOOKS: list[tuple[Callable[[str], Any], Any]] = [
     (lambda proc: process.read_stat(7), None),
@@ -86,3 +95,94 @@ def test_one_that_cannot_be_killed_any_more_saves_no_other(
     monkeypatch.setattr(os, "kill", kill)
     cgroup.kill_all(str(tmp_path))
     assert asked == [(7, signal.SIGKILL), (8, signal.SIGKILL)]
+
+
+class Fault(Exception):
+    """Of our own: nobody may take it for an end."""
+
+
+@pytest.mark.parametrize(
+    "look",
+    [look for look, _ in LOOKS[:8]]
+    + [
+        lambda proc: cgroup.read_events(proc),
+        lambda proc: cgroup.kill_all(proc),
+        lambda proc: ProcessTable().start_ticks(7),
+        lambda proc: ProcessTable().maps_gpu(7),
+        lambda proc: HostMemory().headroom(7),
+        lambda proc: launcher._descendants(1),
+    ],
+)
+def test_a_fault_of_ours_is_not_taken_for_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], Any]
+) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise Fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr(builtins, "open", fails)
+        patched.setattr(os, "listdir", lambda path: ["7"])
+        patched.setattr(Path, "read_text", fails)
+        with pytest.raises(Fault):
+            look(str(tmp_path))
+
+
+@pytest.mark.parametrize("error", [Fault(), PermissionError(), OSError(errno.EMFILE, "too many")])
+def test_a_process_that_cannot_be_held_or_told_is_not_gone(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    async def body() -> None:
+        held = Process.open(os.getpid())
+        assert held is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pidfd_open", fails)
+            patched.setattr(signal, "pidfd_send_signal", fails)
+            patched.setattr(os, "waitid", fails)
+            for ask in (lambda: Process.open(7), lambda: held.signal(0), held._on_end):
+                with pytest.raises(type(error)):
+                    ask()
+        assert held.ended is None
+        held.close()
+
+    asyncio.run(body())
+
+
+def test_a_read_that_fails_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise Fault
+
+    async def body() -> None:
+        inotify, launch = Inotify(), spawn_launcher()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "read", fails)
+            for drain in (inotify._drain, launch._read):
+                with pytest.raises(Fault):
+                    drain()
+        inotify.close()
+        launch.close()
+        assert await launch.process.wait(30.0)
+
+    asyncio.run(body())
+
+
+def test_what_cannot_be_watched_is_not_gone(tmp_path: Path) -> None:
+    """As when the user's inotify watches are used up."""
+
+    class Full:
+        def watch(self, *_: Any) -> Any:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    full: Inotify = Full()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="no space left"):
+        asyncio.run(cgroup.wait_events(full, str(tmp_path), "populated", 0, 1.0))
+
+
+def test_words_that_are_none_are_a_fault_and_no_refusal(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="null"):
+        asyncio.run(run(["a\0b"], 1.0))
+    odd = LaunchSpec("m", ("x", None), {}, None, "", "", str(tmp_path))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        spawn._encode(odd, cgroup_root=None, guardian=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import ctypes
+import io
 import os
 import pathlib
 import shutil
@@ -278,5 +280,121 @@ def test_a_unit_of_ours_from_its_start_to_its_end(tmp_path: pathlib.Path, how: s
         with pytest.raises(UnitFailed, match="cannot execute /no/such"):
             await units.start(spec(tmp_path, "m", "/no/such"), SECONDS)
         assert units._units == {}
+
+    asyncio.run(body())
+
+
+class Guardian:
+    """One that does nothing by itself: after so many waits it has ended."""
+
+    def __init__(self, waits: int) -> None:
+        self.pid = os.getpid()
+        self.ended: str | None = None
+        self.waits = waits
+        self.signals: list[int] = []
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    async def wait(self, timeout: float) -> bool:
+        self.waits -= 1
+        return self.waits <= 0
+
+
+def guarded_by(guardian: Guardian) -> tuple[DirectUnits, UnitHandle]:
+    units, handle = DirectUnits(), UnitHandle("m", "u", 7, 1)
+    units._units["u"] = _Guarded(handle, guardian, os.dup(0))  # type: ignore[arg-type]
+    return units, handle
+
+
+@pytest.mark.parametrize("waits", [1, 2, 4])
+def test_a_guardian_that_does_not_kill_has_its_tree_killed(
+    monkeypatch: pytest.MonkeyPatch, waits: int
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def kill(pid: int, number: int) -> None:
+        asked.append((pid, number))
+        raise ProcessLookupError if len(asked) % 2 else PermissionError
+
+    async def body() -> None:
+        guardian = Guardian(waits)
+        units, handle = guarded_by(guardian)
+        await units.kill(handle, SECONDS)
+        assert guardian.signals == [signal.SIGCONT]
+        assert units._units["u"].gate == -1
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["cat"], stdin=pipe) as one, subprocess.Popen(["cat"], stdin=pipe) as two:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "kill", kill)
+            asyncio.run(body())
+        mine = [row for row in asked if row[0] in (one.pid, two.pid)]
+    rows = [(one.pid, signal.SIGKILL), (two.pid, signal.SIGKILL)]
+    assert sorted(mine) == sorted(rows * (waits - 1))
+
+
+def test_the_engine_itself_is_the_first_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = {30: os.getpid(), 10: 30, 20: 30}  # pids begin anew at some time
+
+    def opened(path: str, mode: str) -> io.BytesIO:
+        pid = int(path.split("/")[2])
+        return io.BytesIO(f"{pid} (n) S {parents[pid]} {'0 ' * 17}{pid} 0".encode())
+
+    async def body() -> None:
+        guardian = Guardian(1)
+        units, handle = guarded_by(guardian)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "listdir", lambda path: ["20", "10", "self", "30"])
+            patched.setattr(builtins, "open", opened)
+            found = await units.pids(handle)
+        assert found == [30, 10, 20]
+        assert await units.observe() == [handle]
+        guardian.ended = "exit status 0"
+        assert await units.pids(handle) == []
+        assert await units.observe() == []
+        units._units["u"].cut()
+
+    asyncio.run(body())
+
+
+def test_who_holds_an_engines_socket_is_a_stranger_to_it(tmp_path: pathlib.Path) -> None:
+    async def body() -> None:
+        units, handle = guarded_by(Guardian(1))
+        path = str(tmp_path / "s")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            found = await units.stranger(Address(uds=path), handle)
+            assert (found or "").startswith(f"process {os.getpid()} ")
+            assert await units.stranger(Address(uds=path), None) is None
+        units._units["u"].cut()
+
+    asyncio.run(body())
+
+
+def test_an_engine_that_is_gone_at_once_has_started(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start cannot be read any more; how it ended is told by its guardian."""
+    real, first = open, list[str]()
+
+    def opened(path: Any, *words: Any, **options: Any) -> Any:
+        if str(path).endswith("/stat"):
+            first.append(path)
+            if path != first[0]:
+                raise FileNotFoundError(path)
+        return real(path, *words, **options)
+
+    async def body() -> None:
+        units = DirectUnits()
+        with monkeypatch.context() as patched:
+            patched.setattr(builtins, "open", opened)
+            handle = await units.start(spec(tmp_path, "m", "/bin/sh", "-c", "exit 3"), SECONDS)
+        assert handle.start_ticks == 0
+        told: asyncio.Queue[str] = asyncio.Queue()
+        units.watch(handle, lambda _, words: told.put_nowait(words))
+        async with asyncio.timeout(SECONDS):
+            assert await told.get() == "exit status 3"
 
     asyncio.run(body())
