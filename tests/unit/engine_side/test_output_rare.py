@@ -299,6 +299,25 @@ def test_where_there_is_no_journal_lines_are_logged(
     assert "does not keep up" not in caplog.text
 
 
+def test_the_first_line_that_the_journal_drops_is_said(
+    follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(Heard):
+        def send(self, fields: Iterable[tuple[str, str]], pid: int | None = None) -> bool:
+            self.dropped += 1
+            return False
+
+    def body(files: EngineFiles, path: str) -> None:
+        files.attach(handle())
+        for count in (1, 2):
+            say(path, "line\n")
+            files.tail("m")
+            assert files.dropped == count
+            assert caplog.text.count("lines of llmux-m.scope are dropped there") == 1
+
+    follow(body, Full())
+
+
 def test_how_many_lines_the_journal_did_not_get_is_asked_once_in_a_while(follow: Follow) -> None:
     journal = Heard()
 
