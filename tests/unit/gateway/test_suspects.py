@@ -258,3 +258,28 @@ def test_one_that_kills_later_than_at_first_takes_nobody_along() -> None:
     server.run()
     assert server.refused == [slow]
     assert {ticket.stage for ticket in others} == {Stage.ENDED}
+
+
+@pytest.mark.parametrize("granted", [True, False])
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_an_older_answer_that_ends_does_not_end_the_search(deaths: int, granted: bool) -> None:
+    """Else the supervisor does not start the engine at once for who waits to be tried."""
+    server = Server(alone=2)
+    admission = server.admission
+    suspect, begun = server.send(2)
+    admission.answered(begun)
+    for number in range(deaths):
+        if number:
+            admission.grant("m", f"e{number}", ADDRESS)
+        admission.revoke("m", f"e{number}")
+        assert admission.wait_again(suspect)
+    if granted:
+        admission.grant("m", "next", ADDRESS)
+    repeated = {1: 2, 2: 1}[deaths]
+    assert admission.demand("m").repeated == repeated
+    admission.leave(begun, completed=True)
+    assert admission.demand("m").repeated == repeated
+    if granted:
+        admission.answered(suspect)
+        admission.leave(suspect, completed=True)
+        assert admission.demand("m").repeated == 0
