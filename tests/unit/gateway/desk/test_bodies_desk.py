@@ -296,6 +296,7 @@ async def test_each_body_of_a_connection_is_received_as_if_it_were_its_first(
 ) -> None:
     desk = Desk(monkeypatch)
     receiver = BodyReceiver(desk.worker)
+    assert receiver.size == 0
     for method, path, body, kept in (
         ("GET", "/health", b"x" * 10, b""),
         ("POST", "/v1/completions", b"{}", b"{}"),

@@ -93,6 +93,23 @@ def test_what_cannot_be_used_again_is_closed(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(run())
 
 
+def test_one_that_closes_takes_no_place_of_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "MAX_IDLE", 1)
+
+    async def run() -> None:
+        basin = Basin()
+        await basin.send()
+        await basin.send()
+        dying, well = basin.lines
+        dying.wire.closing = True
+        for line in (dying, well):
+            line.hear(SHORT)
+        assert not well.wire.closing
+        assert (await basin.send()).connection is well.connection
+
+    asyncio.run(run())
+
+
 def test_a_closed_pool_is_empty_with_its_last_connection() -> None:
     async def run() -> None:
         basin = Basin()
