@@ -168,7 +168,8 @@ ANON, REGULAR, HEAP, PRIVATE = 0x22, 1, 1 << 5, 1 << 9
 )
 def test_plain_memory_is_told_from_all_else(flags: int, status: int, plain: bool) -> None:
     other = vma(0x9000, 0xA000, ANON, PRIVATE)
-    mm = image(number(1, 7) + other + number(14, 3) + vma(0x1000, 0x3000, flags, status))
+    strange = text(13, other[2:])  # of another field
+    mm = image(number(1, 7) + strange + other + number(14, 3) + vma(0x1000, 0x3000, flags, status))
     expected = [(0x1000, 0x3000)] if plain else []
     assert anonymous_memory(mm) == [*expected, (0x9000, 0xA000)]
     assert anonymous_memory(image(text(14, number(6, ANON) + number(7, PRIVATE)))) == [(0, 0)]

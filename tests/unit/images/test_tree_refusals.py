@@ -277,6 +277,13 @@ def test_what_is_not_below_the_root_or_leads_no_session_is_named(proc: Proc) -> 
     assert "llmux's launcher" in problems[2].remedy
 
 
+def test_the_root_comes_first_whatever_its_number(proc: Proc) -> None:
+    proc.add(7)
+    for pid in (9, 3, 8, 5):
+        proc.add(pid, 7)
+    assert proc.look(9, 3, 7, 8, 5).pids == (7, 3, 5, 8, 9)
+
+
 def test_who_ends_during_the_look_hides_nobody(proc: Proc) -> None:
     proc.add(7)
     proc.add(8, 7)
