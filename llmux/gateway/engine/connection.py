@@ -218,6 +218,9 @@ class EngineConnection(asyncio.Protocol):
             return
         sink.connection = None
         if self.until_close and exc is None:
+            self._complete = True  # so nothing is held back any more
+            if self._pieces is not None and (rest := self._passed(b"")):
+                sink.response_bytes(rest)
             sink.response_end()
         elif self.served and request is not None and sink.wants_connection():
             # The engine closed an idle connection just as we used it: no response was begun, and a

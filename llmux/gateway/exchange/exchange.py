@@ -308,7 +308,8 @@ class Exchange(Ticket):
         of any other response is collected and becomes an error event."""
         assert self._keep_alive is not None, "comments were sent"
         if head.status != 200 or not head.event_stream:
-            self._keep_alive.error = bytearray()
+            renamed = self._alias is not None and not self._until_close
+            self._keep_alive.collects(in_chunks=head.chunked or renamed)
         elif not head.chunked:  # a connection that renames makes chunks of what has a length
             self._keep_alive.frames = self._alias is None or self._until_close
         if first:

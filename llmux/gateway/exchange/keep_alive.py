@@ -25,9 +25,10 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 class KeepAlive:
     """``started``: the head was sent before the engine answered. ``pause``: seconds until there may
     be something to send. ``error``: collects an engine's response that cannot follow that head;
-    None: none does. ``frames``: the engine's stream has no chunks, and gets them here."""
+    None: none does; ``in_chunks``: as it comes. ``frames``: the engine's stream has no chunks, and
+    gets them here."""
 
-    __slots__ = ("_comment", "_text", "error", "frames", "pause", "started")
+    __slots__ = ("_comment", "_text", "error", "frames", "in_chunks", "pause", "started")
 
     def __init__(
         self, model: str, interval: float, *, anthropic: bool, text: ChatText | None = None
@@ -35,13 +36,16 @@ class KeepAlive:
         self._comment = PING if anthropic else f": waiting for {model}\n\n".encode()
         self._text = text
         self.pause = interval if text is None else LOOK_SECS
-        self.started = self.frames = False
+        self.started = self.frames = self.in_chunks = False
         self.error: bytearray | None = None
 
     def chunk(self, ticket: Ticket, now: float) -> bytes:
         """What is due; empty when that is nothing."""
         event = self._comment if self._text is None else self._text.event(ticket, now)
         return framed(event)
+
+    def collects(self, *, in_chunks: bool) -> None:
+        self.error, self.in_chunks = bytearray(), in_chunks
 
     def collect(self, data: bytes) -> None:
         assert self.error is not None, "collecting was begun"
@@ -50,12 +54,29 @@ class KeepAlive:
 
     def problem(self) -> Refused:
         """The collected error response as a refusal."""
-        return Refused(Reason.BAD_REQUEST, _message(bytes(self.error or b"")))
+        body = bytes(self.error or b"")
+        return Refused(Reason.BAD_REQUEST, _message(unframed(body) if self.in_chunks else body))
 
 
 def framed(data: bytes) -> bytes:
     """As a chunk; nothing is none, since an empty chunk ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def unframed(data: bytes) -> bytes:
+    """What whole chunks carry, and as much as there is of the last one."""
+    body = b""
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        try:
+            length = int(size.partition(b";")[0], 16)
+        except ValueError:
+            break
+        if length <= 0:
+            break
+        body += data[:length]
+        data = data[length + 2 :]
+    return body
 
 
 def _message(body: bytes) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from gateway_harness import EngineRequest, a_config, echo, eof_watch, in_loop, stage, until
+from gateway_harness import EngineRequest, a_config, echo, eof_watch, in_loop, soon, stage, until
 
 from llmux.protocol import Demand, EngineLost, Revoke
 
@@ -207,3 +207,59 @@ def test_a_malformed_answer_ends_its_request_alone(answer: bytes) -> None:
             assert not any(isinstance(message, EngineLost) for message in s.supervisor.heard)
 
     body()
+
+
+@pytest.mark.parametrize("model", ["alpha", "alef"])
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_what_an_engine_refuses_after_a_comment_is_told_in_its_words(
+    model: str, in_chunks: bool
+) -> None:
+    error = json.dumps({"error": {"message": "This model's maximum context length is 8"}}).encode()
+
+    @in_loop
+    async def body() -> None:
+        may = asyncio.Event()
+
+        async def refuse(request: EngineRequest) -> None:
+            await may.wait()
+            write = request.writer.write
+            if in_chunks:
+                write(b"HTTP/1.1 400 Bad Request\r\ntransfer-encoding: chunked\r\n\r\n")
+                for piece in (error[:9], error[9:], b""):
+                    write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            else:
+                write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: %d\r\n\r\n" % len(error))
+                write(error)
+
+        async with stage(a_config(keep_alive_comment_secs=0.01)) as s:
+            await s.granted(refuse)
+            client = await s.client()
+            await until(lambda: s.gateway.names.get("alef") == "alpha")
+            client.chat(model, stream=True)
+            await client.head()
+            assert (await client.chunk()).startswith(b": waiting")
+            may.set()
+            told = b""
+            while data := await client.chunk():
+                told += data
+            event = json.loads(told.rpartition(b"data: ")[2])
+            assert event["error"]["message"] == "This model's maximum context length is 8"
+
+    body()
+
+
+@in_loop
+async def test_an_answer_that_ends_with_its_connection_is_whole_under_an_alias() -> None:
+    async def answer(request: EngineRequest) -> None:
+        request.writer.write(b'HTTP/1.0 200 OK\r\n\r\n{"text": 1, "model":"alpha"}')
+        await request.writer.drain()
+        request.die()
+
+    async with stage() as s:
+        await s.granted(answer)
+        await until(lambda: s.gateway.names.get("alef") == "alpha")
+        for model in ("alpha", "alef"):
+            client = await s.chat(model)
+            await client.head()
+            rest = await soon(client.reader.read())
+            assert json.loads(rest) == {"text": 1, "model": model}
