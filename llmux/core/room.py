@@ -72,6 +72,7 @@ class Room:
         self._now: Load = {}
         self._after: Load = {}
         self._reserved: Load = {}
+        self._kept: Load = {}  # of models that make no room
         self._held: dict[str, _Held] = {}
         self._on: dict[int, set[str]] = {}
         self._moving: dict[int, set[str]] = {}
@@ -147,10 +148,20 @@ class Room:
             return False
         return all(self._reserved.get(gpu, 0.0) + share <= 1.0 + ROUNDING for gpu in gpus)
 
+    def keep(self, names: Iterable[str]) -> None:
+        """These models make no room for others."""
+        for name in names:
+            held = self._own(name)
+            for gpu in held.gpus:
+                self._kept[gpu] = self._kept.get(gpu, 0.0) + held.now
+
     def is_reserved(self, least: float) -> bool:
-        """So much is reserved on every GPU that a share of ``least`` could fit nowhere."""
+        """So much is reserved or kept on every GPU that a share of ``least`` could fit nowhere."""
         limit = 1.0 + ROUNDING - least
-        return all(self._reserved.get(gpu, 0.0) > limit for gpu in range(self.gpu_count))
+        return all(
+            self._reserved.get(gpu, 0.0) + self._kept.get(gpu, 0.0) > limit
+            for gpu in range(self.gpu_count)
+        )
 
     def _rivals(self, name: str, is_there: Callable[[ModelRecord], bool]) -> set[str]:
         """Models of the same exclusive group that are there, or that room is reserved for."""

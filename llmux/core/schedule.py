@@ -18,7 +18,9 @@ For each model that is waited for, in the policy's order:
    there, where that costs less than the switches at home.
 
 A waiting model keeps its place: room that it waits for (5 to 9, 11) is reserved, and not given to a
-model behind it. Nothing is woken on a GPU before what leaves it was seen gone.
+model behind it. For one that only models that stay are in the way of (10) nothing is: it may wait
+for ever, and is the first again once they go. Nothing is woken on a GPU before what leaves it was
+seen gone.
 
 A GPU has one memory transition at a time: a start until the model serves, a wake, a park, a stop.
 Models that leave go before models that come. Only the end of an engine that died or hangs does not
@@ -78,10 +80,12 @@ def schedule(tx: Transaction) -> None:
     away = [one for name, one in waiting.items() if _is_away(tx.models[name])]
     least = min([tx.models[one.model].config.gpu_memory for one in away], default=0.0)
     choice = Choice(tx, room)
+    room.keep([name for name, _ in tx.at(Serving) if away and tx.is_kept(name)])
     full = False
     for name in _in_order(tx, away):
         full = full or room.is_reserved(least)
-        if full and name in tx.reservations:  # 7, as for all behind it, which may be hundreds
+        # 7 or 10, as for all behind it, which may be hundreds
+        if full and name in tx.reservations and name not in tx.wants:
             tx.drop_ahead(name)
         else:
             _consider(tx, waiting[name], away, choice)
@@ -221,8 +225,11 @@ def _consider(tx: Transaction, target: Waiting, away: list[Waiting], choice: Cho
         room.comes_next(gpus)
     elif room.could_fit(name, gpus, share):  # else 7
         _read_ahead(tx, name, gpus)
-        if not room.fits_after(name, gpus, share):  # else 6
-            _make_room(tx, target, away, gpus, share, choice)
+        if not room.fits_after(name, gpus, share) and not _make_room(  # else 6
+            tx, target, away, gpus, share, choice
+        ):
+            tx.drop_ahead(name)
+            return  # 10
     if name not in tx.reservations or tx.models[name].phase is not record.phase:
         return  # refused just now, or moved
     coming = room.fits_after(name, gpus, share)
@@ -239,7 +246,8 @@ def _make_room(
     gpus: GPUs,
     share: float,
     choice: Choice,
-) -> None:
+) -> bool:
+    """Returns whether there may be room, sooner or later, as long as all stay that are kept."""
     room = choice.room
     others = [n for n in room.neighbours(target.model, gpus) if n not in (target.model, tx.pinned)]
     serving = [
@@ -252,10 +260,9 @@ def _make_room(
     )
     leave = [resident for resident in serving if resident.model in victims]
     if (leave or not victims) and choice.move(target, leave):  # 11
-        return
+        return True
     if not victims:
-        _stay_away(tx, target.model, gpus, share, room)  # 10
-        return
+        return not _stay_away(tx, target.model, gpus, share, room)  # 10
     rivals = [one for one in away if _may_live_on(tx.models[one.model], gpus)]
     earliest = max(
         (tx.policy.earliest(target, resident, rivals, tx.now) for resident in leave),
@@ -263,7 +270,7 @@ def _make_room(
     )
     if tx.now < earliest:  # 8
         tx.wake_at(max(earliest, tx.now + LOOK_AGAIN_SECS))
-        return
+        return True
     left: list[str] = []
     for victim in sorted(victims, key=lambda one: may_choose(tx, one)):  # 9
         if isinstance(tx.models[victim].phase, Serving):
@@ -283,28 +290,29 @@ def _make_room(
             victims=(*reservation.victims, *left),
         ),
     )
+    return True
 
 
-def _stay_away(tx: Transaction, name: str, gpus: GPUs, share: float, room: Room) -> None:
+def _stay_away(tx: Transaction, name: str, gpus: GPUs, share: float, room: Room) -> bool:
     """No model can leave for it. Those that make no room for others are noted, where there would be
-    room without them. An operator's order is refused at once where only they are in the way;
-    requests wait on, since a pin may end."""
+    room without them; returns whether there would. An operator's order is refused at once where
+    only they are in the way; requests wait on, since a pin may end."""
     ordered = name in tx.wants and not tx.demand(name).waiting
-    if tx.reservations[name].behind and not ordered:
-        return
     others = sorted(room.neighbours(name, gpus) - {name})
     serving = [n for n in others if isinstance(tx.models[n].phase, Serving)]
     kept = [n for n in serving if tx.is_kept(n)]
-    if kept and room.victims(name, gpus, share, serving, _residues(tx, others)):
+    behind = bool(kept and room.victims(name, gpus, share, serving, _residues(tx, others)))
+    if behind and not tx.reservations[name].behind:
         tx.reserve(name, replace(tx.reservations[name], behind=tuple(kept)))
     if not ordered or not kept or any(n not in kept and not _is_away(tx.models[n]) for n in others):
-        return  # what comes or goes now may make room later
+        return behind  # what comes or goes now may make room later
     if not room.victims(name, gpus, share, kept, _residues(tx, others)):
-        return
+        return behind
     who = ", ".join(kept) + (" stay" if len(kept) > 1 else " stays")
     message = f"{who} resident, pinned or by never_evict (llmux unpin {' '.join(kept)})"
     tx.unwant(name, Reason.PINNED, message)
     tx.forget_reservation(name)
+    return True
 
 
 def _residues(tx: Transaction, names: list[str]) -> list[str]:

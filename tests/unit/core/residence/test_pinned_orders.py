@@ -142,3 +142,47 @@ def test_two_pinned_models_are_both_named() -> None:
         core.happen(PinSet(name, math.inf))
     core.happen(LoadAsked("beta", 7))
     assert answer(core).message.startswith("alpha, gamma stay resident")
+
+
+@pytest.mark.parametrize("how", ["pin", "never_evict"])
+@pytest.mark.parametrize("others_share", [0.9, 0.4])
+def test_who_waits_for_a_model_that_stays_holds_up_nobody_elsewhere(
+    how: str, others_share: float
+) -> None:
+    core = Core(
+        model("stays", gpus=(1,), never_evict=how == "never_evict"), model("both", gpus=2),
+        model("idle", gpus=(0,), gpu_memory=others_share),
+        model("other", gpus=(0,), gpu_memory=others_share),
+        gpu_count=2,
+    )  # fmt: skip
+    core.serve("stays")
+    core.serve("idle")
+    if how == "pin":
+        core.happen(PinSet("stays", math.inf))
+    core.demand("both", waiting=1, age=9.0)
+    core.demand("other", waiting=1)
+    if others_share > 0.5:
+        assert core.at("idle") is ModelState.DRAINING
+        core.park("idle")
+    assert core.at("other") is ModelState.STARTING
+    assert core.at("both") is ModelState.STOPPED
+
+
+def test_nor_beside_it_and_is_the_first_when_it_may_go() -> None:
+    core = Core(
+        model("stays", gpu_memory=0.5), model("large"), model("small", gpu_memory=0.4),
+        model("late", gpu_memory=0.4),
+    )  # fmt: skip
+    core.serve("stays")
+    core.happen(PinSet("stays", math.inf))
+    core.demand("large", waiting=1, age=9.0)
+    core.demand("small", waiting=1)
+    assert core.plans() == ["start small"]
+    core.finish("small")
+    core.demand("small")
+    core.demand("late", waiting=1, age=1.0)
+    assert core.at("small") is ModelState.DRAINING
+    core.happen(PinSet("stays", None))
+    core.park("small")
+    core.park("stays")
+    assert core.plans() == ["start large"]
