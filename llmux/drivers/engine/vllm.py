@@ -295,10 +295,12 @@ async def _await_sleeping(operation: _Operation, want: bool) -> None:
         except DriverTimeout:
             if not contrary:
                 raise
-            state = "awake" if want else "asleep"
-            raise operation.timeout(f"still {state} after {operation.limit}") from None
+            sleeping = not want
         if sleeping is None or sleeping is want:
             return  # without /is_sleeping, rely on the order's answer
+        if operation.left <= 0:
+            state = "awake" if want else "asleep"
+            raise operation.timeout(f"still {state} after {operation.limit}")
         contrary = True
         await asyncio.sleep(min(pause, max(operation.left, 0)))
         pause = min(pause * 2, LAST_PAUSE)
