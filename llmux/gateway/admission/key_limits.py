@@ -29,22 +29,24 @@ class KeyUse:
 
     def __init__(self, key: Key, workers: int, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._tokens = self._burst = 0.0
-        self._filled_at = clock()
+        self._rate: float | None = None
+        self._tokens = 0.0
         self.in_flight = self.waiting = 0
         self.models = key.models
         self.set_limits(key, workers)
-        self._tokens = self._burst
 
     def set_limits(self, key: Key, workers: int) -> None:
         """Apply the limits of a re-read key; running requests are not touched."""
         self.key = key
         self.most = None if key.max_in_flight is None else share(key.max_in_flight, workers)
         self.most_waiting = None if key.max_waiting is None else share(key.max_waiting, workers)
-        per_minute = key.requests_per_minute
+        per_minute, had_rate = key.requests_per_minute, self._rate is not None
         self._rate = None if per_minute is None else per_minute / workers / 60
         self._burst = 0.0 if per_minute is None else max(1.0, per_minute / workers)
-        self._tokens = min(self._tokens, self._burst)
+        if had_rate:
+            self._tokens = min(self._tokens, self._burst)
+        else:  # all that was asked for before counts for nothing
+            self._tokens, self._filled_at = self._burst, self._clock()
 
     def allow(self, names: Mapping[str, str]) -> None:
         """Resolve the key's list of models through ``names`` (name or alias → model)."""

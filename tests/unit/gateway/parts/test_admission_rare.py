@@ -182,6 +182,20 @@ def test_a_key_that_refills_faster_than_one_a_second() -> None:
     use.set_limits(Key("k", b""), 2)
     for _ in range(1000):
         use.begin()
+    use.set_limits(Key("k", b"", requests_per_minute=4), 2)
+    for _ in range(2):
+        use.begin()
+    with pytest.raises(Refused):
+        use.begin()
+
+
+def test_a_first_rate_lets_the_first_request_pass() -> None:
+    use = KeyUse(Key("k", b""), 1, Clock())
+    use.set_limits(Key("k", b"", requests_per_minute=1), 1)
+    use.begin()
+    with pytest.raises(Refused) as refused:
+        use.begin()
+    assert refused.value.retry_after == pytest.approx(60.0)
 
 
 def test_keys_that_were_verified_are_remembered_and_not_without_a_bound(
