@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import errno
 import grp
 import json
 import os
@@ -79,14 +81,14 @@ def _revoke(path: str, name: str) -> None:
     if all(one.name != name for one in load_keys(path)):
         raise LlmuxError(f"cannot revoke {name}: {path} has no such key", hint="llmux key list")
     path = os.path.realpath(path)
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         text = without_key(file.read(), name)
     temporary = f"{path}.new"
     try:
         there = os.stat(path)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, text.encode())
+            _write_whole(fd, text.encode())
             os.fchown(fd, there.st_uid, there.st_gid)
             os.fchmod(fd, there.st_mode & 0o7777)
             os.fsync(fd)
@@ -146,10 +148,20 @@ def _append(path: str, line: str) -> None:
         if size == 0:
             with suppress(KeyError, PermissionError):
                 os.fchown(fd, -1, grp.getgrnam(GATEWAY_GROUP).gr_gid)
-        elif os.pread(fd, 1, 0) == b"-":
+        elif os.pread(fd, 4, 0).removeprefix(codecs.BOM_UTF8)[:1] == b"-":
             line = f"- {line}"  # JSON is YAML: one more item of the list
         apart = "\n" if size and os.pread(fd, 1, size - 1) != b"\n" else ""
-        os.write(fd, f"{apart}{line}\n".encode())
-        os.fsync(fd)
+        try:
+            _write_whole(fd, f"{apart}{line}\n".encode())
+            os.fsync(fd)
+        except OSError:
+            os.ftruncate(fd, size)  # half a line would make the whole file none of keys
+            raise
     finally:
         os.close(fd)
+
+
+def _write_whole(fd: int, data: bytes) -> None:
+    """In one write. Raises OSError: also where a disk takes only the beginning."""
+    if os.write(fd, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llmux import __version__
@@ -34,6 +36,10 @@ REFUSALS: Mapping[Reason, int] = {
 }
 
 
+# Of a full or broken disk that the output goes to.
+_NO_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def exit_code(error: LlmuxError) -> int:
     if isinstance(error, Refused) and error.reason in REFUSALS:
         return REFUSALS[error.reason]
@@ -47,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args([*_global_options(args), *verb_of(args)])
     try:
         result = args.run(args)
+        if sys.stdout is not None:  # as with >&-
+            sys.stdout.flush()
     except LlmuxError as error:
         # Not where it was printed already, nor behind the lines of what is followed.
         told = getattr(args, "answered", False) or getattr(args, "follow", False)
@@ -59,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `llmux ps | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_OUTPUT:
+            raise
+        print(f"llmux: cannot write the output: {error.strerror}", file=sys.stderr)
+        with suppress(OSError):
+            sys.stdout.close()  # what is left could not be written at the end either
+        return 1
     return int(result or 0)
 
 

@@ -29,7 +29,7 @@ _KNOWN: Final = (
 def load_keys(path: str) -> tuple[Key, ...]:
     """Raise ConfigError, which never quotes the file, when any key is wrong."""
     try:
-        text = read_small(path, MAX_BYTES).decode()
+        text = read_small(path, MAX_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError((_problem(path, 1, f"cannot read the keys: {cause}"),)) from None
