@@ -312,9 +312,10 @@ class Dispatch:
         self._set_timer()
 
     def _wait_expired(self, model: str) -> Refused:
+        what = "had no place free" if self._serves(model) else "could not be made ready"
         return Refused(
             Reason.WAIT_EXPIRED,
-            f'model "{model}" could not be made ready in time',
+            f'model "{model}" {what} in time',
             hint="the limit is policy.request_timeout_secs or the client's own timeout",
             retry_after=self.secs_until(model),
         )

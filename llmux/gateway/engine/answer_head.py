@@ -45,7 +45,7 @@ MAX_LENGTH_DIGITS = 18  # what fits into 64 bits
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
     """``lines``: the status line and the headers for the client, without any about the length, each
-    with its CRLF."""
+    with its CRLF. ``event_stream``: one that events of ours can follow."""
 
     status: int
     lines: bytes
@@ -82,7 +82,7 @@ def _read(head: bytes, status: int) -> tuple[AnswerHead, bytes]:
         raise BadHead("the status line is malformed")
     passed = [b"HTTP/1.1 " + lines[0][9:]]
     length = b""
-    chunked = event_stream = False
+    chunked = event_stream = encoded = False
     for line in lines[1:-2]:
         at = line.find(b":")
         name = _meaning(line[: max(at, 0)])
@@ -102,11 +102,14 @@ def _read(head: bytes, status: int) -> tuple[AnswerHead, bytes]:
         else:
             passed.append(line)
             if name == b"content-type":
-                event_stream = value.startswith(b"text/event-stream")
+                event_stream = value.lower().startswith(b"text/event-stream")
+            elif name == b"content-encoding":
+                encoded = value.lower() not in (b"", b"identity")
     if chunked and status in NO_BODY:
         raise BadHead(f"a response with status {status} has no body")
     passed.append(b"")
-    return AnswerHead(status, b"\r\n".join(passed), chunked, event_stream), length
+    stream = event_stream and not encoded
+    return AnswerHead(status, b"\r\n".join(passed), chunked, stream), length
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ Headers = list[tuple[bytes, bytes]]
 # Not passed on: about the connection, not the message (RFC 9110 7.6.1), or written by us.
 NOT_FORWARDED = frozenset(
     {
+        b"accept-encoding",  # a compressed answer can follow no comment, nor be renamed
         b"authorization",
         b"connection",
         b"content-encoding",

@@ -60,8 +60,17 @@ def test_length_chunks_and_event_streams_are_seen_whatever_their_spelling() -> N
         assert length == line + b"\r\n"
         assert read.lines == b"HTTP/1.1 200 Fine\r\nvary: b\r\netag: d\r\n"
     assert read_answer_head(head(b"Transfer-Encoding:Chunked"), 200)[0].chunked
-    for line in (b"content-type:text/event-stream", b"Content-Type:  text/event-stream; charset=x"):
+    for line in (b"content-type:text/event-stream", b"Content-Type:  Text/Event-Stream; charset=x"):
         assert read_answer_head(head(line), 200)[0].event_stream
+
+
+@pytest.mark.parametrize(
+    ("encoding", "readable"), [(b"gzip", False), (b"Identity", True), (b"", True)]
+)
+def test_no_event_of_ours_goes_into_a_compressed_stream(encoding: bytes, readable: bool) -> None:
+    lines = [b"content-encoding: " + encoding, b"content-type: text/event-stream"]
+    for given in (lines, lines[::-1]):
+        assert read_answer_head(head(*given), 200)[0].event_stream is readable
 
 
 def test_the_same_head_with_another_length_or_status_is_not_taken_for_the_one_before() -> None:

@@ -182,6 +182,20 @@ async def test_one_too_many_is_told_when_to_come_back(
 
 
 @in_a_loop
+async def test_who_finds_no_place_in_time_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, max_in_flight=1)
+    desk.catalog(ModelInfo("alpha", "serving"))
+    desk.grant()
+    desk.asks()
+    client, waiting = desk.asks()
+    desk.now = waiting.deadline
+    desk.dispatch._tick()
+    status, code, said = told(client)
+    assert (status, code) == (504, "wait_expired")
+    assert said.startswith('model "alpha" had no place free in time (')
+
+
+@in_a_loop
 async def test_without_a_supervisor_only_what_is_here_is_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,7 +20,7 @@ NOT_FROM_ENGINES = (
 )  # fmt: skip
 FROM_CLIENTS = ("Accept", "User-Agent", "X-Other", "Content-Type", "Host", "Cookie", "Traceparent")
 OURS = (
-    "Content-Encoding", "Expect", "Keep-Alive", "Origin", "Proxy-Authorization",
+    "Accept-Encoding", "Content-Encoding", "Expect", "Keep-Alive", "Origin", "Proxy-Authorization",
     "Proxy-Connection", "TE", "Trailer", "Upgrade", "X-Request-Id", "X-Request-Timeout",
     "X-Stainless-Timeout", "Connection",
 )  # fmt: skip
