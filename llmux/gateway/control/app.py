@@ -32,7 +32,6 @@ from llmux.gateway.metrics import MetricsPage
 
 logger = logging.getLogger(__name__)
 
-App = Sanic[Any, Any]
 
 ASK_SECS = 10.0  # for verbs that only read or set; later means that the supervisor is in trouble
 
@@ -54,9 +53,16 @@ CONTROL_VERBS: Mapping[tuple[str, str], tuple[str, bool]] = {
 _number = itertools.count(1)
 
 
+class App(Sanic[Any, Any]):
+    def add_route(self, handler: Any, uri: str, *args: Any, **kwargs: Any) -> Any:
+        """Errors are JSON, by a handler of our own. Unsaid, Sanic parses the source of each route's
+        handler to guess their form, which was half of a gateway's start."""
+        return super().add_route(handler, uri, *args, error_format="json", **kwargs)
+
+
 def build_app(config: Config, dispatch: Dispatch, metrics: MetricsPage) -> App:
     # Sanic keeps its apps in a table by name; a test process may have several gateways.
-    app: App = Sanic(f"llmux-gateway-{next(_number)}", configure_logging=False, strict_slashes=True)
+    app = App(f"llmux-gateway-{next(_number)}", configure_logging=False, strict_slashes=True)
     app.ctx.dispatch = dispatch  # for ClientConnection
     app.ctx.context = Context(dispatch.worker, metrics)
     app.config.update(
