@@ -86,10 +86,13 @@ async def soon(awaitable: Awaitable[Any]) -> Any:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Turn the loop until something in this same process is true."""
+    """Turn the loop until something in this same process is true. What takes more than a few turns
+    waits for a timer, and need not keep a processor busy."""
     async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110  # the condition has no event of its own
-            await asyncio.sleep(0)
+        turns = 0
+        while not condition():  # the condition has no event of its own
+            await asyncio.sleep(0 if turns < 100 else 0.001)
+            turns += 1
 
 
 # ---- the supervisor -----------------------------------------------------------------------------

@@ -37,20 +37,17 @@ def alone(
     spec = launcher.encode_spec(argv, {}, {**output, "cwd": "/", **options})
     (place / "spec").write_bytes(spec)
     directory = os.path.dirname(launcher.__file__)
-    ran = subprocess.run(
-        [
-            "/bin/sh",
-            "-c",
-            SHELL,
-            sys.executable,
-            f"{before}\n{RUN}",
-            directory,
-            str(place / "spec"),
-        ],
-        input=gate,
-        capture_output=True,
-        check=False,
-    )
+    words = [sys.executable, f"{before}\n{RUN}", directory, str(place / "spec")]
+    # The supervisor's end is open for as long as it lives.
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as its, os.fdopen(write, "wb") as ours:
+        ours.write(gate)
+        ours.flush()
+        if not gate:
+            ours.close()
+        ran = subprocess.run(
+            ["/bin/sh", "-c", SHELL, *words], stdin=its, capture_output=True, check=False
+        )
     assert ran.stderr == b""
     return ran.returncode, ran.stdout.decode().splitlines()
 

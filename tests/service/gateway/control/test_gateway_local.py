@@ -97,28 +97,24 @@ async def test_state_is_changed_by_get_only_with_an_admin_key() -> None:
         assert (await ask(s, "GET", "/unload", f"x-api-key: {USE}")).status == 403
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
+@in_loop
+async def test_a_page_cannot_reach_the_gateway_under_its_own_name() -> None:
+    cases = (
         ("evil.example:3000", 403), ("evil.example", 403), ("localhost.evil.example", 403),
         ("127.0.0.1.evil.example", 403), ("", 403), ("evil.example.", 403), ("[evil.example]", 403),
         ("localhost:3000", 200), ("127.0.0.1:3000", 200), ("[::1]:3000", 200), ("gpubox", 200),
         ("LOCALHOST", 200), ("a.localhost", 200), ("x.internal:80", 200), ("10.0.0.7", 200),
         ("llm.example.org", 200), ("LLM.example.org:443", 200),
-    ],
-)  # fmt: skip
-def test_a_page_cannot_reach_the_gateway_under_its_own_name(host: str, status: int) -> None:
-    @in_loop
-    async def run() -> None:
-        async with stage(a_config(allowed_hosts=("llm.example.org",))) as s:
+    )  # fmt: skip
+    async with stage(a_config(allowed_hosts=("llm.example.org",))) as s:
+        s.supervisor.answer = lambda _ask: {"ok": True, "result": {"models": {}}}
+        for host, status in cases:
             for path in ("/v1/models", "/control/status"):
-                s.supervisor.answer = lambda _ask: {"ok": True, "result": {"models": {}}}
-                assert (await ask(s, "GET", path, host=host)).status == status
-        async with stage(keys=lambda: KEYS) as s:
+                assert (await ask(s, "GET", path, host=host)).status == status, host
+    async with stage(keys=lambda: KEYS) as s:
+        for host, _ in cases:
             found = await ask(s, "GET", "/v1/models", f"x-api-key: {USE}", host=host)
             assert found.status == 200, "a page has no key"
-
-    run()
 
 
 @in_loop
