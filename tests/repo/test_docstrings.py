@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from test_layers import FILES, ROOT, module_of, nodes_of
 
 QUOTED = re.compile(r"``([^`]+)``")
@@ -66,18 +65,18 @@ def classes() -> set[str]:
     return {node.name for node in nodes if isinstance(node, ast.ClassDef)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_docstrings_name_what_exists(path: Path) -> None:
-    names = names_of(path) | names_of(KEYS) | MODULES | classes()
-    for line, quoted in quoted_in(path):
-        if quoted.endswith(".py"):
-            there = [path.parent / quoted, ROOT / "llmux" / quoted, ROOT / quoted]
-            assert any(file.exists() for file in there), (
-                f"{path.relative_to(ROOT)}:{line}: there is no file {quoted}"
-            )
-        elif DOTTED.fullmatch(quoted):
-            owner, _, last = quoted.removesuffix("()").rpartition(".")
-            elsewhere = defined() | FOREIGN if owner else set()
-            assert last in names | elsewhere, (
-                f"{path.relative_to(ROOT)}:{line}: ``{quoted}`` is no name of this file"
-            )
+def test_docstrings_name_what_exists() -> None:
+    for path in FILES:
+        names = names_of(path) | names_of(KEYS) | MODULES | classes()
+        for line, quoted in quoted_in(path):
+            if quoted.endswith(".py"):
+                there = [path.parent / quoted, ROOT / "llmux" / quoted, ROOT / quoted]
+                assert any(file.exists() for file in there), (
+                    f"{path.relative_to(ROOT)}:{line}: there is no file {quoted}"
+                )
+            elif DOTTED.fullmatch(quoted):
+                owner, _, last = quoted.removesuffix("()").rpartition(".")
+                elsewhere = defined() | FOREIGN if owner else set()
+                assert last in names | elsewhere, (
+                    f"{path.relative_to(ROOT)}:{line}: ``{quoted}`` is no name of this file"
+                )
