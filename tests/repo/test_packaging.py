@@ -273,3 +273,24 @@ class TestBuiltPackage:
             ["sh", "-c", command], capture_output=True, text=True, timeout=280, check=True
         )
         assert Path(done.stdout.splitlines()[-1]).read_bytes() == package.read_bytes()
+
+
+@pytest.mark.parametrize("fails", ["ruff check", "ruff format", "mypy --cache-dir", ""])
+def test_what_the_linters_find_is_a_failure_also_where_the_tests_go_on(fails: str) -> None:
+    text = (TREE / "scripts/test").read_text()
+    lint = text[text.index("lint() {") :].partition("\n}\n")[0]
+    program = f"""
+        say() {{ :; }}
+        ruff() {{ [ "ruff $1" != "$FAILS" ]; }}
+        mypy() {{ [ "mypy $1 $3" != "$FAILS -p" ]; }}
+        cache=x
+        set -e
+        {lint}
+        }}
+        status=0
+        lint || status=1
+        exit $status
+    """
+    environment = {**os.environ, "FAILS": fails}
+    done = subprocess.run(["bash", "-c", program], cwd=TREE, env=environment, check=False)
+    assert done.returncode == bool(fails)

@@ -54,10 +54,10 @@ _number = itertools.count(1)
 
 
 class App(Sanic[Any, Any]):
-    def add_route(self, handler: Any, uri: str, *args: Any, **kwargs: Any) -> Any:
+    def add_route(self, *args: Any, **kwargs: Any) -> Any:
         """Errors are JSON, by a handler of our own. Unsaid, Sanic parses the source of each route's
         handler to guess their form, which was half of a gateway's start."""
-        return super().add_route(handler, uri, *args, error_format="json", **kwargs)
+        return super().add_route(*args, **{**kwargs, "error_format": "json"})
 
 
 def build_app(config: Config, dispatch: Dispatch, metrics: MetricsPage) -> App:
