@@ -151,17 +151,17 @@ def _append(path: str, line: str) -> None:
         elif os.pread(fd, 4, 0).removeprefix(codecs.BOM_UTF8)[:1] == b"-":
             line = f"- {line}"  # JSON is YAML: one more item of the list
         apart = "\n" if size and os.pread(fd, 1, size - 1) != b"\n" else ""
-        try:
-            _write_whole(fd, f"{apart}{line}\n".encode())
-            os.fsync(fd)
-        except OSError:
-            os.ftruncate(fd, size)  # half a line would make the whole file none of keys
-            raise
+        _write_whole(fd, f"{apart}{line}\n".encode())
+        os.fsync(fd)
     finally:
         os.close(fd)
 
 
 def _write_whole(fd: int, data: bytes) -> None:
-    """In one write. Raises OSError: also where a disk takes only the beginning."""
-    if os.write(fd, data) < len(data):
+    """In one write. Raises OSError, and then nothing of it is there: also where a disk takes only
+    the beginning. Half a line would make the whole file none of keys."""
+    written = os.write(fd, data)
+    if written < len(data):
+        # Where it began by the descriptor: another's line may have come since the file was read.
+        os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR) - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
