@@ -65,18 +65,17 @@ def framed(data: bytes) -> bytes:
 
 def unframed(data: bytes) -> bytes:
     """What whole chunks carry, and as much as there is of the last one."""
-    body = b""
-    while data:
-        size, _, data = data.partition(b"\r\n")
+    body, at = bytearray(), 0
+    while (end := data.find(b"\r\n", at)) >= 0:
         try:
-            length = int(size.partition(b";")[0], 16)
+            length = int(data[at:end].partition(b";")[0], 16)
         except ValueError:
             break
         if length <= 0:
             break
-        body += data[:length]
-        data = data[length + 2 :]
-    return body
+        body += data[end + 2 : end + 2 + length]
+        at = end + 4 + length
+    return bytes(body)
 
 
 def _message(body: bytes) -> str:
